@@ -1,0 +1,28 @@
+"""Errors that a user caused, and the exit codes of every command. All packages may import this file."""
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `muse`: a contract with schedulers."""
+
+    DONE = 0
+    BUG = 1
+    USER_ERROR = 2
+    INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A mistake of the user's: reported as one line, without a traceback, with exit code 2.
+
+    The message says what (key, file, argument), the value found, and what would be accepted.
+    """
+
+
+def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
+    """The names in `accepted` most like `name`, as text for an error message; all of them when few or none is alike."""
+    accepted = sorted(accepted)
+    close = difflib.get_close_matches(name, accepted, n=count, cutoff=0.5)
+    return ", ".join(close or accepted[: 2 * count])
