@@ -1,0 +1,84 @@
+"""What every test runs under: kernels interpreted where there is no GPU, fixed seeds, unwritten memory full of NaN."""
+
+import os
+
+import torch
+
+# Triton reads the flag when a kernel is decorated, so it has to stand before any kernel module is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# No test may open a window or a connection.
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import pytest
+
+SEED = 20250912
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu`, when somebody selects them on a machine without one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _share_cores() -> None:
+    """Give each of several pytest-xdist workers its share of the cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    """Start each test from the same state of every random generator, whichever tests ran before it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`allocate`, but every element it leaves unwritten shows: NaN, or an integer too large to be an index."""
+
+    @wraps(allocate)
+    def allocate_and_fill(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.layout is not torch.strided:
+            return tensor
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype is not torch.bool:
+                tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return allocate_and_fill
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poisoned_empty() -> Iterator[None]:
+    """Fill what torch.empty and its relatives return: an output left unwritten fails instead of passing by luck."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in [
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+            (torch.Tensor, "new_empty_strided"),
+        ]:
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device that kernels are tested on: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
