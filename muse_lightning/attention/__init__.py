@@ -1,0 +1,9 @@
+"""Attention strategies: what a layer does with q, k and v. One strategy per file; none has parameters."""
+
+from muse_lightning.attention.base import AttentionStrategy
+from muse_lightning.attention.dense import Dense
+from muse_lightning.attention.muse import Muse
+from muse_lightning.attention.sliding_window import SlidingWindow
+from muse_lightning.attention.spatial_blocks import SpatialBlocks
+
+__all__ = ["AttentionStrategy", "Dense", "Muse", "SlidingWindow", "SpatialBlocks"]

@@ -1,0 +1,55 @@
+"""AttentionStrategy: the contract between a layer, which owns the projections, and what it does with q, k and v."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from muse_lightning.errors import UserError
+
+
+class AttentionStrategy(nn.Module):
+    """How a layer attends. No parameters and no buffers, so that every strategy has the same state dict.
+
+    Derive from it, name the class by its path in a recipe (`model.attention`), and it is used: there is no registry.
+
+    Args:
+        layer_idx: number of the layer, from 0, for strategies that differ by layer.
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Causal attention.
+
+        Args:
+            q: [B, H, N, D]. k, v: [B, H_kv, N, D], H a multiple of H_kv; any strides.
+            softmax_scale: factor of q . k.
+            cu_seqlens: int32 [S + 1] over the flattened B * N tokens, row starts included, padded by repeating the end:
+                tokens of different documents do not see each other. None: every row is one document.
+        Returns:
+            [B, H, N, D].
+        """
+        raise NotImplementedError
+
+    def check(self, *, seq_len: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        """Called at set-up with the sizes that will be used.
+
+        Raises:
+            UserError: the strategy cannot work with these sizes. What is allowed but surprising is a warning.
+        """
+        if num_heads % num_kv_heads:
+            raise UserError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, got {num_heads} and {num_kv_heads}"
+            )
+
+    def pairs(self, lengths: Sequence[int]) -> float:
+        """Query-key pairs per head that one forward pass works on, for documents of these lengths.
+
+        A pair is one product with a key and one with a value, 4 * head_dim FLOPs; a training step costs three times the
+        forward pass.
+        """
+        raise NotImplementedError

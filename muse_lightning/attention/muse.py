@@ -1,0 +1,97 @@
+"""Multipole Semantic Attention as a strategy: the reason for this project."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from muse_kernels import muse_attention
+from muse_kernels.attention.cost import muse_pairs
+from muse_kernels.attention.options import Clustering, Expansion, Implementation, MuseOptions, Selection
+from muse_lightning.attention.base import AttentionStrategy
+from muse_lightning.attention.packed import flatten_batch, unflatten_batch
+from muse_lightning.errors import UserError
+
+
+class Muse(AttentionStrategy):
+    """Multipole Semantic Attention (arXiv 2509.10406; docs/attention.md): sub-quadratic, trained, one line from Dense.
+
+    Queries and keys are clustered separately. A token attends exactly to its own chunk and to the `top_k` key clusters
+    that matter most to its query cluster; all other far key clusters it sees through summaries.
+
+    Args:
+        layer_idx: number of the layer, from 0.
+        chunk: tokens per chunk. The own chunk is exact; larger is more exact and dearer.
+        query_cluster: tokens per query cluster; smaller is more exact and dearer.
+        key_cluster: tokens per key cluster; smaller is more exact and dearer.
+        top_k: key clusters that each query cluster attends exactly. The cost of doubling it is that of `top_k` keys.
+        order: 1 (dipole) or 0 (monopole) expansion of a far cluster's log-mass.
+        selection: rank clusters by the "query_mass" of all queries or by the mass at the "centroid" alone.
+        expansion: expand around the query cluster's "centroid" or around "zero" (plain means).
+        query_clustering: "semantic" or "spatial" (contiguous runs).
+        key_clustering: "semantic" or "spatial" (contiguous runs).
+        exact_below: documents of at most so many tokens are attended exactly; null is 4 * chunk.
+        workspace_mib: bound on intermediate results, MiB.
+        implementation: "auto" or "reference" (plain PyTorch).
+    """
+
+    def __init__(
+        self,
+        layer_idx: int,
+        chunk: int = 2048,
+        query_cluster: int = 128,
+        key_cluster: int = 64,
+        top_k: int = 16,
+        order: int = 1,
+        selection: Selection = "query_mass",
+        expansion: Expansion = "centroid",
+        query_clustering: Clustering = "semantic",
+        key_clustering: Clustering = "semantic",
+        exact_below: int | None = None,
+        workspace_mib: int = 1024,
+        implementation: Implementation = "auto",
+    ) -> None:
+        super().__init__(layer_idx)
+        self.options: dict[str, Any] = {
+            "chunk": chunk,
+            "query_cluster": query_cluster,
+            "key_cluster": key_cluster,
+            "top_k": top_k,
+            "order": order,
+            "selection": selection,
+            "expansion": expansion,
+            "query_clustering": query_clustering,
+            "key_clustering": key_clustering,
+            "exact_below": exact_below,
+            "workspace_mib": workspace_mib,
+            "implementation": implementation,
+        }
+        try:
+            MuseOptions(**self.options)
+        except ValueError as error:
+            raise UserError(f"{type(self).__name__}: {error}") from None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        if cu_seqlens is None:
+            out = muse_attention(q, k, v, softmax_scale=softmax_scale, **self.options)
+        else:
+            flat = (flatten_batch(x) for x in (q, k, v))
+            out = muse_attention(*flat, softmax_scale=softmax_scale, cu_seqlens=cu_seqlens, **self.options)
+            out = unflatten_batch(out, q.shape[0])
+        return out
+
+    def check(self, *, seq_len: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().check(seq_len=seq_len, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        exact_below = MuseOptions(**self.options).resolved(head_dim).exact_below
+        if seq_len <= exact_below and self.layer_idx == 0:
+            warnings.warn(
+                f"{type(self).__name__} is exact attention at this context: data.seq_len={seq_len} is at most "
+                f"exact_below={exact_below} (default 4 * chunk); use a longer context or a smaller chunk",
+                stacklevel=2,
+            )
+
+    def pairs(self, lengths: Sequence[int]) -> float:
+        return sum(muse_pairs(length, MuseOptions(**self.options)).training for length in lengths)

@@ -1,0 +1,42 @@
+"""The paper's baseline: contiguous blocks of keys summarised by their plain means."""
+
+from muse_lightning.attention.muse import Muse
+
+
+class SpatialBlocks(Muse):
+    """MuSe's operator with contiguous clusters and plain means: what block-sparse attention without semantics gives.
+
+    With the same chunk, key_cluster and top_k as Muse it has matched sparsity.
+
+    Args:
+        layer_idx: number of the layer, from 0.
+        chunk: tokens per chunk; the own chunk is exact.
+        query_cluster: tokens per block of queries.
+        key_cluster: tokens per block of keys.
+        top_k: key blocks that each query block attends exactly.
+        exact_below: documents of at most so many tokens are attended exactly; null is 4 * chunk.
+        workspace_mib: bound on intermediate results, MiB.
+    """
+
+    def __init__(
+        self,
+        layer_idx: int,
+        chunk: int = 2048,
+        query_cluster: int = 128,
+        key_cluster: int = 64,
+        top_k: int = 16,
+        exact_below: int | None = None,
+        workspace_mib: int = 1024,
+    ) -> None:
+        super().__init__(
+            layer_idx,
+            chunk=chunk,
+            query_cluster=query_cluster,
+            key_cluster=key_cluster,
+            top_k=top_k,
+            expansion="zero",
+            query_clustering="spatial",
+            key_clustering="spatial",
+            exact_below=exact_below,
+            workspace_mib=workspace_mib,
+        )
