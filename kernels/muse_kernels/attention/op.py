@@ -1,0 +1,348 @@
+"""`muse_attention`, the public function: checks, documents, and the two custom operators with autograd between them.
+
+The operators are opaque to torch.compile. Cluster orders, mu and R are outputs of the forward operator, so that the
+backward pass uses the very clusters of the forward pass. Definition: docs/attention.md.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from muse_kernels.attention.options import (
+    Clustering,
+    Expansion,
+    Implementation,
+    MuseOptions,
+    ResolvedOptions,
+    Selection,
+)
+from muse_kernels.attention.reference import Merged, MuseClusters, exact_attention, exact_attention_backward
+from muse_kernels.attention.reference_document import document_backward, document_forward
+
+
+def muse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk: int = 2048,
+    query_cluster: int = 128,
+    key_cluster: int = 64,
+    top_k: int = 16,
+    order: int = 1,
+    selection: Selection = "query_mass",
+    expansion: Expansion = "centroid",
+    query_clustering: Clustering = "semantic",
+    key_clustering: Clustering = "semantic",
+    exact_below: int | None = None,
+    clusters: MuseClusters | None = None,
+    workspace_mib: int = 1024,
+    return_lse: bool = False,
+    implementation: Implementation = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multipole Semantic Attention: exact for near and for the most important far keys, summaries for all others.
+
+    Args:
+        q: [B, H, N, D], floating point, any strides. Under autocast, q, k and v are cast as SDPA casts them.
+        k, v: [B, H_kv, N, D], H a multiple of H_kv; dtype and device as q.
+        causal: a token attends to itself and earlier tokens; False: to every token of its document.
+        softmax_scale: factor of q . k; None is 1 / sqrt(D).
+        cu_seqlens: int32 [S + 1], first 0, last N, non-decreasing: documents that do not see each other, with B = 1.
+            Repeated values are empty documents, so it may be padded by repeating N. Values are checked on a CPU only.
+        chunk: tokens per chunk; the own chunk is attended exactly.
+        query_cluster, key_cluster: tokens per cluster; chunk divided by either is a power of two.
+        top_k: key clusters that every query cluster attends exactly; more than there are means all.
+        order: 1 expands a far cluster's log-mass to first order around the query cluster, 0 keeps the constant.
+        selection: how the top_k are ranked: "query_mass" by what all queries see, "centroid" by their mean alone.
+        expansion: expand around the query cluster's "centroid", or around "zero" (plain means of keys and values).
+        query_clustering, key_clustering: "semantic" by recursive bisection, "spatial" contiguous runs.
+        exact_below: documents of at most so many tokens are attended exactly; None is 4 * chunk.
+        clusters: reuse these (from `muse_clusters`) and choose nothing.
+        workspace_mib: bound on intermediate results, MiB; at least one query chunk is worked on at a time.
+        return_lse: also return the log-sum-exp.
+        implementation: "auto" (the fastest for the device) or "reference" (plain PyTorch, any device and dtype).
+    Returns:
+        out [B, H, N, D], dtype of q. With `return_lse` also lse [B, H, N], natural log, float32 (float64 for float64
+        inputs), not differentiable.
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is not accepted.
+    Source: docs/attention.md; Mitchell and Kersting, "Multipole Semantic Attention", arXiv 2509.10406.
+    """
+    options = MuseOptions(
+        causal=causal,
+        softmax_scale=softmax_scale,
+        chunk=chunk,
+        query_cluster=query_cluster,
+        key_cluster=key_cluster,
+        top_k=top_k,
+        order=order,
+        selection=selection,
+        expansion=expansion,
+        query_clustering=query_clustering,
+        key_clustering=key_clustering,
+        exact_below=exact_below,
+        workspace_mib=workspace_mib,
+        implementation=implementation,
+    )
+    out, lse, _ = _attend(q, k, v, cu_seqlens, options, clusters)
+    return (out, lse.detach()) if return_lse else out
+
+
+def muse_clusters(q: Tensor, k: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any) -> MuseClusters:
+    """The clusters that `muse_attention` makes of these q and k: orders, expansion points, retrieved clusters.
+
+    Args:
+        q, k, cu_seqlens: as in `muse_attention`; values have no influence on clusters.
+        options: those of `muse_attention`, the same for the same clusters.
+    Returns:
+        MuseClusters, to inspect or to pass as `clusters=`.
+    Raises:
+        ValueError: as `muse_attention`. TypeError: an option that does not exist.
+    """
+    with torch.no_grad():
+        return _attend(q, k, k, cu_seqlens, MuseOptions(**options), None)[2]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: MuseOptions, clusters: MuseClusters | None
+) -> tuple[Tensor, Tensor, MuseClusters]:
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype != torch.float64 else x for x in (q, k, v))
+    _check_tensors(q, k, v, cu_seqlens)
+    resolved = options.resolved(q.shape[-1])
+    given: tuple[Tensor | None, ...] = (None, None, None, None)
+    if clusters is not None:
+        _check_clusters(clusters, q, k, cu_seqlens, resolved)
+        given = tuple(clusters)
+    out, lse, *made = torch.ops.muse.attention_forward(q, k, v, cu_seqlens, *given, *resolved.as_arguments())
+    return out, lse, MuseClusters(*made)
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device or not x.is_floating_point():
+            raise ValueError(
+                f"q, k and v must share one floating-point dtype and one device, "
+                f"got q {q.dtype} on {q.device}, {name} {x.dtype} on {x.device}"
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, got {list(k.shape)} and {list(v.shape)}")
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(f"q and k must agree in all but heads, got {list(q.shape)} and {list(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"heads of q must be a multiple of heads of k, got {q.shape[1]} and {k.shape[1]}")
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, q)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
+    if q.shape[0] != 1:
+        raise ValueError(f"with cu_seqlens the batch must be 1 (flatten it), got {q.shape[0]}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must be int32 [S + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        starts_and_ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        if starts_and_ends != (0, q.shape[2]) or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the number of tokens, {q.shape[2]}, got {cu_seqlens.tolist()[:8]} "
+                f"... {starts_and_ends[1]}"
+            )
+
+
+def _check_clusters(
+    clusters: MuseClusters, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions
+) -> None:
+    for name, x, (shape, dtype) in zip(
+        MuseClusters._fields, clusters, _cluster_shapes(q, k, cu_seqlens, options), strict=True
+    ):
+        if list(x.shape) != list(shape) or x.dtype != dtype or x.device != q.device:
+            raise ValueError(
+                f"clusters.{name} must be {dtype} {list(shape)} on {q.device}, "
+                f"got {x.dtype} {list(x.shape)} on {x.device}"
+            )
+
+
+def _statistics_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _cluster_shapes(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each field of MuseClusters; static, whatever the documents' lengths."""
+    batch, num_heads, num_tokens, head_dim = q.shape
+    chunk = options.chunk
+    rows = -(-num_tokens // chunk) if cu_seqlens is None else num_tokens // chunk + cu_seqlens.shape[0] - 1
+    return [
+        ((batch, num_heads, rows, chunk), torch.int32),
+        ((batch, k.shape[1], rows, chunk), torch.int32),
+        ((batch, num_heads, rows, options.query_clusters, head_dim), _statistics_dtype(q)),
+        ((batch, num_heads, rows, options.query_clusters, options.top_k), torch.int32),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ documents
+
+
+class _DocumentSpan(NamedTuple):
+    tokens: slice
+    rows: slice
+    """Its rows in the chunk table of MuseClusters."""
+    is_exact: bool
+
+
+def _documents(q: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions) -> Iterator[_DocumentSpan]:
+    """The documents that are not empty. Reads `cu_seqlens` on the host."""
+    num_tokens = q.shape[2]
+    # A bad cu_seqlens on a GPU, whose values nobody checked, must not lead out of bounds.
+    ends = [num_tokens] if cu_seqlens is None else cu_seqlens[1:].clamp(0, num_tokens).cummax(0).values.tolist()
+    start, row = 0, 0
+    for end in ends:
+        if end > start:
+            next_row = row - (start - end) // options.chunk
+            yield _DocumentSpan(slice(start, end), slice(row, next_row), end - start <= options.exact_below)
+            start, row = end, next_row
+
+
+def _shifted(order: Tensor, offset: int) -> Tensor:
+    """Indices moved by an offset; -1 stays."""
+    return torch.where(order < 0, order, order + offset)
+
+
+# ------------------------------------------------------------------------------------------------------ operators
+
+
+_OPTIONS = ResolvedOptions.schema()
+_CLUSTERS = "Tensor{0} query_order, Tensor{0} key_order, Tensor{0} mu, Tensor{0} selected"
+
+
+@torch.library.custom_op(
+    "muse::attention_forward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {_CLUSTERS.format('?')}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *clusters_and_options: Any
+) -> tuple[Tensor, ...]:
+    """out, lse, then the fields of MuseClusters: those given, or chosen where None was given."""
+    given, options = clusters_and_options[:4], ResolvedOptions.from_arguments(clusters_and_options[4:])
+    dtype = _statistics_dtype(q)
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:-1], dtype=dtype)
+    if given[0] is None:
+        shapes = _cluster_shapes(q, k, cu_seqlens, options)
+        made = MuseClusters(*(q.new_full(shape, 0 if x.is_floating_point else -1, dtype=x) for shape, x in shapes))
+    else:
+        made = MuseClusters(*(x.clone() for x in given))
+    for document in _documents(q, cu_seqlens, options):
+        tokens, rows = document.tokens, document.rows
+        document_q, document_k, document_v = (x[:, :, tokens].to(dtype) for x in (q, k, v))
+        if document.is_exact:
+            document_q = document_q * options.softmax_scale
+            document_out, document_lse = exact_attention(
+                document_q, document_k, document_v, options.causal, options.workspace_mib
+            )
+        else:
+            fixed = None if given[0] is None else _document_clusters(made, document, options)
+            document_out, document_lse, clusters = document_forward(document_q, document_k, document_v, options, fixed)
+            if fixed is None:
+                made.query_order[:, :, rows] = _shifted(clusters.query_order, tokens.start)
+                made.key_order[:, :, rows] = _shifted(clusters.key_order, tokens.start)
+                made.mu[:, :, rows] = clusters.mu
+                made.selected[:, :, rows] = _shifted(clusters.selected, rows.start * options.key_clusters)
+        out[:, :, tokens], lse[:, :, tokens] = document_out, document_lse
+    return out, lse, *made
+
+
+def _document_clusters(clusters: MuseClusters, document: _DocumentSpan, options: ResolvedOptions) -> MuseClusters:
+    """One document's rows of the chunk table, counted from its own start."""
+    query_order, key_order, mu, selected = (x[:, :, document.rows] for x in clusters)
+    return MuseClusters(
+        _shifted(query_order, -document.tokens.start),
+        _shifted(key_order, -document.tokens.start),
+        mu,
+        _shifted(selected, -document.rows.start * options.key_clusters),
+    )
+
+
+@attention_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *clusters_and_options: Any) -> tuple[Tensor, ...]:
+    shapes = _cluster_shapes(q, k, cu_seqlens, ResolvedOptions.from_arguments(clusters_and_options[4:]))
+    lse = q.new_empty(q.shape[:-1], dtype=_statistics_dtype(q))
+    made = (q.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse, *made
+
+
+@torch.library.custom_op(
+    "muse::attention_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
+    f"{_CLUSTERS.format('')}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    *clusters_and_options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv. `out` and `lse` may be a merged result over more keys than k."""
+    clusters, options = (
+        MuseClusters(*clusters_and_options[:4]),
+        ResolvedOptions.from_arguments(clusters_and_options[4:]),
+    )
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for document in _documents(q, cu_seqlens, options):
+        tokens = document.tokens
+        merged = Merged(*(x[:, :, tokens].to(lse.dtype) for x in (out, lse, dout)))
+        document_q, document_k, document_v = (x[:, :, tokens].to(lse.dtype) for x in (q, k, v))
+        if document.is_exact:
+            gradients = exact_attention_backward(
+                document_q * options.softmax_scale,
+                document_k,
+                document_v,
+                merged,
+                options.causal,
+                options.workspace_mib,
+            )
+            gradients = (gradients[0] * options.softmax_scale, *gradients[1:])
+        else:
+            document_clusters = _document_clusters(clusters, document, options)
+            gradients = document_backward(document_q, document_k, document_v, merged, document_clusters, options)
+        dq[:, :, tokens], dk[:, :, tokens], dv[:, :, tokens] = gradients
+    return dq, dk, dv
+
+
+@attention_backward.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, cu_seqlens, *_ = inputs
+    ctx.save_for_backward(q, k, v, *output[:2], cu_seqlens, *output[2:])
+    ctx.options = inputs[8:]
+
+
+def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens, *clusters = ctx.saved_tensors
+    gradients = torch.ops.muse.attention_backward(dout, q, k, v, out, lse, cu_seqlens, *clusters, *ctx.options)
+    return *gradients, *(None for _ in range(5 + len(ctx.options)))
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)

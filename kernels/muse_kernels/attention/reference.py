@@ -1,0 +1,414 @@
+"""Every step of MuSe attention in plain PyTorch, as docs/attention.md defines it: what kernels are tested against.
+
+`reference_document.py` puts the steps together. Everything is computed in float32 (float64 for float64 inputs);
+`softmax_scale` is folded into q and mu before these functions see them.
+
+Shape letters: B batch, H query heads, T key-value heads, G = H / T query heads of one key-value head, N tokens,
+C chunks, D head size; A query clusters of the chunks at hand times G, S their queries each (`query_cluster`);
+M key clusters in sight, K keys each (`key_cluster`); R retrieved clusters (`top_k`).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from muse_kernels.attention.options import Clustering, ResolvedOptions
+
+POWER_ITERATIONS = 6
+
+
+class MuseClusters(NamedTuple):
+    """Everything MuSe attention decides before it attends: held fixed, the output is a smooth function of q, k and v.
+
+    C is the number of chunks: ceil(N / chunk) without documents, N // chunk + number of documents with `cu_seqlens`,
+    where every document takes ceil(length / chunk) rows in order and the rows of documents that are exact stay empty.
+    """
+
+    query_order: Tensor
+    """int32 [B, H, C, chunk]: token index of each member, cluster after cluster; -1 is an empty place."""
+    key_order: Tensor
+    """int32 [B, H_kv, C, chunk]: the same for keys."""
+    mu: Tensor
+    """float32 (float64) [B, H, C, chunk / query_cluster, D]: expansion points, of q before scaling."""
+    selected: Tensor
+    """int32 [B, H, C, chunk / query_cluster, top_k]: retrieved key clusters, ascending, then -1. A key cluster's number
+    is its chunk's times (chunk / key_cluster) plus its leaf."""
+
+
+class Summaries(NamedTuple):
+    """A key cluster as one query cluster sees it (docs/attention.md, "Definition")."""
+
+    log_mass: Tensor
+    """[B, T, A, M]: A_ab, natural log."""
+    kbar: Tensor
+    """[B, T, A, M, D]"""
+    vbar: Tensor
+    """[B, T, A, M, D]"""
+
+
+class Merged(NamedTuple):
+    """What the backward pass of a part needs to know of the whole: the merged output, its lse and its gradient."""
+
+    out: Tensor
+    """[B, H, N, D]"""
+    lse: Tensor
+    """[B, H, N], natural log."""
+    dout: Tensor
+    """[B, H, N, D]"""
+
+    def tokens(self, part: slice) -> "Merged":
+        """The same for some of the tokens."""
+        return Merged(self.out[:, :, part], self.lse[:, :, part], self.dout[:, :, part])
+
+    @property
+    def delta(self) -> Tensor:
+        """dout . out, [B, H, N]."""
+        return (self.dout * self.out).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------- moving tokens
+
+
+def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of x [B, H, N, D] in the order [B, H, ...] of token indices; zeros where the index is -1."""
+    index = order.clamp(min=0).long().flatten(2).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
+    rows = x.gather(2, index).view(*order.shape, x.shape[-1])
+    return rows.masked_fill_((order < 0).unsqueeze(-1), 0)
+
+
+def scatter_tokens(rows: Tensor, order: Tensor, num_tokens: int) -> Tensor:
+    """Inverse of `gather_tokens`: rows [B, H, ..., D] back to [B, H, N, D]; places with index -1 are dropped."""
+    batch, heads, head_dim = rows.shape[0], rows.shape[1], rows.shape[-1]
+    index = torch.where(order < 0, num_tokens, order).long().flatten(2).unsqueeze(-1).expand(-1, -1, -1, head_dim)
+    x = rows.new_zeros(batch, heads, num_tokens + 1, head_dim).scatter_(2, index, rows.flatten(2, -2))
+    return x[:, :, :num_tokens]
+
+
+# -------------------------------------------------------------------------------------------------- clustering
+
+
+def spatial_order(x: Tensor, chunk: int) -> Tensor:
+    """Contiguous runs as clusters: int32 [B, H, C, chunk] for x [B, H, N, D], -1 after the last token."""
+    batch, heads, num_tokens, _ = x.shape
+    num_chunks = -(-num_tokens // chunk)
+    order = torch.arange(num_chunks * chunk, dtype=torch.int32, device=x.device)
+    order = order.masked_fill(order >= num_tokens, -1).view(num_chunks, chunk)
+    return order.expand(batch, heads, -1, -1).contiguous()
+
+
+def main_direction_projection(members: Tensor, is_member: Tensor) -> Tensor:
+    """Project each node's members on their main direction of variance.
+
+    Args:
+        members: [..., size, D]. is_member: bool, broadcastable to [..., size]; the others have no influence.
+    Returns:
+        [..., size]; +inf at places without a member, so that they sort last.
+    """
+    weight = is_member.to(members.dtype).unsqueeze(-1)
+    mean = (members * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp(min=1)
+    centred = (members - mean) * weight
+    # One common factor per node changes no direction and keeps the squares of very large vectors finite.
+    centred = centred / centred.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(members.dtype).tiny)
+    farthest = centred.square().sum(-1).argmax(-1)[..., None, None]
+    direction = centred.take_along_dim(farthest, dim=-2).transpose(-1, -2)  # [..., D, 1]
+    for _ in range(POWER_ITERATIONS):
+        direction = centred.transpose(-1, -2) @ (centred @ direction)
+        direction = direction / direction.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(members.dtype).tiny)
+    return (centred @ direction).squeeze(-1).nan_to_num().masked_fill(~is_member, math.inf)
+
+
+def bisection_order(x: Tensor, chunk: int, cluster: int) -> Tensor:
+    """Balanced clusters by recursive bisection: split at the median along the main direction until `cluster` remain.
+
+    Args:
+        x: [B, H, N, D], float32 or float64.
+    Returns:
+        int32 [B, H, C, chunk] as in MuseClusters. A partial last chunk fills its clusters from the first on.
+    Source: docs/attention.md, "Clustering".
+    """
+    order = spatial_order(x, chunk)
+    batch, heads, num_chunks, _ = order.shape
+    size = chunk
+    while size > cluster:
+        nodes = order.view(batch, heads, num_chunks, chunk // size, size)
+        projection = main_direction_projection(gather_tokens(x, nodes), nodes >= 0)
+        order = nodes.take_along_dim(projection.argsort(dim=-1, stable=True), dim=-1)
+        size //= 2
+    return order.view(batch, heads, num_chunks, chunk)
+
+
+def cluster_order(x: Tensor, chunk: int, cluster: int, clustering: Clustering) -> Tensor:
+    """Token order that makes clusters of x [B, H, N, D]: int32 [B, H, C, chunk]."""
+    return bisection_order(x, chunk, cluster) if clustering == "semantic" else spatial_order(x, chunk)
+
+
+def cluster_means(x: Tensor, order: Tensor, cluster: int) -> Tensor:
+    """Mean of each cluster's members: [B, H, C, chunk / cluster, D]; 0 for an empty cluster."""
+    members = gather_tokens(x, order).unflatten(-2, (-1, cluster))
+    count = (order >= 0).unflatten(-1, (-1, cluster)).sum(-1, keepdim=True)
+    return members.sum(-2) / count.clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------- exact attention, near field
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, workspace_mib: int) -> tuple[Tensor, Tensor]:
+    """Softmax attention in blocks of query rows.
+
+    Args:
+        q: [B, H, N, D], scaled. k, v: [B, T, N, D].
+    Returns:
+        out [B, H, N, D]; lse [B, H, N], natural log.
+    """
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
+    for rows, grouped_q, mask in _query_blocks(q, k, causal, workspace_mib):
+        logits = grouped_q @ k[:, :, None, : mask.shape[1]].mT
+        logits.masked_fill_(mask, -math.inf)
+        block_lse = logits.logsumexp(-1)
+        block_out = (logits - block_lse.unsqueeze(-1)).exp_() @ v[:, :, None, : mask.shape[1]]
+        out[:, :, rows], lse[:, :, rows] = block_out.flatten(1, 2), block_lse.flatten(1, 2)
+    return out, lse
+
+
+def exact_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, merged: Merged, causal: bool, workspace_mib: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FlashAttention's backward: P = exp(logit - lse), dlogit = P (dout . v - delta).
+
+    `merged` may cover more keys than k: the gradients are then those of the whole softmax through these keys.
+    Returns dq (of the scaled q), dk, dv.
+    """
+    heads = (k.shape[1], -1)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, grouped_q, mask in _query_blocks(q, k, causal, workspace_mib):
+        seen = slice(mask.shape[1])
+        block = merged.tokens(rows)
+        block_dout, block_lse, delta = (x.unflatten(1, heads) for x in (block.dout, block.lse, block.delta))
+        logits = (grouped_q @ k[:, :, None, seen].mT).masked_fill_(mask, -math.inf)
+        weights = (logits - block_lse.unsqueeze(-1)).exp_()
+        dlogits = weights * (block_dout @ v[:, :, None, seen].mT - delta.unsqueeze(-1))
+        dq[:, :, rows] = (dlogits @ k[:, :, None, seen]).flatten(1, 2)
+        dk[:, :, seen] += (dlogits.mT @ grouped_q).sum(2)
+        dv[:, :, seen] += (weights.mT @ block_dout).sum(2)
+    return dq, dk, dv
+
+
+def _query_blocks(q: Tensor, k: Tensor, causal: bool, workspace_mib: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Blocks of query rows: (rows, q [B, T, G, rows, D], mask [rows, keys] of the keys they must not see)."""
+    batch, num_heads, num_tokens, _ = q.shape
+    live_tensors = 4
+    bytes_per_row = live_tensors * batch * num_heads * num_tokens * q.element_size()
+    rows_per_block = max(1, min(num_tokens, workspace_mib * 2**20 // max(1, bytes_per_row)))
+    for start in range(0, num_tokens, rows_per_block):
+        stop = min(start + rows_per_block, num_tokens)
+        keys = torch.arange(stop if causal else num_tokens, device=q.device)
+        rows = torch.arange(start, stop, device=q.device)
+        mask = keys > rows[:, None] if causal else torch.zeros_like(keys > rows[:, None])
+        yield slice(start, stop), q[:, :, start:stop].unflatten(1, (k.shape[1], -1)), mask
+
+
+def near_field(q: Tensor, k: Tensor, v: Tensor, options: ResolvedOptions) -> tuple[Tensor, Tensor]:
+    """Exact attention of every token to its own chunk: out [B, H, N, D], lse [B, H, N]."""
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
+    for own in _chunk_slices(q, options):
+        out[:, :, own], lse[:, :, own] = exact_attention(
+            q[:, :, own], k[:, :, own], v[:, :, own], options.causal, options.workspace_mib
+        )
+    return out, lse
+
+
+def near_field_backward(
+    q: Tensor, k: Tensor, v: Tensor, merged: Merged, options: ResolvedOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients through the own chunk's keys: dq (of the scaled q), dk, dv."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for own in _chunk_slices(q, options):
+        dq[:, :, own], dk[:, :, own], dv[:, :, own] = exact_attention_backward(
+            q[:, :, own], k[:, :, own], v[:, :, own], merged.tokens(own), options.causal, options.workspace_mib
+        )
+    return dq, dk, dv
+
+
+def _chunk_slices(q: Tensor, options: ResolvedOptions) -> Iterator[slice]:
+    for start in range(0, q.shape[2], options.chunk):
+        yield slice(start, start + options.chunk)
+
+
+# --------------------------------------------------------------------------------------------- stage 1: summaries
+
+
+def summaries(mu: Tensor, k: Tensor, v: Tensor, is_key: Tensor) -> Summaries:
+    """First-order expansion of every key cluster's log-mass around every query cluster's mu.
+
+    Args:
+        mu: [B, T, A, D], scaled. k, v: [B, T, M, K, D]. is_key: bool [M, K], False at empty places.
+    Returns:
+        Summaries; a key cluster without keys has log_mass -inf, kbar and vbar 0.
+    """
+    log_mass, weights = _cluster_softmax(mu, k, is_key)
+    return Summaries(log_mass, (weights @ k).transpose(2, 3), (weights @ v).transpose(2, 3))
+
+
+def summaries_backward(
+    mu: Tensor, k: Tensor, v: Tensor, is_key: Tensor, summary: Summaries, gradient: Summaries
+) -> tuple[Tensor, Tensor]:
+    """dk, dv [B, T, M, K, D] of the keys behind the summaries; mu is a constant.
+
+    g_j = p_j (dA + dkbar . (k_j - kbar) + dvbar . (v_j - vbar))
+    dk_j = sum_a g_j mu_a + p_j dkbar        dv_j = sum_a p_j dvbar
+    """
+    _, weights = _cluster_softmax(mu, k, is_key)  # [B, T, M, A, K]
+    dkbar, dvbar = gradient.kbar.transpose(2, 3), gradient.vbar.transpose(2, 3)  # [B, T, M, A, D]
+    at_mean = gradient.log_mass - (gradient.kbar * summary.kbar).sum(-1) - (gradient.vbar * summary.vbar).sum(-1)
+    g = weights * (at_mean.transpose(2, 3).unsqueeze(-1) + dkbar @ k.mT + dvbar @ v.mT)
+    dk = g.mT @ mu.unsqueeze(2) + weights.mT @ dkbar
+    return dk, weights.mT @ dvbar
+
+
+def _cluster_softmax(mu: Tensor, k: Tensor, is_key: Tensor) -> tuple[Tensor, Tensor]:
+    """A_ab [B, T, A, M] and p_j [B, T, M, A, K] of keys k around mu."""
+    logits = (mu.unsqueeze(2) @ k.mT).masked_fill_(~is_key[:, None], -math.inf)
+    log_mass = logits.logsumexp(-1, keepdim=True)
+    weights = (logits - log_mass.clamp(min=torch.finfo(k.dtype).min)).exp_()
+    return log_mass.squeeze(-1).transpose(2, 3), weights
+
+
+def summary_logits(q: Tensor, mu: Tensor, summary: Summaries, in_sight: Tensor, order: int) -> Tensor:
+    """logit_ab(q) = A_ab + (q - mu_a) . kbar_ab (order 0: A_ab): [B, T, A, S, M]; -inf where not `in_sight` [A, M]."""
+    logits = summary.log_mass.unsqueeze(3)
+    if order == 1:
+        logits = logits + (q - mu.unsqueeze(3)) @ summary.kbar.mT
+    return logits.expand(*q.shape[:4], -1).masked_fill(~in_sight[:, None], -math.inf)
+
+
+# ------------------------------------------------------------------------------------------------------ selection
+
+
+def key_spread(k: Tensor, is_key: Tensor) -> Tensor:
+    """Trace of the key covariance in each cluster: [B, T, M] for k [B, T, M, K, D]."""
+    weight = is_key.to(k.dtype).unsqueeze(-1)
+    count = weight.sum(-2, keepdim=True).clamp(min=1)
+    centred = (k - (k * weight).sum(-2, keepdim=True) / count) * weight
+    return centred.square().sum((-2, -1)) / count.squeeze((-2, -1))
+
+
+def query_mass(logits: Tensor, near_lse: Tensor, is_query: Tensor) -> Tensor:
+    """log sum_{q in a} exp(logit_ab(q) - L'_q), L'_q over the near field and all summaries: [B, T, A, M].
+
+    Args:
+        logits: [B, T, A, S, M]. near_lse: [B, T, A, S]. is_query: bool [A, S].
+    """
+    normaliser = torch.logaddexp(near_lse, logits.logsumexp(-1))
+    share = logits - normaliser.unsqueeze(-1)
+    return share.masked_fill(~is_query[..., None], -math.inf).logsumexp(-2)
+
+
+def select(scores: Tensor, in_sight: Tensor, top_k: int) -> Tensor:
+    """The `top_k` key clusters with the largest scores [..., A, M] among those `in_sight` [A, M].
+
+    Returns:
+        int32 [..., A, top_k], ascending, then -1 where fewer are in sight.
+    """
+    scores = scores.masked_fill(~in_sight, -math.inf)
+    best, selected = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
+    none = torch.iinfo(torch.int32).max
+    selected = selected.to(torch.int32).masked_fill(~(best > -math.inf), none).sort(-1).values
+    selected = selected.masked_fill(selected == none, -1)
+    return torch.nn.functional.pad(selected, (0, top_k - selected.shape[-1]), value=-1)
+
+
+# ------------------------------------------------------------------------------------------------------ far field
+
+
+class FarField(NamedTuple):
+    """The far keys of each query cluster: summaries, but for the retrieved clusters, and the keys of those."""
+
+    summary_logits: Tensor
+    """[B, T, A, S, M], -inf for clusters out of sight or retrieved."""
+    retrieved_logits: Tensor
+    """[B, T, A, S, R * K], -inf at empty places."""
+    retrieved_k: Tensor
+    """[B, T, A, R * K, D]"""
+    retrieved_v: Tensor
+    """[B, T, A, R * K, D]"""
+
+
+def far_keys(q: Tensor, k: Tensor, v: Tensor, is_key: Tensor, logits: Tensor, selected: Tensor) -> FarField:
+    """Switch off the summaries of the retrieved clusters and gather their keys instead.
+
+    Args:
+        q: [B, T, A, S, D]. k, v: [B, T, M, K, D]. is_key: [M, K]. logits: of all summaries, [B, T, A, S, M].
+        selected: [B, T, A, R], -1 for none.
+    """
+    num_key_clusters = k.shape[2]
+    index = selected.long().masked_fill(selected < 0, num_key_clusters)
+    is_retrieved = torch.zeros(*index.shape[:3], num_key_clusters + 1, dtype=torch.bool, device=q.device)
+    is_retrieved = is_retrieved.scatter_(3, index, True)[..., :-1]
+    index = selected.long().clamp(min=0)
+    has_key = (is_key[index] & (selected >= 0).unsqueeze(-1)).flatten(3)  # [B, T, A, R * K]
+    retrieved_k, retrieved_v = (_take_clusters(x, index) for x in (k, v))
+    retrieved_logits = (q @ retrieved_k.mT).masked_fill_(~has_key.unsqueeze(3), -math.inf)
+    return FarField(
+        logits.masked_fill(is_retrieved.unsqueeze(3), -math.inf), retrieved_logits, retrieved_k, retrieved_v
+    )
+
+
+def _take_clusters(x: Tensor, index: Tensor) -> Tensor:
+    """Clusters of x [B, T, M, K, D] by index [B, T, A, R]: [B, T, A, R * K, D]."""
+    flat = index.flatten(2)[..., None, None].expand(-1, -1, -1, *x.shape[3:])
+    return x.gather(2, flat).unflatten(2, index.shape[2:]).flatten(3, 4)
+
+
+def far_field(far: FarField, vbar: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over summaries and retrieved keys together: out [B, T, A, S, D], lse [B, T, A, S]; no key: 0 and -inf."""
+    lse = torch.logaddexp(far.summary_logits.logsumexp(-1), far.retrieved_logits.logsumexp(-1))
+    finite_lse = lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)
+    out = (far.summary_logits - finite_lse).exp_() @ vbar
+    return out + (far.retrieved_logits - finite_lse).exp_() @ far.retrieved_v, lse
+
+
+def far_field_backward(
+    dout: Tensor, q: Tensor, mu: Tensor, far: FarField, summary: Summaries, lse: Tensor, delta: Tensor, order: int
+) -> tuple[Tensor, Summaries]:
+    """dq (without the retrieved keys' part) and the gradients of the summaries.
+
+    Args:
+        dout, q: [B, T, A, S, D]. mu: [B, T, A, D]. lse, delta: [B, T, A, S], of the merged output.
+    """
+    weights = (far.summary_logits - lse.unsqueeze(-1)).exp_()
+    dlogits = weights * (dout @ summary.vbar.mT - delta.unsqueeze(-1))
+    dvbar = weights.mT @ dout
+    if order == 0:
+        return torch.zeros_like(q), Summaries(dlogits.sum(3), torch.zeros_like(summary.kbar), dvbar)
+    return dlogits @ summary.kbar, Summaries(dlogits.sum(3), dlogits.mT @ (q - mu.unsqueeze(3)), dvbar)
+
+
+def retrieved_backward(
+    dout: Tensor, q: Tensor, far: FarField, selected: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
+) -> Tensor:
+    """Gradients through the retrieved keys: returns dq [B, T, A, S, D], adds to dk and dv [B, T, M, K, D] in place."""
+    weights = (far.retrieved_logits - lse.unsqueeze(-1)).exp_()
+    dlogits = weights * (dout @ far.retrieved_v.mT - delta.unsqueeze(-1))
+    index = selected.long().clamp(min=0).flatten(2)[..., None, None].expand(-1, -1, -1, *dk.shape[3:])
+    # Empty places (-1) carry weight 0: they add nothing to the cluster 0 that they point at.
+    dk.scatter_add_(2, index, (dlogits.mT @ q).unflatten(3, (-1, dk.shape[3])).flatten(2, 3))
+    dv.scatter_add_(2, index, (weights.mT @ dout).unflatten(3, (-1, dv.shape[3])).flatten(2, 3))
+    return dlogits @ far.retrieved_k
+
+
+def merge_by_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine two attention results over disjoint sets of keys.
+
+    Args:
+        out_a, out_b: [..., D]. Each the softmax average over its own keys.
+        lse_a, lse_b: [...], natural log; -inf marks a row that saw no key.
+    Returns:
+        out [..., D] and lse [...]. A row that saw no key at all gives out 0, lse -inf.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    finite_lse = lse.clamp(min=torch.finfo(lse.dtype).min)
+    weight_a, weight_b = ((part - finite_lse).exp().unsqueeze(-1) for part in (lse_a, lse_b))
+    return out_a * weight_a + out_b * weight_b, lse

@@ -1,0 +1,214 @@
+"""MuSe attention of one document, forward and backward, from the steps in `reference.py`.
+
+Query chunks are worked on in groups, as many at a time as the workspace allows: summaries of one query chunk are used
+by that chunk alone, so memory does not grow with the square of the length. The backward pass makes them again.
+Shape letters as in `reference.py`.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from muse_kernels.attention import reference as step
+from muse_kernels.attention.options import ResolvedOptions
+from muse_kernels.attention.reference import FarField, Merged, MuseClusters, Summaries
+
+
+class QueryGroup(NamedTuple):
+    """Consecutive query chunks, with the far key clusters that any of them may see and their summaries."""
+
+    chunks: slice
+    tokens: slice
+    num_far: int
+    """M: far key clusters in sight of the last chunk; they are the document's first."""
+    q: Tensor
+    """[B, T, A, S, D], scaled; zeros at empty places."""
+    is_query: Tensor
+    """bool [A, S]"""
+    mu: Tensor
+    """[B, T, A, D], scaled."""
+    in_sight: Tensor
+    """bool [A, M]"""
+    summary: Summaries
+    logits: Tensor
+    """[B, T, A, S, M]: of every summary in sight, else -inf."""
+
+
+class Document:
+    """q, k and v of one document in cluster order.
+
+    Args:
+        q: [B, H, N, D], scaled. k, v: [B, T, N, D]. All float32 or float64.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, clusters: MuseClusters, options: ResolvedOptions) -> None:
+        self.q, self.options, self.clusters = q, options, clusters
+        self.num_kv_heads, self.heads_per_kv_head = k.shape[1], q.shape[1] // k.shape[1]
+        self.num_tokens, self.num_chunks = q.shape[2], clusters.query_order.shape[2]
+        self.k, self.v = (
+            step.gather_tokens(x, clusters.key_order).flatten(2, 3).unflatten(2, (-1, options.key_cluster))
+            for x in (k, v)
+        )
+        # Empty places come last in a chunk whatever the order of its members, so that one head tells for all.
+        self.is_key = (clusters.key_order[0, 0] >= 0).view(-1, options.key_cluster)
+        self.is_query = (clusters.query_order[0, 0] >= 0).unflatten(-1, (-1, options.query_cluster))
+
+    def groups(self) -> Iterator[QueryGroup]:
+        """The query chunks that have far keys, in groups whose intermediate results fit into the workspace."""
+        options = self.options
+        step_size = max(1, options.workspace_mib * 2**20 // self._bytes_per_chunk())
+        for start in range(0, self.num_chunks, step_size):
+            stop = min(start + step_size, self.num_chunks)
+            num_far = (stop - 1 if options.causal else self.num_chunks) * options.key_clusters
+            if num_far > 0:
+                yield self._group(slice(start, stop), num_far)
+
+    def _bytes_per_chunk(self) -> int:
+        options, head_dim = self.options, self.k.shape[-1]
+        far_clusters = self.num_chunks * options.key_clusters
+        summaries = options.query_clusters * far_clusters * (6 * head_dim + 3 * options.key_cluster)
+        logits = options.chunk * (4 * far_clusters + 3 * options.top_k * options.key_cluster)
+        retrieved = 4 * options.query_clusters * options.top_k * options.key_cluster * head_dim
+        numbers = self.q.shape[0] * self.q.shape[1] * (summaries + logits + retrieved)
+        return numbers * self.q.element_size()
+
+    def _group(self, chunks: slice, num_far: int) -> QueryGroup:
+        options = self.options
+        tokens = slice(chunks.start * options.chunk, min(chunks.stop * options.chunk, self.num_tokens))
+        is_query = self.is_query[chunks].flatten(0, 1).repeat(self.heads_per_kv_head, 1)
+        mu = self.grouped(self.clusters.mu[:, :, chunks].flatten(2, 3)) * options.softmax_scale
+        in_sight = self._in_sight(chunks, num_far)
+        q = self.queries(self.q, chunks)
+        summary = step.summaries(mu, self.k[:, :, :num_far], self.v[:, :, :num_far], self.is_key[:num_far])
+        logits = step.summary_logits(q, mu, summary, in_sight, options.order)
+        return QueryGroup(chunks, tokens, num_far, q, is_query, mu, in_sight, summary, logits)
+
+    def _in_sight(self, chunks: slice, num_far: int) -> Tensor:
+        """Far keys are those of earlier chunks (bidirectional: of any other chunk): bool [A, M]."""
+        key_chunk = torch.arange(num_far, device=self.k.device) // self.options.key_clusters
+        query_chunk = torch.arange(chunks.start, chunks.stop, device=self.k.device)
+        query_chunk = query_chunk.repeat_interleave(self.options.query_clusters).repeat(self.heads_per_kv_head)[:, None]
+        is_far = key_chunk < query_chunk if self.options.causal else key_chunk != query_chunk
+        return is_far & self.is_key[:num_far].any(-1)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """[B, H, A / G, ...] -> [B, T, A, ...]: together the query clusters of all heads that share a key-value head."""
+        return x.unflatten(1, (self.num_kv_heads, -1)).flatten(2, 3)
+
+    def ungrouped(self, x: Tensor) -> Tensor:
+        """Inverse of `grouped`."""
+        return x.unflatten(2, (self.heads_per_kv_head, -1)).flatten(1, 2)
+
+    def queries(self, x: Tensor, chunks: slice) -> Tensor:
+        """Rows of x [B, H, N, D] in the clusters of these chunks: [B, T, A, S, D]; without D if x has none."""
+        rows = step.gather_tokens(x if x.dim() == 4 else x.unsqueeze(-1), self.clusters.query_order[:, :, chunks])
+        rows = self.grouped(rows.flatten(2, 3).unflatten(2, (-1, self.options.query_cluster)))
+        return rows if x.dim() == 4 else rows.squeeze(-1)
+
+    def tokens(self, rows: Tensor, group: QueryGroup) -> Tensor:
+        """Inverse of `queries`, for the tokens of one group: [B, H, tokens of the group, D]."""
+        order = self.clusters.query_order[:, :, group.chunks]
+        order = torch.where(order < 0, -1, order - group.tokens.start)
+        return step.scatter_tokens(self.ungrouped(rows), order, group.tokens.stop - group.tokens.start)
+
+    def select(self, group: QueryGroup, near_lse: Tensor, spread: Tensor) -> None:
+        """Choose the retrieved key clusters of the group's query clusters and write them into `clusters.selected`.
+
+        Args:
+            near_lse: [B, T, A, S]. spread: [B, T, C * key_clusters].
+        """
+        if self.options.selection == "query_mass":
+            mass = step.query_mass(group.logits, near_lse, group.is_query)
+        else:
+            count = group.is_query.sum(-1, keepdim=True).clamp(min=1)
+            from_mu = group.q.sum(3) / count - group.mu  # 0 unless expansion is "zero"
+            mass = group.summary.log_mass + (group.summary.kbar @ from_mu.unsqueeze(-1)).squeeze(-1)
+        spread = spread[:, :, None, : group.num_far]
+        scores = mass + spread.clamp(min=torch.finfo(spread.dtype).tiny).log()
+        is_choice = group.in_sight & group.is_query.any(-1, keepdim=True)
+        selected = self.ungrouped(step.select(scores, is_choice, self.options.top_k))
+        self.clusters.selected[:, :, group.chunks] = selected.unflatten(2, (-1, self.options.query_clusters))
+
+    def far_keys(self, group: QueryGroup) -> tuple[FarField, Tensor]:
+        """What the group's queries attend to far away, and the retrieved clusters [B, T, A, R]."""
+        selected = self.grouped(self.clusters.selected[:, :, group.chunks].flatten(2, 3))
+        k, v, is_key = self.k[:, :, : group.num_far], self.v[:, :, : group.num_far], self.is_key[: group.num_far]
+        return step.far_keys(group.q, k, v, is_key, group.logits, selected), selected
+
+
+def make_clusters(q: Tensor, k: Tensor, options: ResolvedOptions) -> MuseClusters:
+    """Orders and expansion points of one document; `selected` is all -1 until the forward pass fills it.
+
+    Args:
+        q: [B, H, N, D], not scaled. k: [B, T, N, D].
+    """
+    query_order = step.cluster_order(q, options.chunk, options.query_cluster, options.query_clustering)
+    key_order = step.cluster_order(k, options.chunk, options.key_cluster, options.key_clustering)
+    mu = step.cluster_means(q, query_order, options.query_cluster)
+    if options.expansion == "zero":
+        mu = torch.zeros_like(mu)
+    selected = query_order.new_full((*mu.shape[:-1], options.top_k), -1)
+    return MuseClusters(query_order, key_order, mu, selected)
+
+
+def document_forward(
+    q: Tensor, k: Tensor, v: Tensor, options: ResolvedOptions, clusters: MuseClusters | None = None
+) -> tuple[Tensor, Tensor, MuseClusters]:
+    """MuSe attention of one document.
+
+    Args:
+        q: [B, H, N, D], not scaled. k, v: [B, T, N, D]. float32 or float64.
+        clusters: reuse these; None chooses them.
+    Returns:
+        out [B, H, N, D]; lse [B, H, N]; the clusters used.
+    """
+    is_given = clusters is not None
+    clusters = clusters if clusters is not None else make_clusters(q, k, options)
+    document = Document(q * options.softmax_scale, k, v, clusters, options)
+    out, lse = step.near_field(document.q, k, v, options)
+    spread = step.key_spread(document.k, document.is_key)
+    for group in document.groups():
+        near_out, near_lse = document.queries(out, group.chunks), document.queries(lse, group.chunks)
+        if not is_given and options.top_k > 0:
+            document.select(group, near_lse, spread)
+        far, _ = document.far_keys(group)
+        merged_out, merged_lse = step.merge_by_lse(near_out, near_lse, *step.far_field(far, group.summary.vbar))
+        out[:, :, group.tokens] = document.tokens(merged_out, group)
+        lse[:, :, group.tokens] = document.tokens(merged_lse.unsqueeze(-1), group).squeeze(-1)
+    return out, lse, clusters
+
+
+def document_backward(
+    q: Tensor, k: Tensor, v: Tensor, merged: Merged, clusters: MuseClusters, options: ResolvedOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of `document_forward`, with its clusters; cluster orders, mu and R are constants.
+
+    Source: docs/attention.md, "Gradient".
+    """
+    document = Document(q * options.softmax_scale, k, v, clusters, options)
+    dq, dk, dv = step.near_field_backward(document.q, k, v, merged, options)
+    far_dk, far_dv = torch.zeros_like(document.k), torch.zeros_like(document.v)
+    for group in document.groups():
+        far, selected = document.far_keys(group)
+        seen = slice(group.num_far)
+        rows = (document.queries(x, group.chunks) for x in (merged.dout, merged.lse, merged.delta))
+        group_dout, group_lse, group_delta = rows
+        group_lse = group_lse.masked_fill(~group.is_query, math.inf)  # no weight where there is no query
+        group_dq, gradient = step.far_field_backward(
+            group_dout, group.q, group.mu, far, group.summary, group_lse, group_delta, options.order
+        )
+        group_dq = group_dq + step.retrieved_backward(
+            group_dout, group.q, far, selected, group_lse, group_delta, far_dk[:, :, seen], far_dv[:, :, seen]
+        )
+        through_summaries = step.summaries_backward(
+            group.mu, document.k[:, :, seen], document.v[:, :, seen], document.is_key[seen], group.summary, gradient
+        )
+        far_dk[:, :, seen] += through_summaries[0]
+        far_dv[:, :, seen] += through_summaries[1]
+        dq[:, :, group.tokens] += document.tokens(group_dq, group)
+    dk += step.scatter_tokens(far_dk.flatten(2, 3), clusters.key_order.flatten(2), document.num_tokens)
+    dv += step.scatter_tokens(far_dv.flatten(2, 3), clusters.key_order.flatten(2), document.num_tokens)
+    return dq * options.softmax_scale, dk, dv
