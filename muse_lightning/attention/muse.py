@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -75,13 +75,11 @@ class Muse(AttentionStrategy):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        if cu_seqlens is None:
-            out = muse_attention(q, k, v, softmax_scale=softmax_scale, **self.options)
-        else:
-            flat = (flatten_batch(x) for x in (q, k, v))
-            out = muse_attention(*flat, softmax_scale=softmax_scale, cu_seqlens=cu_seqlens, **self.options)
-            out = unflatten_batch(out, q.shape[0])
-        return out
+        batch_size = q.shape[0]
+        if cu_seqlens is not None:
+            q, k, v = (flatten_batch(x) for x in (q, k, v))
+        out = cast(Tensor, muse_attention(q, k, v, softmax_scale=softmax_scale, cu_seqlens=cu_seqlens, **self.options))
+        return out if cu_seqlens is None else unflatten_batch(out, batch_size)
 
     def check(self, *, seq_len: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().check(seq_len=seq_len, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)

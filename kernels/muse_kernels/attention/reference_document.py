@@ -95,7 +95,7 @@ class Document:
         return is_far & self.is_key[:num_far].any(-1)
 
     def grouped(self, x: Tensor) -> Tensor:
-        """[B, H, A / G, ...] -> [B, T, A, ...]: together the query clusters of all heads that share a key-value head."""
+        """[B, H, A / G, ...] -> [B, T, A, ...]: the query clusters of all heads of one key-value head together."""
         return x.unflatten(1, (self.num_kv_heads, -1)).flatten(2, 3)
 
     def ungrouped(self, x: Tensor) -> Tensor:
