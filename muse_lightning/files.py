@@ -1,0 +1,117 @@
+"""Files that are either whole or absent: temporary name in the target folder, fsync, rename. All packages may import
+this file."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from muse_lightning.errors import UserError
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hexadecimal SHA-256 of a file's content, read in pieces of 1 MiB."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: Path | str) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader, or a kill at any instant, sees the old content or the new one, never a part.
+
+    Args:
+        path: The file to write or to replace. Its folder must exist.
+        data: The whole content; text is encoded as UTF-8.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    # In the target's own folder: a rename across file systems would be a copy, which can be torn.
+    temporary = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when the `with` block ends without an error.
+
+    Yields:
+        An empty temporary folder beside `path`. On success everything in it is flushed to the disk and it takes the
+        place of `path` (a folder of that name is removed). On an error it is deleted and `path` stays as it was.
+
+    Leftovers of killed builds of the same folder are removed first, so at most one process may build it: hold
+    `exclusive_lock(path)`.
+    """
+    for leftover in path.parent.glob(f".{path.name}.partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    suffix = uuid.uuid4().hex[:8]
+    temporary = path.with_name(f".{path.name}.partial-{suffix}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                fsync_path(os.path.join(folder, name))
+            fsync_path(folder)
+        if path.exists():
+            # A folder cannot be renamed onto a non-empty one. A kill between the two renames leaves no folder, never a
+            # mixed one.
+            replaced = path.with_name(f".{path.name}.partial-{suffix}-replaced")
+            os.rename(path, replaced)
+            os.rename(temporary, path)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_path(path.parent)
+
+
+@contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock of `path`, and hold it during the `with` block.
+
+    The lock is an flock on `.<name>.lock` beside `path`; the kernel frees it when its holder dies. The file stays:
+    unlinking it would let two processes lock two different files.
+
+    Raises:
+        UserError: the folder that holds `path` cannot be written.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {path.parent}: {error.strerror}; choose a folder that can be written"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
