@@ -1,0 +1,28 @@
+"""Error against exact attention on two recorded heads, held to the figures of docs/attention.md, "Error measured"."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from muse_kernels import muse_attention
+
+ACTIVATIONS = Path(__file__).parents[2] / "data" / "activations"
+TOLERANCE = 0.05
+"""Relative. The figures have two digits, and sums in another order move a token across a median now and then."""
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "figure"),
+    [
+        ("layer1_head3", {}, 0.055),
+        ("layer6_head10", {}, 0.061),
+    ],
+)
+def test_relative_squared_error_at_16k(head: str, options: dict[str, object], figure: float) -> None:
+    q, k, v = torch.load(ACTIVATIONS / f"{head}.pt", weights_only=True).float()[:, None, None]
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out = muse_attention(q, k, v, **options)
+    error = ((out - exact).square().sum() / exact.square().sum()).item()
+    assert error == pytest.approx(figure, rel=TOLERANCE)

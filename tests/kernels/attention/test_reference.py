@@ -1,0 +1,134 @@
+"""The steps of the operator, each against its definition in docs/attention.md."""
+
+import math
+
+import pytest
+import torch
+
+from muse_kernels.attention import reference as step
+
+TINY = 1e-12
+"""float64 rounding of sums over a few dozen terms."""
+
+
+def random_clusters(num_query_clusters: int, num_key_clusters: int, keys: int, head_dim: int) -> tuple:
+    mu = torch.randn(1, 1, num_query_clusters, head_dim, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 1, num_key_clusters, keys, head_dim, dtype=torch.float64)
+    return mu, k, v, torch.ones(num_key_clusters, keys, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_a_summary_never_overstates_a_clusters_mass_and_is_exact_at_mu(scale: float) -> None:
+    mu, k, v, is_key = random_clusters(3, 5, keys=8, head_dim=6)
+    summary = step.summaries(mu, k, v, is_key)
+    q = mu.unsqueeze(3) + scale * torch.randn(1, 1, 3, 16, 6, dtype=torch.float64)
+    q[:, :, :, 0] = mu
+    in_sight = torch.ones(3, 5, dtype=torch.bool)
+
+    logits = step.summary_logits(q, mu, summary, in_sight, order=1)
+    true_mass = torch.einsum("btasd,btmkd->btasmk", q, k).logsumexp(-1)
+
+    assert (logits <= true_mass + TINY).all()
+    assert (logits < true_mass - 1e-6).any()
+    torch.testing.assert_close(logits[:, :, :, 0], true_mass[:, :, :, 0])
+
+
+def test_order_0_is_the_mass_at_mu_for_every_query() -> None:
+    mu, k, v, is_key = random_clusters(2, 3, keys=4, head_dim=6)
+    summary = step.summaries(mu, k, v, is_key)
+    logits = step.summary_logits(torch.randn(1, 1, 2, 5, 6).double(), mu, summary, torch.ones(2, 3).bool(), order=0)
+    expected = torch.einsum("btad,btmkd->btamk", mu, k).logsumexp(-1)
+    torch.testing.assert_close(logits, expected.unsqueeze(3).expand(-1, -1, -1, 5, -1))
+
+
+def test_empty_places_have_no_mass() -> None:
+    mu, k, v, is_key = random_clusters(2, 2, keys=4, head_dim=6)
+    is_key[0, 3] = False
+    is_key[1] = False
+    summary = step.summaries(mu, k, v, is_key)
+    shorter = step.summaries(mu, k[:, :, :1, :3], v[:, :, :1, :3], is_key[:1, :3])
+    for full, short in zip(summary, shorter, strict=True):
+        torch.testing.assert_close(full[:, :, :, :1], short)
+    assert (summary.log_mass[..., 1] == -math.inf).all()
+    assert (summary.kbar[..., 1, :] == 0).all()
+    assert (summary.vbar[..., 1, :] == 0).all()
+
+
+@pytest.mark.parametrize("with_empty_places", [False, True])
+def test_summaries_backward_is_the_derivative(with_empty_places: bool) -> None:
+    mu, k, v, is_key = random_clusters(3, 2, keys=4, head_dim=5)
+    if with_empty_places:
+        is_key[1, 2:] = False
+    k.requires_grad_(), v.requires_grad_()
+    summary = step.summaries(mu, k, v, is_key)
+    gradient = step.Summaries(*(torch.randn_like(x) for x in summary))
+    expected = torch.autograd.grad(summary, (k, v), gradient)
+    actual = step.summaries_backward(mu, k, v, is_key, summary, gradient)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("length", [32, 27, 9, 1])
+@pytest.mark.parametrize("cluster", [4, 32])
+def test_bisection_makes_full_clusters_and_fills_a_partial_chunk_from_the_first(length: int, cluster: int) -> None:
+    order = step.bisection_order(torch.randn(2, 3, 64 + length, 5), chunk=32, cluster=cluster)
+    assert order.shape == (2, 3, 3, 32)
+    for chunk in range(3):
+        members = order[:, :, chunk]
+        count = 32 if chunk < 2 else length
+        expected = torch.arange(chunk * 32, chunk * 32 + count, dtype=torch.int32).expand(2, 3, -1)
+        torch.testing.assert_close(members[..., :count].sort(-1).values, expected)
+        assert (members[..., count:] == -1).all()
+
+
+def test_bisection_separates_what_is_apart() -> None:
+    centres = torch.tensor([[10.0, 0], [-10, 0], [10, 3], [-10, 3]])
+    label = torch.randperm(64) % 4
+    x = centres[label] + 0.1 * torch.randn(64, 2)
+    clusters = label[step.bisection_order(x[None, None], chunk=64, cluster=16)[0, 0].long()].view(4, 16)
+    assert (clusters == clusters[:, :1]).all()
+
+
+@pytest.mark.parametrize("x", [torch.ones(1, 1, 16, 4), torch.zeros(1, 1, 16, 4)], ids=["all equal", "all zero"])
+def test_bisection_keeps_the_order_of_what_does_not_differ(x: torch.Tensor) -> None:
+    torch.testing.assert_close(step.bisection_order(x, 8, 2), step.spatial_order(x, 8))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_bisection_does_not_depend_on_scale(scale: float) -> None:
+    x = torch.randn(1, 2, 64, 8)
+    torch.testing.assert_close(step.bisection_order(x * scale, 32, 4), step.bisection_order(x, 32, 4))
+
+
+def test_query_mass_and_selection_against_loops() -> None:
+    logits, near_lse = torch.randn(1, 2, 3, 4, 9), torch.randn(1, 2, 3, 4)
+    is_query = torch.ones(3, 4, dtype=torch.bool)
+    is_query[2, 3] = False
+    in_sight = torch.rand(3, 9) < 0.6
+    in_sight[0] = torch.arange(9) < 1
+    mass = step.query_mass(logits.masked_fill(~in_sight[:, None], -math.inf), near_lse, is_query)
+    selected = step.select(mass, in_sight, top_k=3)
+    for head in range(2):
+        for a in range(3):
+            seen = in_sight[a].nonzero().flatten()
+            total = torch.zeros(9)
+            for s in range(4):
+                if is_query[a, s]:
+                    exponentials = logits[0, head, a, s, seen].exp()
+                    total[seen] += exponentials / (exponentials.sum() + near_lse[0, head, a, s].exp())
+            torch.testing.assert_close(mass[0, head, a, seen].exp(), total[seen])
+            best = total[seen].argsort(descending=True)[:3]
+            expected = seen[best].sort().values.tolist()
+            assert selected[0, head, a].tolist() == expected + [-1] * (3 - len(expected))
+
+
+def test_merge_by_lse_equals_softmax_over_both() -> None:
+    logits, values = torch.randn(5, 7, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    parts = [(logits[:, s].softmax(-1) @ values[s], logits[:, s].logsumexp(-1)) for s in (slice(3), slice(3, 7))]
+    out, lse = step.merge_by_lse(*parts[0], *parts[1])
+    torch.testing.assert_close(out, logits.softmax(-1) @ values)
+    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    nothing = torch.full((5,), -math.inf, dtype=torch.float64)
+    torch.testing.assert_close(step.merge_by_lse(*parts[0], torch.zeros(5, 3).double(), nothing), parts[0])
+    out, lse = step.merge_by_lse(torch.zeros(5, 3), nothing, torch.zeros(5, 3), nothing)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
