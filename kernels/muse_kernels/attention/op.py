@@ -4,7 +4,8 @@ The operators are opaque to torch.compile. Cluster orders, mu and R are outputs 
 backward pass uses the very clusters of the forward pass. Definition: docs/attention.md.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -228,12 +229,24 @@ _OPTIONS = ResolvedOptions.schema()
 _CLUSTERS = "Tensor{0} query_order, Tensor{0} key_order, Tensor{0} mu, Tensor{0} selected"
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Inputs have their dtype by now; autocast must not lower the precision of the statistics inside."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return function(*arguments)
+
+    return wrapped
+
+
 @torch.library.custom_op(
     "muse::attention_forward",
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {_CLUSTERS.format('?')}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+@_without_autocast
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *clusters_and_options: Any
 ) -> tuple[Tensor, ...]:
@@ -291,6 +304,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *clusters_and_
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
     f"{_CLUSTERS.format('')}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
+@_without_autocast
 def attention_backward(
     dout: Tensor,
     q: Tensor,

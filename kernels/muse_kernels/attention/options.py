@@ -45,10 +45,9 @@ class MuseOptions:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.order not in (0, 1):
             raise ValueError(f"order must be 0 or 1, got {self.order}")
-        for name, annotation in get_type_hints(MuseOptions).items():
-            if get_origin(annotation) is Literal and getattr(self, name) not in get_args(annotation):
-                accepted = ", ".join(get_args(annotation))
-                raise ValueError(f"{name} must be one of {accepted}, got {getattr(self, name)!r}")
+        for name, accepted in _CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
 
     def resolved(self, head_dim: int) -> "ResolvedOptions":
         """The options with numbers in place of the defaults that depend on other values."""
@@ -56,6 +55,14 @@ class MuseOptions:
         values["softmax_scale"] = head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
         values["exact_below"] = 4 * self.chunk if self.exact_below is None else self.exact_below
         return ResolvedOptions(**values)
+
+
+# Read from the annotations once: torch.compile cannot trace get_type_hints.
+_CHOICES = {
+    name: get_args(annotation)
+    for name, annotation in get_type_hints(MuseOptions).items()
+    if get_origin(annotation) is Literal
+}
 
 
 @dataclass(frozen=True, kw_only=True)
