@@ -1,0 +1,156 @@
+"""`muse`: the table of verbs and the exit codes. Neither torch nor Lightning is imported before a verb needs it."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from muse_lightning import __version__
+from muse_lightning.errors import ExitCode, UserError, nearest
+
+ALLOW_MODULE = "--allow_module"
+TRACEBACK_VARIABLE = "MUSE_TRACEBACK"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command of `muse`.
+
+    `function` is the path of a function `(verb, description, args, allowed) -> None`, imported when the verb is used;
+    `args` is the command line after the verb, `allowed` the modules of --allow_module.
+    """
+
+    description: str
+    function: str
+
+
+VERBS = {
+    "fit": Verb("train a model", "muse_lightning.commands.run_trainer"),
+    "validate": Verb("evaluate a checkpoint on the validation documents", "muse_lightning.commands.run_trainer"),
+    "test": Verb("evaluate a checkpoint on the held-out test documents", "muse_lightning.commands.run_trainer"),
+    "predict": Verb("write the log-likelihood of every token", "muse_lightning.commands.run_trainer"),
+    "prepare": Verb("build the dataset of a recipe", "muse_lightning.commands.prepare"),
+    "data inspect": Verb("decode blocks of a prepared dataset", "muse_lightning.data_commands.inspect"),
+    "tokenizer train": Verb("train a byte-level BPE tokenizer", "muse_lightning.data_commands.train_tokenizer"),
+    "info": Verb("versions, devices and kernels; with --config, what a recipe takes", "muse_lightning.commands.info"),
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run `muse` and return its exit code (`ExitCode`).
+
+    Args:
+        args: the command line; None: this process's.
+    """
+    try:
+        return run(sys.argv[1:] if args is None else list(args))
+    except UserError as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            traceback.print_exc()
+        print(f"{_rank_prefix()}error: {' '.join(str(error).split())}", file=sys.stderr)
+        return ExitCode.USER_ERROR
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except SystemExit as stop:
+        # Lightning ends an interrupted run with exit code 1.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return ExitCode.INTERRUPTED
+        return stop.code if isinstance(stop.code, int) else ExitCode.DONE if stop.code is None else ExitCode.BUG
+    except BrokenPipeError:
+        # The reader of `muse ... | head` has gone: nobody is left to tell. Python would try to flush once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+    except Exception:
+        traceback.print_exc()
+        return ExitCode.BUG
+
+
+def run(args: list[str]) -> int:
+    """Find the verb and call its function.
+
+    Raises:
+        UserError: there is no such verb, or its arguments are wrong.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        print(overview())
+        return ExitCode.DONE
+    if args[0] == "--version":
+        print(f"muse-lightning {__version__}")
+        return ExitCode.DONE
+    name, rest = split_verb(args)
+    verb = VERBS[name]
+    allowed, rest = take_allowed_modules(rest)
+
+    from muse_lightning.configuration.allow_list import only_allowed_modules
+    from muse_lightning.library_output import quiet_libraries
+
+    with only_allowed_modules(allowed), quiet_libraries():
+        module, _, attribute = verb.function.rpartition(".")
+        function: Callable[[str, str, Sequence[str], Sequence[str]], None] = getattr(import_module(module), attribute)
+        function(name, verb.description, rest, allowed)
+    return ExitCode.DONE
+
+
+def overview() -> str:
+    """The text of `muse --help`."""
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.description}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: muse VERB [--config FILE|recipe:NAME ...] [--KEY=VALUE ...]",
+            "",
+            "Pretraining on long contexts with Multipole Semantic Attention.",
+            "",
+            *lines,
+            "",
+            "muse VERB --help lists every key of a verb; muse --version prints the version.",
+        ]
+    )
+
+
+def split_verb(args: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb that a command line begins with, one word or two, and the rest.
+
+    Raises:
+        UserError: it begins with none.
+    """
+    for length in (2, 1):
+        name = " ".join(args[:length])
+        if name in VERBS:
+            return name, list(args[length:])
+    family = [name for name in VERBS if name.startswith(f"{args[0]} ")]
+    if family:
+        raise UserError(f"muse {args[0]}: a second word must follow; accepted: {', '.join(family)}")
+    raise UserError(f"muse: no verb {args[0]!r}; nearest: {nearest(args[0], VERBS)}; muse --help lists all")
+
+
+def take_allowed_modules(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of --allow_module, and the command line without them: no file can say it, so no parser knows it.
+
+    Raises:
+        UserError: the last one has no value.
+    """
+    allowed, rest = [], []
+    tokens = iter(args)
+    for token in tokens:
+        name, is_assignment, value = token.partition("=")
+        if name != ALLOW_MODULE:
+            rest.append(token)
+            continue
+        if not is_assignment:
+            value = next(tokens, "")
+        if not value:
+            raise UserError(f"{ALLOW_MODULE}: a module name must follow, such as my_project.attention")
+        allowed.append(value)
+    return allowed, rest
+
+
+def _rank_prefix() -> str:
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return "" if rank == "0" else f"rank {rank}: "
+
+
+if __name__ == "__main__":
+    sys.exit(main())

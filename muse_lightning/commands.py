@@ -1,0 +1,256 @@
+"""The verbs of `muse` on LightningCLI(LanguageModel, TokenDataModule), and the run around a trainer's call."""
+
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentError, Namespace, set_loader
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from muse_lightning.callbacks.progress import progress_bar
+from muse_lightning.configuration.check import ConfigCheck, explain
+from muse_lightning.configuration.layers import load_with_presets, read_layers
+from muse_lightning.configuration.packaged import resolve_arguments
+from muse_lightning.configuration.redact import without_credentials
+from muse_lightning.data.datamodule import TokenDataModule
+from muse_lightning.errors import UserError
+from muse_lightning.measure.info import environment, report
+from muse_lightning.training.module import LanguageModel
+from muse_lightning.training.run_folder import RunFolder
+
+LINKS_AT_PARSE = {"model.seq_len": "data.seq_len", "data.seed": "seed_everything"}
+LINKS_AT_INSTANTIATION = {"model.tokenizer_size": "data.vocab_size"}
+LINKS = LINKS_AT_PARSE | LINKS_AT_INSTANTIATION
+"""Target -> source: values that must agree are given once."""
+
+EPILOG = """
+--config takes a file or recipe:NAME (a packaged recipe) and may be repeated: later files and flags win. Any key of a
+file is also a flag: --model.attention=Muse --model.attention.top_k=8 --model.config=presets/75m.yaml
+--trainer.callbacks+=Name. A class path may name torch, lightning, litdata and muse_lightning; --allow_module NAME
+(repeatable, as a flag only) trusts one more module, also one in the working directory. MUSE_TRACEBACK=1 shows the
+traceback of an error.
+"""
+
+
+class MuseCLI(LightningCLI):
+    """Parser of one verb, and what is built from it: `datamodule`, `model`, and `trainer` where the verb needs one.
+
+    Without LightningCLI's own subcommands (`run=False`) a config.yaml has the same keys for every verb, and what a
+    checkpoint stored is never merged over files and flags.
+
+    Args:
+        verb: as the user wrote it.
+        description: one line for its help.
+        args: the command line after the verb, without --allow_module.
+        allowed: modules of --allow_module.
+        with_trainer: whether the verb needs a trainer, and a run folder with it.
+    """
+
+    run_folder: RunFolder
+
+    def __init__(
+        self, verb: str, description: str, args: Sequence[str], allowed: Sequence[str], with_trainer: bool
+    ) -> None:
+        self.with_trainer = with_trainer
+        self.allowed = allowed
+        super().__init__(
+            LanguageModel,
+            TokenDataModule,
+            save_config_callback=None,
+            seed_everything_default=42,
+            parser_kwargs={
+                "prog": f"muse {verb}",
+                "description": description,
+                "epilog": EPILOG,
+                "exit_on_error": False,
+            },
+            auto_configure_optimizers=False,
+            args=resolve_arguments(args),
+            run=False,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed and the run's folder."""
+        parser.add_argument(
+            "--seed_everything", type=int, default=self.seed_everything_default, help="Seed of weights and data order."
+        )
+        parser.add_argument("--run.root", type=Path, default=Path("runs"), help="Folder of all runs.")
+        parser.add_argument("--run.name", type=str, default="muse", help="The run is ROOT/NAME/version_N.")
+        parser.add_argument(
+            "--run.version", type=int | None, default=None, help="N, which must be new; null: the next free number."
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Checkpoint to start from. Its weights and training state are taken, never its configuration.",
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Tie together values that must agree."""
+        for target, source in LINKS_AT_PARSE.items():
+            parser.link_arguments(source, target)
+        for target, source in LINKS_AT_INSTANTIATION.items():
+            parser.link_arguments(source, target, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse files and flags.
+
+        Raises:
+            UserError: any mistake in them, in one line.
+        """
+        set_loader("yaml", load_with_presets)
+        check = ConfigCheck(parser, LINKS, self.allowed)
+        if not {"-h", "--help"} & set(args):
+            for layer in read_layers(args):
+                check.add(layer)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(explain(error, check)) from error
+        self.config.ckpt_path = checked_checkpoint(self.config.ckpt_path)
+
+    def instantiate_classes(self) -> None:
+        """Build data module, model and, for verbs that need it, the trainer."""
+        if self.with_trainer:
+            super().instantiate_classes()
+        else:
+            self.config_init = self.parser.instantiate_classes(self.config)
+            self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Create the run's folder, and a trainer that writes to it."""
+        run = self.config.run
+        self.run_folder = RunFolder.create(run.root, run.name, run.version)
+        try:
+            self.run_folder.write("config.yaml", self._config_text())
+            self.run_folder.write_environment(environment())
+            trainer = self.config_init["trainer"]
+            return super().instantiate_trainer(
+                logger=self._logger(trainer["logger"]),
+                callbacks=self._callbacks(trainer),
+                default_root_dir=trainer["default_root_dir"] or self.run_folder.path,
+                **kwargs,
+            )
+        except Exception as error:
+            self.run_folder.discard()
+            if isinstance(error, (MisconfigurationException, ValueError, TypeError)):
+                raise UserError(f"trainer: {_first_sentence(error)}") from error
+            raise
+
+    def _config_text(self) -> str:
+        """The whole configuration as YAML: running it again repeats the run, in a new version."""
+        config = self.config.clone()
+        config.pop("config", None)
+        config.run.version = None
+        return without_credentials(self.parser.dump(config, skip_unset=False))
+
+    def _logger(self, chosen: Any) -> Logger | Sequence[Logger] | bool:
+        if chosen not in (None, True):
+            return chosen
+        folder = self.run_folder.path
+        return TensorBoardLogger(save_dir=folder.parent.parent, name=folder.parent.name, version=folder.name)
+
+    def _callbacks(self, trainer: Namespace) -> list[Callback]:
+        """The user's callbacks, and the default ones of kinds that the user has none of."""
+        given = trainer["callbacks"] or []
+        callbacks = list(given) if isinstance(given, list) else [given]
+        kinds: list[tuple[bool, type[Callback], Callable[[], Callback]]] = [
+            (trainer["enable_progress_bar"] is not False, ProgressBar, progress_bar),
+            (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
+            (trainer["enable_checkpointing"] is not False, Checkpoint, self._checkpoint_callback),
+        ]
+        for is_wanted, kind, make in kinds:
+            if is_wanted and not any(isinstance(callback, kind) for callback in callbacks):
+                callbacks.append(make())
+        return callbacks
+
+    def _checkpoint_callback(self) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            dirpath=self.run_folder.checkpoints if self.run_folder.is_owner else None,
+            filename="step={step}",
+            auto_insert_metric_name=False,
+            save_top_k=1,
+        )
+
+
+def checked_checkpoint(path: str | None) -> str | None:
+    """The value of --ckpt_path if it can be loaded.
+
+    Raises:
+        UserError: it is an address (Lightning would unpickle whatever came from there), or nothing is there.
+    """
+    if path is None:
+        return None
+    if "://" in path:
+        raise UserError(f"ckpt_path: {path} is an address; expected the path of a local checkpoint")
+    if not Path(path).exists():
+        raise UserError(f"ckpt_path: no checkpoint at {path}; expected the path of a local checkpoint")
+    return path
+
+
+def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
+    """`muse fit | validate | test | predict`.
+
+    Raises:
+        UserError: what the configuration, the data or the checkpoint do not allow. A run that had not trained yet
+            leaves no folder.
+    """
+    cli = MuseCLI(verb, description, args, allowed, with_trainer=True)
+    options: dict[str, Any] = {"return_predictions": False} if verb == "predict" else {}
+    with cli.run_folder as folder:
+        try:
+            getattr(cli.trainer, verb)(
+                cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **options
+            )
+        except Exception as error:
+            mistake = as_user_error(error, cli.config)
+            if mistake is None:
+                raise
+            if cli.trainer.global_step == 0:
+                folder.discard()
+            raise mistake from error
+
+
+def prepare(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
+    """`muse prepare`: build the dataset of a recipe, or find that it is there."""
+    cli = MuseCLI(verb, description, args, allowed, with_trainer=False)
+    cli.datamodule.prepare_data()
+
+
+def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
+    """`muse info`: this machine and, given a recipe, what training it here takes."""
+    cli = MuseCLI(verb, description, args, allowed, with_trainer=False) if args else None
+    print(report(cli and (cli.model, cli.datamodule, cli.config.trainer)))
+
+
+def as_user_error(error: Exception, config: Namespace) -> UserError | None:
+    """The user's mistake behind an error of a library; None if it is not one."""
+    message = str(error)
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        wanted = message.split("Tried to allocate ")[-1].split(".  ")[0].split(". ")[0]
+        return UserError(
+            f"out of GPU memory, {wanted} more was needed; next: lower data.batch_size (now "
+            f"{config.data.batch_size}, raising trainer.accumulate_grad_batches keeps the batch) or data.seq_len"
+        )
+    if isinstance(error, MisconfigurationException):
+        return UserError(f"trainer: {_first_sentence(error)}")
+    if config.ckpt_path is not None:
+        if isinstance(error, RuntimeError) and "loading state_dict" in message:
+            detail = message.split("\n\t")[1] if "\n\t" in message else message
+            return UserError(f"ckpt_path: {config.ckpt_path} does not fit this model: {' '.join(detail.split())}")
+        if isinstance(error, (pickle.UnpicklingError, EOFError, KeyError)) or "PytorchStreamReader" in message:
+            return UserError(f"ckpt_path: {config.ckpt_path} is not a checkpoint: {_first_sentence(error)}")
+    return None
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,325 @@
+"""The first mistake of a configuration, in one line.
+
+jsonargparse merges --config files and flags, checks types and builds objects. About a mistake below a class it tells
+everything that it tried; about three mistakes it tells nothing: arguments dropped because the class changed, values
+that a link overwrites, unknown groups without content. `ConfigCheck` therefore reads the same files and flags in the
+same order. The three it refuses at once; what jsonargparse refuses it names by key, value found and values accepted.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from muse_lightning.configuration.allow_list import ALLOWED_MODULES, is_allowed
+from muse_lightning.configuration.layers import Layer, load_yaml
+from muse_lightning.configuration.packaged import resolve
+from muse_lightning.configuration.types import Accepted, accepted_by, describe
+from muse_lightning.errors import UserError, nearest
+
+SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
+
+
+@dataclasses.dataclass
+class Spec:
+    """A class and the arguments given to it so far, merged over layers. `sources` says which layer set an argument."""
+
+    cls: type
+    path: str
+    skip: int
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A value whose type jsonargparse checks: only looked at when it found a mistake."""
+
+    hint: Any
+    value: Any
+    source: str
+
+
+class ConfigCheck:
+    """Merges layers as the parser will, and collects mistakes.
+
+    Args:
+        parser: the parser of a verb.
+        links: target -> source of the values that the command line fills in.
+        allowed: modules of --allow_module.
+    """
+
+    def __init__(self, parser: ArgumentParser, links: Mapping[str, str], allowed: Sequence[str] = ()) -> None:
+        self.parser = parser
+        self.links = links
+        self.allowed = allowed
+        self.merged: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.specs: dict[str, Spec] = {}
+        self.leaves: dict[str, Leaf] = {}
+
+    def add(self, layer: Layer) -> None:
+        """Merge one more layer.
+
+        Raises:
+            UserError: it sets a link's target, drops arguments by changing a class, names a module that is not
+                allowed, a file that does not exist, or a group that does not exist.
+        """
+        self._merge_args(self.parser, "", "", self.merged, layer.values, layer, owner=None)
+
+    def first_problem(self) -> str | None:
+        """The first mistake found in the layers, as one line; None if they look right."""
+        for path, leaf in self.leaves.items():
+            refusal = _refusal(leaf.hint, leaf.value)
+            if refusal is not None:
+                self.problems.append(f"{path}: {refusal} ({leaf.source})")
+        for spec in self.specs.values():
+            missing = [name for name in _required(spec.cls, spec.skip) if name not in spec.args]
+            if missing:
+                self.problems.append(f"{spec.path}: {spec.cls.__name__} needs {', '.join(missing)}, which is not given")
+        return self.problems[0] if self.problems else None
+
+    def _merge_args(
+        self,
+        parser: ArgumentParser,
+        prefix: str,
+        path: str,
+        old: dict[str, Any],
+        new: Mapping[str, Any],
+        layer: Layer,
+        owner: type | None,
+    ) -> None:
+        """Merge the arguments `new` of a group over `old`: `prefix` is its key in `parser`, `path` its whole key."""
+        typed = {action.dest: action for action in parser._actions if hasattr(action, "_typehint")}
+        names = _children(parser, prefix)
+        for written, value in new.items():
+            key = str(written).removesuffix("+")
+            dest, full = _join(prefix, key), _join(path, key)
+            if full in self.links:
+                raise UserError(
+                    f"{full}: always equals {self.links[full]} and cannot be set, found {value!r} ({layer.source}); "
+                    f"set {self.links[full]} instead"
+                )
+            if key not in names:
+                whose = f"a parameter of {owner.__name__}" if owner else "a known option"
+                problem = f"{full}: not {whose}; nearest: {nearest(key, names)} ({layer.source})"
+                if parser is self.parser:
+                    raise UserError(problem)
+                self.problems.append(problem)
+            elif dest in typed:
+                action = typed[dest]
+                before = old.get(key, self._default_spec(action, full))
+                old[key] = self._merge_value(action._typehint, before, value, full, layer, written != key)
+            else:
+                group = self._group_values(value, full, layer)
+                if group is not None:
+                    values, inner = group
+                    base = next(
+                        (a.basetype for a in parser._actions if a.dest == dest and hasattr(a, "basetype")), None
+                    )
+                    self._merge_args(parser, dest, full, old.setdefault(key, {}), values, inner, base or owner)
+
+    def _group_values(self, value: Any, full: str, layer: Layer) -> tuple[Mapping[str, Any], Layer] | None:
+        """The values of a group, and the layer they are in: a group may also be the name of a YAML file."""
+        if isinstance(value, str):
+            file = resolve(value)
+            return load_yaml(file, full, layer.folder), Layer(file, {}, (layer.folder / file).parent)
+        if isinstance(value, Mapping):
+            return (value.get("init_args", {}) if "class_path" in value else value), layer
+        if value is not None:
+            raise UserError(f"{full}: expected keys with values, found {value!r:.100} ({layer.source})")
+        return None
+
+    def _merge_value(self, hint: Any, old: Any, new: Any, path: str, layer: Layer, append: bool = False) -> Any:
+        accepted = accepted_by(hint)
+        if append:
+            items = list(old) if isinstance(old, list) else [] if old is None else [old]
+            for value in new if isinstance(new, list) else [new]:
+                items.append(self._merge_value(accepted.item, None, value, f"{path}[{len(items)}]", layer))
+            return items
+        if isinstance(new, list) and accepted.item is not None:
+            for stale in [known for known in self.specs if known.startswith(f"{path}[")]:
+                del self.specs[stale]
+            return [self._merge_value(accepted.item, None, v, f"{path}[{i}]", layer) for i, v in enumerate(new)]
+        if isinstance(new, dict) and isinstance(old, list) and old:
+            old[-1] = self._merge_value(accepted.item, old[-1], new, f"{path}[{len(old) - 1}]", layer)
+            return old
+        if accepted.classes and (isinstance(new, dict) or (isinstance(new, str) and not accepted.text)):
+            return self._merge_spec(accepted, old, new, path, layer)
+        if isinstance(new, str) and accepted.importable and "." in new:
+            self._require_allowed(new, path, layer)
+        self.leaves.pop(path, None)
+        self.leaves[path] = Leaf(hint, new, layer.source)
+        return new
+
+    def _merge_spec(self, accepted: Accepted, old: Any, new: Any, path: str, layer: Layer) -> Spec | None:
+        if isinstance(new, str) and (layer.folder / new).is_file():
+            new, layer = load_yaml(new, path, layer.folder), Layer(new, {}, (layer.folder / new).parent)
+        spec = {"class_path": new} if isinstance(new, str) else new
+        if not any(key in spec for key in SPEC_KEYS):
+            spec = {"init_args": spec}
+        for key in spec:
+            if key not in SPEC_KEYS:
+                self.problems.append(
+                    f"{path}.{key}: not a known key; accepted: {', '.join(SPEC_KEYS)} ({layer.source})"
+                )
+        old = old if isinstance(old, Spec) else None
+        cls = self._find_class(spec["class_path"], accepted, path, layer) if "class_path" in spec else None
+        if cls is None and ("class_path" in spec or (old is None and len(accepted.classes) != 1)):
+            return None
+        merged = Spec(cls or (old.cls if old else accepted.classes[0]), path, accepted.positional)
+        if old is not None:
+            self._keep_arguments(old, merged, layer, is_restart=spec.get("init_args") == {})
+        shown = path if dataclasses.is_dataclass(merged.cls) else f"{path}.init_args"
+        given = spec.get("init_args") or {}
+        if isinstance(given, Mapping):
+            known = set(merged.args)
+            self._merge_args(_class_parser(merged.cls, merged.skip), "", shown, merged.args, given, layer, merged.cls)
+            merged.sources |= {key: layer.source for key in merged.args if key in given or key not in known}
+        self.specs[path] = merged
+        return merged
+
+    def _default_spec(self, action: Any, path: str) -> Spec | None:
+        """The class that holds as long as no layer names one."""
+        if isinstance(action.default, Mapping) and "class_path" in action.default:
+            return Spec(_import(action.default["class_path"]), path, accepted_by(action._typehint).positional)
+        return None
+
+    def _keep_arguments(self, old: Spec, new: Spec, layer: Layer, is_restart: bool) -> None:
+        """Carry arguments over to the new class, which must take all of them unless the layer says `init_args: {}`."""
+        if new.cls is old.cls:
+            new.args, new.sources = dict(old.args), dict(old.sources)
+            return
+        hints = {a.dest: a._typehint for a in _class_parser(new.cls, new.skip)._actions if hasattr(a, "_typehint")}
+        for name, value in old.args.items():
+            if name in hints and _refusal(hints[name], value) is None:
+                new.args[name], new.sources[name] = value, old.sources.get(name, "")
+        dropped = [name for name in old.args if name not in new.args]
+        if dropped and not is_restart:
+            names = " and ".join(f"{name}={old.args[name]!r}" for name in dropped)
+            source = old.sources.get(dropped[0], "earlier")
+            raise UserError(
+                f"{new.path}: {new.cls.__name__} does not take {names}, given to {old.cls.__name__} ({source}); "
+                f"to drop it, write {new.path}: {{class_path: {new.cls.__name__}, init_args: {{}}}}"
+            )
+
+    def _find_class(self, name: Any, accepted: Accepted, path: str, layer: Layer) -> type | None:
+        base = accepted.classes[0].__name__
+        if not isinstance(name, str):
+            self.problems.append(f"{path}.class_path: expected the name of a class, found {name!r} ({layer.source})")
+            return None
+        known = {cls.__name__: cls for root in accepted.classes for cls in _subclasses(root)}
+        # The base class of others is rarely what somebody meant to name.
+        choices = {key: cls for key, cls in known.items() if len(known) == 1 or cls not in accepted.classes}
+        if "." not in name:
+            if name not in known:
+                self.problems.append(
+                    f"{path}: {name!r} is no known {base}; nearest: {nearest(name, choices)} ({layer.source})"
+                )
+            return known.get(name)
+        self._require_allowed(name, path, layer)
+        found = _import(name)
+        if found is None:
+            self.problems.append(
+                f"{path}: there is no {name}; nearest: {_nearest_path(name, choices)} ({layer.source})"
+            )
+        elif isinstance(found, type) and not issubclass(found, accepted.classes):
+            self.problems.append(f"{path}: {name} is no {base}; known: {nearest(name, choices)} ({layer.source})")
+        return found if isinstance(found, type) else None
+
+    def _require_allowed(self, name: str, path: str, layer: Layer) -> None:
+        if not is_allowed(name, self.allowed):
+            module = name.rpartition(".")[0]
+            raise UserError(
+                f"{path}: {name} is outside the modules a configuration may name, {', '.join(ALLOWED_MODULES)} "
+                f"({layer.source}); to trust it, add --allow_module {module}"
+            )
+
+
+def explain(error: ArgumentError, check: ConfigCheck) -> str:
+    """One line for what jsonargparse refused: by our own reading of the layers, else from its message."""
+    problem = check.first_problem()
+    if problem is not None:
+        return problem
+    message = str(error)
+    denied = _denied_import(error)
+    if denied:
+        return denied
+    required = re.search(r"the following arguments are required: (.+)", message)
+    if required:
+        return f"required, but not given: {required[1]}"
+    return " ".join(message.split())[:400]
+
+
+def _join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
+
+
+def _children(parser: ArgumentParser, prefix: str) -> set[str]:
+    start = prefix + "." if prefix else ""
+    dests = [action.dest for action in parser._actions if action.dest.startswith(start)]
+    return {dest[len(start) :].split(".")[0] for dest in dests if not dest.endswith(".help") and dest != "help"}
+
+
+def _subclasses(cls: type) -> list[type]:
+    found: list[type] = [] if inspect.isabstract(cls) else [cls]
+    sub: type
+    for sub in cls.__subclasses__():
+        found += [c for c in _subclasses(sub) if not c.__name__.startswith("_")]
+    return found
+
+
+def _import(name: str) -> Any:
+    """The object at a dotted path, or None. Only called for allowed names."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute, None)
+    except ImportError:
+        return None
+
+
+def _nearest_path(name: str, known: Mapping[str, type]) -> str:
+    """Known classes with names like the last part of `name`, by their whole paths."""
+    close = nearest(name.rpartition(".")[2], known).split(", ")
+    return ", ".join(f"{known[key].__module__}.{key}" for key in close if key in known)
+
+
+@cache
+def _class_parser(cls: type, skip: int) -> ArgumentParser:
+    """A parser of the arguments of a class, without its first `skip` positional ones."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, fail_untyped=False, skip={skip} if skip else None)
+    return parser
+
+
+def _required(cls: type, skip: int) -> list[str]:
+    """Parameters of a class that have no default."""
+    try:
+        parameters = list(inspect.signature(cls).parameters.values())[skip:]
+    except ValueError:
+        return []
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+
+
+def _refusal(hint: Any, value: Any) -> str | None:
+    """Why jsonargparse does not accept the value for the type; None if it does."""
+    if isinstance(value, Spec):
+        return None if issubclass(value.cls, accepted_by(hint).classes) else f"expected {describe(hint)}"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        parser.parse_object({"value": value})
+    except ArgumentError as error:
+        return _denied_import(error) or f"expected {describe(hint)}, found {value!r:.100}"
+    return None
+
+
+def _denied_import(error: ArgumentError) -> str | None:
+    found = re.search(r"Importing '([^']+)' is not allowed", str(error))
+    return found and f"{found[1]} is outside the modules a configuration may name, {', '.join(ALLOWED_MODULES)}"

@@ -1,0 +1,110 @@
+"""The --config files and flags of a command line as they were given, in order: layers, of which the later wins."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader
+
+from muse_lightning.configuration.packaged import PRESET_PREFIX, resolve
+from muse_lightning.errors import UserError, nearest
+
+COMMAND_LINE = "command line"
+_load = get_loader("yaml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One --config file, or one flag: later layers win.
+
+    `source` is the file's name or "command line"; paths inside `values` are relative to `folder`.
+    """
+
+    source: str
+    values: dict[str, Any]
+    folder: Path
+
+
+def read_layers(args: Sequence[str]) -> list[Layer]:
+    """The --config files and flags of a command line, in order.
+
+    Raises:
+        UserError: a file is missing, is not YAML, or does not hold a mapping.
+    """
+    layers = []
+    here = Path.cwd()
+    tokens = list(args)
+    while tokens:
+        token = tokens.pop(0)
+        name, has_value, value = token.partition("=")
+        if token.startswith("-c") and not token.startswith("--"):
+            name, has_value, value = "--config", token[2:], token[2:].removeprefix("=")
+        if not name.startswith("--"):
+            layers.append(Layer(COMMAND_LINE, {token: None}, here))
+            continue
+        if name == "--print_config" or name.endswith((".help", "--help")):
+            continue
+        if not has_value:
+            value = tokens.pop(0) if tokens and not tokens[0].startswith("--") else "null"
+        if name == "--config":
+            layers.append(Layer(value, load_yaml(value, "--config", here), Path(value).resolve().parent))
+        else:
+            layers.append(Layer(COMMAND_LINE, _nested(name[2:].split("."), _parse(value)), here))
+    return layers
+
+
+def load_with_presets(text: str) -> Any:
+    """What YAML text says. `config: presets/NAME.yaml` becomes the path of the packaged file."""
+    values = _load(text)
+    _resolve_presets(values)
+    return values
+
+
+def load_yaml(path: str, key: str, folder: Path) -> dict[str, Any]:
+    """The mapping in a YAML file that `key` named, relative to `folder`.
+
+    Raises:
+        UserError: the file is missing or unreadable, is not YAML, or does not hold a mapping.
+    """
+    file = folder / path
+    if not file.is_file():
+        others = [
+            str(other.relative_to(folder)) for other in file.parent.glob("*.yaml") if not Path(path).is_absolute()
+        ]
+        raise UserError(f"{key}: no file {path}" + (f"; nearest: {nearest(path, others)}" if others else ""))
+    try:
+        values = load_with_presets(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        position = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{key}: {path} is not YAML{position}: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{key}: cannot read {path}: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{key}: {path} holds {values!r:.60}; expected keys with values, such as `trainer:`")
+    return values
+
+
+def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _parse(value: str) -> Any:
+    try:
+        return load_with_presets(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _resolve_presets(values: Any) -> None:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if key == "config" and isinstance(value, str) and value.startswith(PRESET_PREFIX):
+                values[key] = resolve(value)
+            _resolve_presets(value)
