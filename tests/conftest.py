@@ -66,6 +66,9 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 @pytest.fixture(autouse=True, scope="session")
 def _poisoned_empty() -> Iterator[None]:
     """Fill what torch.empty and its relatives return: an output left unwritten fails instead of passing by luck."""
+    # torch.device as a context looks up once, by identity, which functions it redirects: it must see the real ones.
+    with torch.device("meta"):
+        torch.empty(0)
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in [
             (torch, "empty"),
