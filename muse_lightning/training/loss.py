@@ -50,7 +50,9 @@ class _ChunkedNats(torch.autograd.Function):
     """Saves the normaliser of each token and nothing of size V per token."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head_weight: Tensor, labels: Tensor, chunk: int, dtype: torch.dtype
+    ) -> Tensor:
         parts, normalisers = [], []
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head_weight.to(dtype)
