@@ -1,0 +1,67 @@
+"""Blocks to the batch that a model sees.
+
+Legend: B blocks (batch_size), T context (seq_len), S sequences of all rows together.
+"""
+
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
+
+import torch
+
+from muse_lightning.data.item_loader import Block
+
+IGNORE_INDEX = -100
+_SMALLEST_CU_SEQLENS = 64
+
+
+class Batch(TypedDict):
+    """One batch."""
+
+    input_ids: torch.Tensor
+    """int64 [B, T]."""
+    labels: torch.Tensor
+    """int64 [B, T]: the next token of each input; -100 where that is a document's first token."""
+    cu_seqlens: NotRequired[torch.Tensor]
+    """int32 [power of two, at least 64]: where sequences begin in the flattened B * T inputs (every row and every
+    document), then B * T repeated. Absent when documents are not masked from each other."""
+
+
+class Collate:
+    """Blocks to a batch. A class, not a closure: data workers must be able to receive it by pickle."""
+
+    def __init__(self, document_mask: bool) -> None:
+        self.document_mask = document_mask
+
+    def __call__(self, blocks: Sequence[Block]) -> Batch:
+        tokens = torch.stack([block.tokens for block in blocks]).to(torch.int64)  # [B, T + 1]
+        labels = tokens[:, 1:].clone()
+        for row, block in enumerate(blocks):
+            starts = block.starts[block.starts > 0]
+            labels[row, starts - 1] = IGNORE_INDEX
+        batch = Batch(input_ids=tokens[:, :-1].contiguous(), labels=labels)
+        if self.document_mask:
+            batch["cu_seqlens"] = cumulative_lengths([block.starts for block in blocks], tokens.shape[1] - 1)
+        return batch
+
+
+def cumulative_lengths(starts: Sequence[torch.Tensor], seq_len: int) -> torch.Tensor:
+    """Sequence starts over flattened rows.
+
+    Args:
+        starts: Per row, int64: the positions at which documents begin; `seq_len` itself (the last label's place) is no
+            input.
+        seq_len: Inputs per row.
+    Returns:
+        int32: 0, every later row start and document start, rows * seq_len, and that repeated until the length is a
+            power of two
+        of at least 64. Few different lengths: compiled kernels see few shapes.
+    """
+    pieces = []
+    for row, positions in enumerate(starts):
+        inside = positions[(positions > 0) & (positions < seq_len)]
+        pieces.append(torch.cat([inside.new_zeros(1), inside]) + row * seq_len)
+    begins = torch.cat(pieces)
+    length = max(_SMALLEST_CU_SEQLENS, 1 << len(begins).bit_length())
+    result = torch.full((length,), len(starts) * seq_len, dtype=torch.int32)
+    result[: len(begins)] = begins
+    return result

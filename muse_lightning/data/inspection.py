@@ -1,0 +1,85 @@
+"""What a prepared dataset holds, as text: `muse data inspect`."""
+
+from itertools import pairwise
+from pathlib import Path
+
+from muse_lightning.data.card import TOKENIZER_NAME, DatasetCard, check_index, count_blocks, read_card
+from muse_lightning.data.item_loader import read_blocks
+from muse_lightning.data.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
+from muse_lightning.errors import UserError
+
+
+def inspect(dataset: Path, split: str = "train", block: int | None = None, seq_len: int = 2048) -> None:
+    """Show a prepared dataset's card, and decode one of its blocks with the documents in it.
+
+    Args:
+        dataset: Folder of the prepared dataset.
+        split: The split that the block is taken from.
+        block: Number of the block in stored order, from 0; null shows the card alone.
+        seq_len: Context of the block in tokens.
+    """
+    card = read_card(dataset)
+    print("\n".join(describe_card(dataset, card)))
+    if block is not None:
+        print("\n".join(describe_block(dataset, card, split, block, seq_len)))
+
+
+def describe_card(dataset: Path, card: DatasetCard) -> list[str]:
+    """Lines of text about a dataset."""
+    lines = [
+        f"{dataset}: fingerprint {card.fingerprint[:12]}, format {card.format_version}",
+        f"tokenizer {card.tokenizer['name']}: {card.tokenizer['vocab_size']:,} ids, stored as {card.dtype}",
+        f"sources: {', '.join(_source_text(source) for source in card.inputs['sources'])}",
+    ]
+    for name, split in card.splits.items():
+        long_share = ", ".join(f">= {int(k) // 1024}k {v:.0%}" for k, v in split.long_document_share.items())
+        lines.append(
+            f"{name:>6}: {split.documents:,} documents, {split.tokens:,} tokens, {split.text_bytes:,} bytes of text "
+            f"({split.text_bytes / split.tokens:.2f} per token), {len(split.chunks)} chunks; "
+            f"tokens in documents of {long_share}"
+        )
+    skipped = ", ".join(f"{reason} {count:,}" for reason, count in card.skipped_files.items()) or "none"
+    lines.append(f"files: {card.files:,} written; left out: {skipped}")
+    thresholds = {**card.inputs["filters"], **card.inputs["limits"]}
+    lines.append("made with: " + ", ".join(f"{key} {value}" for key, value in thresholds.items()))
+    return lines
+
+
+def describe_block(dataset: Path, card: DatasetCard, split: str, block: int, seq_len: int) -> list[str]:
+    """Lines of text about one block: its place, its documents, its text with a line where each document begins.
+
+    Raises:
+        UserError: there is no such split or block, or its chunk is damaged.
+    """
+    entry = card.split(split)
+    check_index(dataset / split, entry, card.dtype)
+    count = count_blocks(entry, seq_len)
+    if not 0 <= block < count:
+        raise UserError(
+            f"block: {block} found; split {split!r} has {count} blocks of {seq_len} + 1 tokens, numbered from 0"
+        )
+    tokenizer = _stored_tokenizer(dataset, card)
+    index = block
+    for tokens, is_start in read_blocks(dataset / split, entry, card.dtype, seq_len):
+        if index < len(tokens):
+            break
+        index -= len(tokens)
+    starts = is_start[index].nonzero()[0].tolist()
+    borders = sorted({0, *starts, len(tokens[index])})
+    lines = [f"block {block} of {count} in {split}: {len(tokens[index])} tokens, {len(borders) - 1} documents"]
+    for low, high in pairwise(borders):
+        kind = "document begins" if low in starts else "document continued from the block before"
+        lines.append(f"--- tokens {low} to {high - 1}: {kind} ---")
+        lines.append(tokenizer.decode(tokens[index][low:high]))
+    return lines
+
+
+def _stored_tokenizer(dataset: Path, card: DatasetCard) -> Tokenizer:
+    """The tokenizer kept with a dataset: its tokenizer.json, or bytes."""
+    special_tokens = SpecialTokens(**card.tokenizer["special_tokens"])
+    stored = dataset / TOKENIZER_NAME
+    return load_tokenizer(str(stored) if stored.exists() else "bytes", special_tokens)
+
+
+def _source_text(source: dict[str, object]) -> str:
+    return f"{source['class']}({', '.join(f'{key}={value}' for key, value in source.items() if key != 'class')})"
