@@ -1,6 +1,6 @@
 """What a prepared dataset holds, as text: `muse data inspect`."""
 
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 from muse_lightning.data.card import TOKENIZER_NAME, DatasetCard, check_index, count_blocks, read_card
@@ -59,18 +59,19 @@ def describe_block(dataset: Path, card: DatasetCard, split: str, block: int, seq
             f"block: {block} found; split {split!r} has {count} blocks of {seq_len} + 1 tokens, numbered from 0"
         )
     tokenizer = _stored_tokenizer(dataset, card)
-    index = block
-    for tokens, is_start in read_blocks(dataset / split, entry, card.dtype, seq_len):
-        if index < len(tokens):
-            break
-        index -= len(tokens)
-    starts = is_start[index].nonzero()[0].tolist()
-    borders = sorted({0, *starts, len(tokens[index])})
-    lines = [f"block {block} of {count} in {split}: {len(tokens[index])} tokens, {len(borders) - 1} documents"]
+    blocks = (
+        row
+        for tokens, is_start in read_blocks(dataset / split, entry, card.dtype, seq_len)
+        for row in zip(tokens, is_start, strict=True)
+    )
+    tokens, is_start = next(islice(blocks, block, None))
+    starts = is_start.nonzero()[0].tolist()
+    borders = sorted({0, *starts, len(tokens)})
+    lines = [f"block {block} of {count} in {split}: {len(tokens)} tokens, {len(borders) - 1} documents"]
     for low, high in pairwise(borders):
         kind = "document begins" if low in starts else "document continued from the block before"
         lines.append(f"--- tokens {low} to {high - 1}: {kind} ---")
-        lines.append(tokenizer.decode(tokens[index][low:high]))
+        lines.append(tokenizer.decode(tokens[low:high]))
     return lines
 
 

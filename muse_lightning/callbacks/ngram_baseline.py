@@ -1,0 +1,68 @@
+"""Ends a fit with three lines: what counting one token, counting two, and the trained model make of the same
+held-out text."""
+
+from collections.abc import Iterable
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from muse_lightning.data import TokenDataModule
+from muse_lightning.measure.ngram import MAX_BIGRAM_VOCAB, NgramCounts, ngram_bits_per_byte
+
+
+class NgramBaseline(L.Callback):
+    """Compares the model's `val/bpb` with a unigram and a bigram model counted on the train split.
+
+    Logs `baseline/unigram_bpb` and `baseline/bigram_bpb`, and prints them with the model's figure. All three are of
+    the blocks that the last validation read. For small vocabularies, as that of `bytes`: a bigram table grows with its
+    square.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[NgramBaseline()])
+    """
+
+    def __init__(self, max_train_tokens: int = 20_000_000) -> None:
+        """
+        Args:
+            max_train_tokens: Most tokens of the train split to count, from its start.
+        """
+        self.max_train_tokens = max_train_tokens
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count, log, print. Does nothing without a validation split."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, TokenDataModule) or "val/bpb" not in trainer.callback_metrics:
+            print("n-gram baseline: skipped, there is no val/bpb to compare with")
+            return
+        if data.vocab_size > MAX_BIGRAM_VOCAB:
+            print(f"n-gram baseline: skipped, a vocabulary of {data.vocab_size:,} is over {MAX_BIGRAM_VOCAB:,}")
+            return
+        train, held_out = NgramCounts(data.vocab_size), NgramCounts(data.vocab_size)
+        _count(train, data.blocks("train"), self.max_train_tokens // (data.seq_len + 1))
+        _count(held_out, data.blocks("val"), _validated_blocks(trainer, data))
+        unigram, bigram = ngram_bits_per_byte(train, held_out, data.token_bytes.numpy())
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {"baseline/unigram_bpb": unigram, "baseline/bigram_bpb": bigram}, step=trainer.global_step
+            )
+        model = float(trainer.callback_metrics["val/bpb"])
+        print(f"unigram model: {unigram:.3f} validation bits per byte")
+        print(f"bigram model:  {bigram:.3f} validation bits per byte")
+        print(f"this model:    {model:.3f} validation bits per byte", flush=True)
+
+
+def _count(counts: NgramCounts, blocks: Iterable[tuple[np.ndarray, np.ndarray]], limit: int) -> None:
+    """Count at most `limit` blocks."""
+    for tokens, is_start in blocks:
+        counts.add(tokens[:limit], is_start[:limit])
+        limit -= len(tokens)
+        if limit <= 0:
+            break
+
+
+def _validated_blocks(trainer: L.Trainer, data: TokenDataModule) -> int:
+    """How many blocks a validation reads: batches of all ranks, the first ones of the split, which is not shuffled."""
+    (batches,) = trainer.num_val_batches
+    return int(batches) * data.batch_size * trainer.world_size
