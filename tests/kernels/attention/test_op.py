@@ -156,8 +156,32 @@ def test_clusters_are_reused_bit_for_bit_and_have_a_static_shape(causal: bool, c
         assert ((chosen < row) if causal else (chosen != row)).all()
 
 
-def test_a_summary_is_exact_at_the_clusters_own_mu() -> None:
-    """mu is the mean of its queries, before scaling."""
+@pytest.mark.parametrize("selection", ["query_mass", "centroid"])
+def test_a_cluster_without_queries_retrieves_nothing(selection: str) -> None:
+    q, k, _ = random_qkv(18)  # two tokens in the last chunk: its first cluster is half full, its second empty
+    selected = muse_clusters(q, k, selection=selection, **SMALL).selected[0, 0]
+    assert (selected[2, 0] >= 0).all()
+    assert (selected[2, 1] == -1).all()
+
+
+@pytest.mark.parametrize(("exact_below", "is_exact"), [(44, False), (45, True), (46, True)])
+def test_exact_below_includes_its_own_length(exact_below: int, is_exact: bool) -> None:
+    qkv = random_qkv(45)
+    error = muse_attention(*qkv, **{**SMALL, "exact_below": exact_below}) - exact(*qkv)
+    assert (error.abs().max() < 1e-12) == is_exact
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_enormous_inputs_stay_finite(order: int) -> None:
+    """Also where the last chunk is partial: empty places have no logit that could overflow."""
+    qkv = tuple((1e4 * x.detach().float()).requires_grad_() for x in random_qkv(18))
+    out = muse_attention(*qkv, **{**SMALL, "order": order})
+    assert out.isfinite().all()
+    for gradient in torch.autograd.grad(out, qkv, torch.ones_like(out)):
+        assert gradient.isfinite().all()
+
+
+def test_mu_is_the_mean_of_its_clusters_queries() -> None:
     q, k, _ = random_qkv(16)
     clusters = muse_clusters(q, k, **SMALL)
     members = q[0, 0, clusters.query_order[0, 0, 1, :4].long()]
