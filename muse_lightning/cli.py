@@ -32,8 +32,8 @@ VERBS = {
     "test": Verb("evaluate a checkpoint on the held-out test documents", "muse_lightning.commands.run_trainer"),
     "predict": Verb("write the log-likelihood of every token", "muse_lightning.commands.run_trainer"),
     "prepare": Verb("build the dataset of a recipe", "muse_lightning.commands.prepare"),
-    "data inspect": Verb("decode blocks of a prepared dataset", "muse_lightning.data_commands.inspect"),
-    "tokenizer train": Verb("train a byte-level BPE tokenizer", "muse_lightning.data_commands.train_tokenizer"),
+    "data inspect": Verb("decode blocks of a prepared dataset", "muse_lightning.data_commands.run_function"),
+    "tokenizer train": Verb("train a byte-level BPE tokenizer", "muse_lightning.data_commands.run_function"),
     "info": Verb("versions, devices and kernels; with --config, what a recipe takes", "muse_lightning.commands.info"),
 }
 
@@ -84,9 +84,10 @@ def run(args: list[str]) -> int:
     allowed, rest = take_allowed_modules(rest)
 
     from muse_lightning.configuration.allow_list import only_allowed_modules
-    from muse_lightning.library_output import quiet_libraries
+    from muse_lightning.libraries import import_lightning, quiet_libraries
 
     with only_allowed_modules(allowed), quiet_libraries():
+        import_lightning()
         module, _, attribute = verb.function.rpartition(".")
         function: Callable[[str, str, Sequence[str], Sequence[str]], None] = getattr(import_module(module), attribute)
         function(name, verb.description, rest, allowed)

@@ -13,6 +13,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+# A class is known by its bare name once it has been imported.
+import muse_lightning.attention
+import muse_lightning.callbacks
+import muse_lightning.data.sources  # noqa: F401
 from muse_lightning.callbacks.progress import progress_bar
 from muse_lightning.configuration.check import ConfigCheck, explain
 from muse_lightning.configuration.layers import load_with_presets, read_layers
@@ -20,7 +24,7 @@ from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
 from muse_lightning.errors import UserError
-from muse_lightning.measure.info import environment, report
+from muse_lightning.measure.info import environment, machine_report, recipe_report
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.run_folder import RunFolder
 
@@ -64,6 +68,8 @@ class MuseCLI(LightningCLI):
             TokenDataModule,
             save_config_callback=None,
             seed_everything_default=42,
+            # The first training step comes sooner; the data module checks the validation data at set-up anyway.
+            trainer_defaults={"num_sanity_val_steps": 0},
             parser_kwargs={
                 "prog": f"muse {verb}",
                 "description": description,
@@ -226,8 +232,21 @@ def prepare(verb: str, description: str, args: Sequence[str], allowed: Sequence[
 
 def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
     """`muse info`: this machine and, given a recipe, what training it here takes."""
-    cli = MuseCLI(verb, description, args, allowed, with_trainer=False) if args else None
-    print(report(cli and (cli.model, cli.datamodule, cli.config.trainer)))
+    if not args:
+        print(machine_report())
+        return
+    cli = MuseCLI(verb, description, args, allowed, with_trainer=False)
+    print(machine_report())
+    print(
+        recipe_report(
+            cli.model.llama,
+            batch_size=cli.datamodule.batch_size,
+            seq_len=cli.datamodule.seq_len,
+            accumulate=cli.config.trainer.accumulate_grad_batches,
+            loss_chunk=cli.model.loss_chunk,
+            precision=cli.config.trainer.precision,
+        )
+    )
 
 
 def as_user_error(error: Exception, config: Namespace) -> UserError | None:

@@ -37,17 +37,20 @@ class ProgressLines(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._started = time.monotonic()
-        self._printed = 0.0
+        self._printed = float("-inf")
         self._first_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # At the start of the next batch, because the module logs a step after callbacks have seen its end.
         now = time.monotonic()
-        is_last = trainer.global_step == trainer.max_steps
-        if now - self._printed >= self.interval_seconds or is_last:
+        if trainer.global_step > self._first_step and now - self._printed >= self.interval_seconds:
             self._printed = now
             self._print(self._training_line(trainer, now))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._print(self._training_line(trainer, time.monotonic()))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -63,7 +66,7 @@ class ProgressLines(ProgressBar):
         if rate is not None:
             parts.append(f"{float(rate):,.0f} tokens/s per device")
         done = step - self._first_step
-        if last > 0 and done > 0:
+        if last > step and done > 0:
             parts.append(f"left {timedelta(seconds=round((now - self._started) / done * (last - step)))}")
         return "  ".join(part for part in parts if part)
 

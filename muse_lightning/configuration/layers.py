@@ -27,22 +27,22 @@ class Layer:
     folder: Path
 
 
-def read_layers(args: Sequence[str]) -> list[Layer]:
-    """The --config files and flags of a command line, in order.
+def read_layers(args: Sequence[str], positional: Sequence[str] = ()) -> list[Layer]:
+    """The --config files and flags of a command line, in order. `positional` names what is given without a flag.
 
     Raises:
         UserError: a file is missing, is not YAML, or does not hold a mapping.
     """
     layers = []
     here = Path.cwd()
-    tokens = list(args)
+    tokens, unnamed = list(args), list(positional)
     while tokens:
         token = tokens.pop(0)
         name, has_value, value = token.partition("=")
         if token.startswith("-c") and not token.startswith("--"):
             name, has_value, value = "--config", token[2:], token[2:].removeprefix("=")
         if not name.startswith("--"):
-            layers.append(Layer(COMMAND_LINE, {token: None}, here))
+            layers.append(Layer(COMMAND_LINE, {unnamed.pop(0) if unnamed else token: token}, here))
             continue
         if name == "--print_config" or name.endswith((".help", "--help")):
             continue

@@ -1,5 +1,6 @@
-"""What this machine is: versions, devices, and which attention kernels will run on it."""
+"""What `muse info` says: versions, devices, attention kernels, and what a recipe takes."""
 
+import dataclasses
 import platform
 import re
 import shutil
@@ -12,10 +13,17 @@ import psutil
 import torch
 
 from muse_lightning import __version__
+from muse_lightning.attention import Dense
+from muse_lightning.measure.flops import training_flops_per_token
+from muse_lightning.measure.memory import step_memory
+from muse_lightning.model.llama import Llama
 
 PACKAGES = ("torch", "lightning", "triton", "litdata", "jsonargparse", "tokenizers", "numpy")
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
 GIB = 1024**3
+MIXED_DTYPES = {"16-mixed": torch.float16, "16": torch.float16, "bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16}
+TRUE_DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64, "64": torch.float64}
+"""Lightning's names of precisions: dtype of autocast, and of the parameters where that is not float32."""
 
 
 def environment() -> dict[str, Any]:
@@ -71,10 +79,71 @@ def driver_version() -> str | None:
 
 
 def attention_kernels() -> dict[str, str]:
-    """Which implementation each attention strategy uses on this machine."""
+    """Which implementation attention uses on this machine: exact for whole rows, exact for documents, and Muse's."""
+    muse = "plain PyTorch (reference)"
     if not torch.cuda.is_available():
-        return {"exact": "PyTorch SDPA, CPU", "muse": "reference, plain PyTorch"}
-    return {"exact": "PyTorch SDPA and varlen flash attention, CUDA", "muse": "reference, plain PyTorch"}
+        return {"exact": "PyTorch SDPA", "documents": "PyTorch SDPA, one document after the other", "muse": muse}
+    kernels = {
+        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cudnn.is_available(),
+        "FlashAttention": torch.backends.cuda.flash_sdp_enabled()
+        and torch.backends.cuda.is_flash_attention_available(),
+        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+    }
+    fastest = next((name for name, is_available in kernels.items() if is_available), "plain PyTorch")
+    return {"exact": fastest, "documents": "FlashAttention, variable length, in half precision", "muse": muse}
+
+
+def machine_report() -> str:
+    """What `muse info` prints about the machine."""
+    found = environment()
+    revision = f" at {found['git_revision']}" if found["git_revision"] else ""
+    lines = [f"muse-lightning {found['muse_lightning']}{revision}", f"Python {found['python']} on {found['platform']}"]
+    lines += [f"{name} {number or 'not installed'}" for name, number in found["packages"].items()]
+    lines += [f"CUDA {found['cuda']}, driver {found['driver']}"] if found["cuda"] else []
+    lines += [f"device {index}: {text}" for index, text in enumerate(found["devices"])]
+    lines += [f"attention kernel, {kind}: {kernel}" for kind, kernel in attention_kernels().items()]
+    return "\n".join(lines)
+
+
+def recipe_report(
+    llama: Llama,
+    *,
+    batch_size: int,
+    seq_len: int,
+    accumulate: int,
+    loss_chunk: int,
+    precision: str | int | None,
+) -> str:
+    """What `muse info` prints about training a model on one device: sizes, FLOPs, and memory by part.
+
+    Args:
+        llama: the model, on the meta device or any other.
+        batch_size, seq_len: sequences per device and micro-batch, and their tokens.
+        accumulate: micro-batches per step.
+        loss_chunk: tokens whose logits exist at once.
+        precision: Lightning's name of it.
+    """
+    parameters = sum(parameter.numel() for parameter in llama.parameters())
+    flops = training_flops_per_token(llama, [seq_len])
+    dense = training_flops_per_token(llama, [seq_len], [Dense(0)])
+    tokens = batch_size * seq_len * accumulate
+    memory = step_memory(
+        llama.config,
+        lambda layer: llama.blocks[layer].self_attn.attention,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        loss_chunk=loss_chunk,
+        dtype=TRUE_DTYPES.get(str(precision), torch.float32),
+        autocast=MIXED_DTYPES.get(str(precision)),
+    )
+    lines = [
+        f"parameters: {parameters:,}",
+        f"tokens per step and device: {tokens:,} = {batch_size} x {seq_len:,} x {accumulate} accumulated",
+        f"training FLOPs per token: {flops:.3e} at a context of one document ({dense:.3e} with dense attention)",
+        f"memory per device: {memory.total / GIB:.2f} GiB, nothing recomputed or sharded",
+    ]
+    parts = dataclasses.asdict(memory).items()
+    return "\n".join([*lines, *(f"  {name}: {size / GIB:.2f} GiB" for name, size in parts)])
 
 
 def _version(package: str) -> str | None:
@@ -82,7 +151,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def report(recipe: Any) -> str:
-    return str(environment())

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,9 +23,10 @@ class RunFolder:
     `is_owner` is true on rank 0, the one process that writes here; other ranks only know the path.
     """
 
-    def __init__(self, path: Path, lock: IO[str] | None = None) -> None:
+    def __init__(self, path: Path, lock: IO[str] | None = None, made: Sequence[Path] = ()) -> None:
         self.path = path
         self._lock = lock
+        self._made = made
 
     @classmethod
     def create(cls, root: Path, name: str, version: int | None = None) -> "RunFolder":
@@ -44,6 +45,7 @@ class RunFolder:
             # then sends rank 0's paths to them, and nothing is ever written to this one.
             return cls(Path(os.environ.get(RUN_FOLDER_VARIABLE, root / name / "unknown")))
         parent = root / name
+        made = [folder for folder in (parent, root) if not folder.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
             path = _make_version(parent, version)
@@ -51,7 +53,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run.root: cannot create a folder in {parent}: {error.strerror}") from None
         os.environ[RUN_FOLDER_VARIABLE] = str(path.resolve())
-        return cls(path, lock)
+        return cls(path, lock, made)
 
     @property
     def is_owner(self) -> bool:
@@ -78,10 +80,9 @@ class RunFolder:
         """Remove the folder: for a run that ended before it trained, so that nothing half-made is left."""
         if self.is_owner:
             shutil.rmtree(self.path)
-            for parent in (self.path.parent, self.path.parent.parent):
-                if any(parent.iterdir()):
-                    break
-                parent.rmdir()
+            for folder in self._made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
     def __enter__(self) -> "RunFolder":
         return self

@@ -1,0 +1,34 @@
+"""Floating-point operations of training, counted from the architecture and the attention strategy."""
+
+from collections.abc import Sequence
+
+from muse_lightning.attention.base import AttentionStrategy
+from muse_lightning.model.llama import Llama
+
+
+def matrix_parameters(llama: Llama) -> int:
+    """Weights that every token is multiplied with: all matrices but the embedding, which is a look-up."""
+    matrices = sum(p.numel() for p in llama.parameters() if p.ndim == 2)
+    is_tied = llama.lm_head.weight is llama.model.embed_tokens.weight
+    return matrices if is_tied else matrices - llama.model.embed_tokens.weight.numel()
+
+
+def training_flops_per_token(
+    llama: Llama, lengths: Sequence[int], attention: Sequence[AttentionStrategy] | None = None
+) -> float:
+    """FLOPs of the forward and backward pass, per token, nothing recomputed.
+
+    A weight costs 2 FLOPs in the forward pass and 4 in the backward pass; a query-key pair of one head, a product with
+    a key and one with a value, 4 * head_dim and twice that. Norms, softmax and rotary embedding are not counted.
+
+    Args:
+        llama: the model, on any device.
+        lengths: tokens of the documents that are attended separately; one number for a context of one document.
+        attention: strategies to count instead of the layers' own; their number need not be that of the layers.
+    Source: PaLM (arXiv 2204.02311), appendix B, with pairs counted instead of assumed to be N^2.
+    """
+    config = llama.config
+    strategies = attention or [block.self_attn.attention for block in llama.blocks]
+    pairs = sum(strategy.pairs(lengths) for strategy in strategies) * len(llama.blocks) / len(strategies)
+    per_pair = 12 * config.attention_head_dim * config.num_attention_heads
+    return 6 * matrix_parameters(llama) + per_pair * pairs / sum(lengths)

@@ -1,0 +1,99 @@
+"""Run folders: one owner each, whoever starts at the same time, and nothing half-made."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.utilities import rank_zero_only
+
+from muse_lightning.errors import UserError
+from muse_lightning.training.run_folder import RUN_FOLDER_VARIABLE, RunFolder
+
+
+@pytest.fixture(autouse=True)
+def _no_inherited_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)
+
+
+def test_each_run_gets_the_next_version(tmp_path: Path) -> None:
+    (tmp_path / "demo" / "version_7").mkdir(parents=True)
+    (tmp_path / "demo" / "version_old").mkdir()
+    with RunFolder.create(tmp_path, "demo") as first, RunFolder.create(tmp_path, "demo") as second:
+        assert first.path == tmp_path / "demo" / "version_8"
+        assert second.path == tmp_path / "demo" / "version_9"
+
+
+def test_runs_that_start_together_get_different_folders(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: RunFolder.create(tmp_path, "demo"), range(24)))
+    assert sorted(folder.path.name for folder in folders) == sorted(f"version_{n}" for n in range(24))
+    for folder in folders:
+        folder.__exit__()
+
+
+def test_a_folder_in_use_is_refused_with_its_user(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from muse_lightning.training.run_folder import RunFolder\n"
+        f"with RunFolder.create(Path({str(tmp_path)!r}), 'demo', 3): print('ready', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(UserError, match=rf"run.version: .*version_3 is in use by process {other.pid} on "):
+            RunFolder.create(tmp_path, "demo", 3)
+        other.stdin.close()
+        other.wait()
+    with pytest.raises(UserError, match=r"version_3 exists already; leave run.version out"):
+        RunFolder.create(tmp_path, "demo", 3)
+
+
+def test_other_ranks_learn_the_folder_and_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunFolder.create(tmp_path, "demo") as owner:
+        monkeypatch.setattr(rank_zero_only, "rank", 1)
+        with RunFolder.create(tmp_path, "demo") as other:
+            assert other.path == owner.path
+            assert owner.is_owner
+            assert not other.is_owner
+            other.write("config.yaml", "x: 1\n")
+            other.discard()
+    assert [path.name for path in owner.path.iterdir()] == ["lock"]
+
+
+def test_written_files_are_whole(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "demo") as folder:
+        folder.write("config.yaml", "a: 1\n")
+        folder.write_environment({"python": "3.11"})
+        assert (folder.path / "config.yaml").read_text() == "a: 1\n"
+        assert json.loads((folder.path / "environment.json").read_text()) == {"python": "3.11"}
+        assert not list(folder.path.glob("*.tmp"))
+
+
+def test_discarding_removes_only_what_the_run_made(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    with RunFolder.create(root, "demo") as first:
+        with RunFolder.create(root, "demo") as second:
+            second.discard()
+        assert first.path.is_dir()
+        assert not second.path.exists()
+        first.discard()
+    assert not root.exists()
+
+
+def test_discarding_keeps_a_root_that_was_there(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "demo") as folder:
+        folder.discard()
+    assert tmp_path.is_dir()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_root_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.root: cannot create a folder in .*file/demo: "):
+        RunFolder.create(tmp_path / "file", "demo")
