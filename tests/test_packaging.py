@@ -1,0 +1,122 @@
+"""What is installed: the contents of the wheel, the declared dependencies, and an installation from each form."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+import muse_lightning
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def normalized(requirement: str) -> str:
+    """The distribution's name in a requirement, as package indexes compare names."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_the_wheel_holds_both_packages_recipes_presets_and_the_licence(wheel: Path) -> None:
+    expected = {
+        f"{target}/{path.relative_to(folder).as_posix()}"
+        for folder, target, patterns in [
+            (ROOT / "muse_lightning", "muse_lightning", ["*.py", "*.yaml"]),
+            (ROOT / "kernels" / "muse_kernels", "muse_kernels", ["*.py"]),
+            (ROOT / "recipes", "muse_lightning/recipes", ["*.yaml", "*.md"]),
+        ]
+        for pattern in patterns
+        for path in folder.rglob(pattern)
+    }
+    info = f"muse_lightning-{muse_lightning.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if not name.startswith(info)}
+        assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+        assert b"muse = muse_lightning.cli:main" in archive.read(f"{info}/entry_points.txt")
+    assert packed == expected
+    assert {"muse_lightning/recipes/demo.yaml", "muse_lightning/model/presets/demo.yaml"} <= packed
+
+
+def test_every_package_that_is_imported_is_a_declared_dependency() -> None:
+    imported = set()
+    sources = [*(ROOT / "muse_lightning").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    imported -= {*sys.stdlib_module_names, "muse_lightning", "muse_kernels"}
+    distributions = packages_distributions()
+    needed = {normalized(distributions[name][0]) for name in imported}
+    assert {"torch", "lightning", "litdata"} <= needed, f"read {len(sources)} files"
+    optional = [
+        entry for extra, entries in PROJECT["optional-dependencies"].items() if extra != "dev" for entry in entries
+    ]
+    assert needed <= {normalized(entry) for entry in [*PROJECT["dependencies"], *optional]}
+
+
+def test_every_direct_dependency_has_a_tested_version() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert all(re.fullmatch(r"[\d.]+(post\d+)?", version) for version in pins.values()), "an exact public version each"
+    extras = [entry for entries in PROJECT["optional-dependencies"].values() for entry in entries]
+    direct = {normalized(entry) for entry in [*PROJECT["dependencies"], *extras]}
+    assert direct <= {normalized(name) for name in pins}
+
+
+def test_the_image_is_built_from_paths_that_exist_and_that_the_build_may_see() -> None:
+    copied = re.findall(
+        r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    paths = {path for entry in copied for path in entry.split()}
+    admitted = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[0] == "!"
+    }
+    assert "muse_lightning" in paths
+    assert paths == admitted
+    assert all((ROOT / path).exists() for path in paths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["wheel", "folder", "editable"])
+def test_each_form_of_installation_works(form: str, wheel: Path, tmp_path: Path) -> None:
+    """In an environment of its own that borrows this one's dependencies, run from a folder without the sources."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # Listed in a .pth file, this environment's own .pth files are not followed: its copy of the project stays hidden.
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+
+    source = {"wheel": [str(wheel)], "folder": [str(ROOT)], "editable": ["--editable", str(ROOT)]}[form]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--force-reinstall", *source)
+    for package, editable_home in {"muse_lightning": ROOT, "muse_kernels": ROOT / "kernels"}.items():
+        home = Path(run(python, "-c", f"import {package}; print({package}.__path__[0])")).parent
+        assert home == (editable_home if form == "editable" else site)
+    muse = python.with_name("muse")
+    assert muse_lightning.__version__ in run(muse, "--version")
+    assert "hidden_size" in run(muse, "fit", "--config", "recipe:demo", "--print_config")
