@@ -10,7 +10,7 @@ from muse_lightning.errors import UserError
 class RopeScaling:
     """Llama 3.1's extension of the rotary embedding to contexts longer than those it was first trained on.
 
-    Slow rotations (long wavelengths) are slowed further by `factor`, fast ones are kept, those between are interpolated.
+    Slow rotations (long wavelengths) are slowed further by `factor`, fast ones kept, those between interpolated.
     """
 
     factor: float
@@ -112,7 +112,7 @@ class LlamaConfig:
             )
         if self.attention_head_dim < 2 or self.attention_head_dim % 2:
             raise UserError(
-                f"config.head_dim is {self.attention_head_dim}; it must be even, because the rotary embedding turns pairs"
+                f"config.head_dim is {self.attention_head_dim}; it must be even: the rotary embedding turns pairs"
             )
 
     @property

