@@ -1,0 +1,9 @@
+"""When to log: the one place that knows how Lightning counts."""
+
+import lightning as L
+
+
+def is_log_step(trainer: L.Trainer, step: int) -> bool:
+    """Whether Lightning writes what is logged when optimizer step number `step` (from 1) has ended."""
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the trainer's logger connector
+    return interval > 0 and step % interval == 0

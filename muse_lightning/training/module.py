@@ -1,0 +1,297 @@
+"""LanguageModel: what a training, validation, test or prediction step does with a batch."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from muse_lightning.attention import AttentionStrategy, Dense
+from muse_lightning.errors import UserError
+from muse_lightning.model.config import LlamaConfig
+from muse_lightning.model.llama import Llama
+from muse_lightning.training.log_step import is_log_step
+from muse_lightning.training.loss import IGNORED_LABEL, next_token_nats
+from muse_lightning.training.optim import Schedule, apply_hyperparameters, learning_rate_factor, parameter_groups
+from muse_lightning.training.totals import Totals
+from muse_lightning.training.weights import CHECKPOINT_PREFIX, check_shapes, load_weights
+
+Batch = dict[str, Tensor]
+
+
+class LanguageModel(L.LightningModule):
+    """A Llama that learns to predict the next token.
+
+    A batch holds `input_ids` and `labels`, int64 [B, N], and, where documents are told apart, `cu_seqlens`, int32
+    (docs/data.md). The loss that is minimised is the sum over labels divided by B * N, a constant, so that
+    micro-batches and ranks add up exactly; the one that is logged is divided by the number of labels.
+
+    Args:
+        config: the architecture.
+        attention: what each layer does with queries, keys and values, made from the number of the layer.
+        learning_rate: the peak, reached after the warm-up.
+        weight_decay: AdamW's, for matrices; norms and biases do not decay.
+        betas: AdamW's decay rates of the first and second moment.
+        eps: AdamW's term in the denominator.
+        warmup_steps: optimizer steps over which the learning rate rises linearly.
+        schedule: after the warm-up, "cosine" falls all the way to trainer.max_steps; "wsd" stays at the peak and falls
+            linearly at the end.
+        decay_fraction: the end of "wsd", as a part of trainer.max_steps.
+        min_lr_ratio: the learning rate at the end over the peak.
+        loss_chunk: tokens whose logits exist at once. Larger is faster until the device is full; it takes about
+            loss_chunk * vocab_size * 8 bytes.
+        weights: weights to start from, loaded before step 0: a .ckpt, a .safetensors file, or a Hugging Face folder. A
+            checkpoint that is resumed has its own.
+        exact_val_batches: batches of each validation that are also evaluated with exact attention, for val/loss_exact.
+        seq_len: context length that will be used, in tokens (the command line links it to data.seq_len); it is checked
+            against the architecture and the attention.
+        tokenizer_size: ids that the tokenizer may give (the command line links it to the data); checked against
+            config.vocab_size.
+    Raises:
+        UserError: a value out of range, a tokenizer or context too large for the architecture, or sizes that the
+            attention cannot work with.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        attention: Callable[[int], AttentionStrategy] = Dense,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        warmup_steps: int = 100,
+        schedule: Schedule = "cosine",
+        decay_fraction: float = 0.2,
+        min_lr_ratio: float = 0.1,
+        loss_chunk: int = 2048,
+        weights: Path | None = None,
+        exact_val_batches: int = 1,
+        seq_len: int | None = None,
+        tokenizer_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.eps = eps
+        self.warmup_steps = warmup_steps
+        self.schedule: Schedule = schedule
+        self.decay_fraction = decay_fraction
+        self.min_lr_ratio = min_lr_ratio
+        self.loss_chunk = loss_chunk
+        self.weights = weights
+        self._are_weights_due = weights is not None
+        self.exact_val_batches = exact_val_batches
+        self.seq_len = seq_len
+        self.tokenizer_size = tokenizer_size
+        self._check_ranges()
+        # On the meta device a model of any size is free; `configure_model` makes it real on the device it will live on.
+        with torch.device("meta"):
+            self.llama = Llama(config, attention)
+        self._check_sizes()
+        self.tokens_seen = 0
+        """Tokens trained on by all ranks, over the whole life of the run."""
+        self._train_totals = Totals()
+        self._eval_totals = Totals()
+        self._exact_totals = Totals()
+        self._token_bytes: Tensor | None = None
+        self._logged_step = 0
+
+    def configure_model(self) -> None:
+        """Allocate and fill the weights, on the current default device; nothing if that has been done."""
+        if not self.llama.lm_head.weight.is_meta:
+            return
+        self.llama.to_empty(device=torch.get_default_device())
+        self.llama.init_weights()
+
+    def token_nats(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of every label, float32 [B, N], 0 where there is none."""
+        hidden = self.llama.hidden_states(batch["input_ids"], cu_seqlens=batch.get("cu_seqlens"))
+        return next_token_nats(hidden, self.llama.lm_head.weight, batch["labels"], chunk=self.loss_chunk)
+
+    def load_weights_once(self) -> None:
+        """Load `weights`, unless they have been loaded or a checkpoint has brought others."""
+        if self._are_weights_due:
+            assert self.weights is not None
+            load_weights(self.llama, self.weights)
+            self._are_weights_due = False
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        # Not in configure_model: there it is not known yet whether a checkpoint will be resumed.
+        self.load_weights_once()
+
+    def on_train_start(self) -> None:
+        self._train_totals.clear()
+        self._logged_step = self.trainer.global_step
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        for difference in apply_hyperparameters(scheduler, self.learning_rate, self.weight_decay, self.betas, self.eps):
+            rank_zero_info(difference)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        nats = self.token_nats(batch).sum()
+        labels = batch["labels"]
+        self._train_totals.add(nats, (labels != IGNORED_LABEL).sum())
+        self.tokens_seen += labels.numel() * self.trainer.world_size
+        return nats / labels.numel()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the loss of the optimizer step that just ended: over all its micro-batches and ranks, by label."""
+        step = self.trainer.global_step
+        if step == self._logged_step:
+            return  # gradients are still being accumulated
+        self._logged_step = step
+        if is_log_step(self.trainer, step):
+            nats, labels = self._train_totals.collect(self.trainer)
+            self.log("train/loss", _mean(nats, labels), prog_bar=True)
+            self.log("train/tokens", float(self.tokens_seen))
+        self._train_totals.clear()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, and its learning rate as a function of the optimizer step."""
+        groups = parameter_groups(self.llama, self.weight_decay)
+        fused = self.device.type in ("cuda", "cpu", "mps")
+        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused)
+        # A fused optimizer offers to unscale gradients itself, and Lightning refuses to clip for one that does, in any
+        # mixed precision. Declined, the loss scaler (16-mixed alone has one) unscales before clipping, as for others.
+        optimizer._step_supports_amp_scaling = False
+        factor = learning_rate_factor(
+            self.schedule,
+            max_steps=self.trainer.max_steps,
+            warmup_steps=self.warmup_steps,
+            min_lr_ratio=self.min_lr_ratio,
+            decay_fraction=self.decay_fraction,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    # Evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._start_evaluation()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def on_predict_start(self) -> None:
+        self.load_weights_once()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Log-likelihood of every label, float32 [B, N], 0 where there is none, beside the labels themselves."""
+        return {"log_likelihood": -self.token_nats(batch), "labels": batch["labels"]}
+
+    def _start_evaluation(self) -> None:
+        self.load_weights_once()
+        self._eval_totals.clear()
+        self._exact_totals.clear()
+        token_bytes = getattr(getattr(self.trainer, "datamodule", None), "token_bytes", None)
+        self._token_bytes = None if token_bytes is None else token_bytes.to(self.device)
+
+    def _evaluate(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        nats = self.token_nats(batch)
+        labels = batch["labels"]
+        is_label = labels != IGNORED_LABEL
+        count = is_label.sum()
+        lengths = torch.zeros_like(count)
+        if self._token_bytes is not None:
+            lengths = (self._token_bytes[labels.clamp(min=0)] * is_label).sum()
+        self._eval_totals.add(nats.sum(), count, lengths)
+        if batch_idx < self.exact_val_batches:
+            with self.llama.attention_as(Dense):
+                self._exact_totals.add(self.token_nats(batch).sum(), count)
+        return {"nats": nats}
+
+    def _log_evaluation(self, stage: str) -> None:
+        nats, labels, length = self._eval_totals.collect(self.trainer)
+        loss = _mean(nats, labels)
+        metrics = {f"{stage}/loss": loss, f"{stage}/ppl": math.exp(min(loss, 700.0))}  # e^700 is near the largest float
+        if length > 0:
+            metrics[f"{stage}/bpb"] = nats / (math.log(2) * length)
+        if self._exact_totals:
+            metrics[f"{stage}/loss_exact"] = _mean(*self._exact_totals.collect(self.trainer))
+        # Equal on all ranks already: sync_dist only tells Lightning so.
+        self.log_dict(metrics, sync_dist=True, prog_bar=True)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture before anything is loaded from it.
+
+        Raises:
+            UserError: names the first tensor that differs, with both shapes.
+        """
+        path = self.trainer.ckpt_path if self._trainer is not None else None
+        model = {CHECKPOINT_PREFIX + name: tensor for name, tensor in self.llama.state_dict().items()}
+        check_shapes(model, checkpoint["state_dict"], f"checkpoint {path}" if path else "the checkpoint")
+        self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        self._are_weights_due = False
+
+    # Checks
+
+    def _check_ranges(self) -> None:
+        accepted = {
+            "learning_rate": (self.learning_rate > 0, "above 0"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "betas": (all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1, both"),
+            "eps": (self.eps > 0, "above 0"),
+            "warmup_steps": (self.warmup_steps >= 0, "at least 0"),
+            "schedule": (self.schedule in ("cosine", "wsd"), "cosine or wsd"),
+            "decay_fraction": (0 <= self.decay_fraction <= 1, "between 0 and 1"),
+            "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "between 0 and 1"),
+            "loss_chunk": (self.loss_chunk >= 1, "at least 1"),
+            "exact_val_batches": (self.exact_val_batches >= 0, "at least 0"),
+        }
+        for name, (is_accepted, text) in accepted.items():
+            if not is_accepted:
+                raise UserError(f"model.{name} is {getattr(self, name)!r}; accepted: {text}")
+
+    def _check_sizes(self) -> None:
+        config = self.config
+        if self.tokenizer_size is not None and self.tokenizer_size > config.vocab_size:
+            raise UserError(
+                f"model.config.vocab_size is {config.vocab_size}; the tokenizer has {self.tokenizer_size} ids, so at "
+                f"least {self.tokenizer_size} are needed"
+            )
+        if self.seq_len is None:
+            return
+        if self.seq_len > config.max_position_embeddings:
+            raise UserError(
+                f"data.seq_len is {self.seq_len}; model.config.max_position_embeddings allows at most "
+                f"{config.max_position_embeddings}"
+            )
+        for block in self.llama.blocks:
+            block.self_attn.attention.check(
+                seq_len=self.seq_len,
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=config.attention_head_dim,
+            )
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan

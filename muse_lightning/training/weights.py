@@ -1,0 +1,79 @@
+"""Weights from elsewhere: reading them, and saying clearly when they belong to a model of another shape."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from muse_lightning.errors import UserError
+from muse_lightning.model.hf import load_pretrained
+from muse_lightning.model.llama import Llama
+
+CHECKPOINT_PREFIX = "llama."
+"""What stands before Hugging Face's names in a Lightning checkpoint."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """State dict under Hugging Face's names.
+
+    Args:
+        path: a Lightning checkpoint (.ckpt), a .safetensors file, or a folder written by `save_pretrained`.
+    Raises:
+        UserError: nothing there, or neither of these.
+    """
+    if not path.exists():
+        raise UserError(f"model.weights: {path} does not exist; accepted: a .ckpt, a .safetensors file or its folder")
+    if path.suffix != ".ckpt":
+        return load_pretrained(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = checkpoint["state_dict"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model.weights: {path} is not a Lightning checkpoint of tensors: {reason}") from None
+    return {name.removeprefix(CHECKPOINT_PREFIX): tensor for name, tensor in state.items()}
+
+
+def load_weights(llama: Llama, path: Path) -> None:
+    """Replace every parameter of `llama` by what `read_weights` finds at `path`.
+
+    Raises:
+        UserError: nothing readable there, or it belongs to a model of another shape.
+    """
+    state = read_weights(path)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if llama.config.tie_word_embeddings and embedding in state:
+        # Hugging Face leaves the head of a tied model out.
+        if head in state and not torch.equal(state[head], state[embedding]):
+            raise UserError(f"{path} has a head of its own: config.tie_word_embeddings is true; accepted: false")
+        state[head] = state[embedding]
+    check_shapes(llama.state_dict(), state, str(path))
+    llama.load_state_dict(state)
+
+
+def check_shapes(model: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights of another architecture, with the first tensor that tells.
+
+    Args:
+        model: state dict of the model.
+        found: state dict to be loaded into it.
+        source: where `found` comes from, for the message.
+    Raises:
+        UserError: a tensor is missing, of another shape, or not the model's.
+    """
+    for name, tensor in model.items():
+        if name not in found:
+            raise UserError(f"{source} has no tensor {name}; the model of this recipe needs it, {_shape(tensor)}")
+        if found[name].shape != tensor.shape:
+            raise UserError(
+                f"{source} is of another shape: {name} is {_shape(found[name])} there, {_shape(tensor)} in this recipe"
+            )
+    for name, tensor in found.items():
+        if name not in model:
+            raise UserError(f"{source} has a tensor {name}, {_shape(tensor)}, which the model of this recipe lacks")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

@@ -1,0 +1,262 @@
+"""LanguageModel under a Trainer: what it minimises, logs, stores and refuses, read back from event files."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+
+from muse_lightning.attention import Dense, Muse, SlidingWindow, SpatialBlocks
+from muse_lightning.errors import UserError
+from tests.tiny import SEQ_LEN, VOCAB, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
+
+
+def losses(trainer):
+    return [value for _, value in scalars(trainer)["train/loss"]]
+
+
+def whole_logits_loss(model, some_batches):
+    """Sum of nats, and number of labels, by cross entropy over all logits."""
+    nats, count = 0.0, 0
+    for batch in some_batches:
+        with torch.no_grad():
+            logits = model.llama(batch["input_ids"], cu_seqlens=batch.get("cu_seqlens"))
+        nats += F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum").item()
+        count += (batch["labels"] != -100).sum().item()
+    return nats, count
+
+
+def test_training_learns_and_logs(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=12, log_every_n_steps=3, callbacks=[LearningRateMonitor("step")])
+    trainer.fit(tiny_model(attention=tiny_muse, learning_rate=0.03), TinyData(batches(12, batch_size=4)))
+    logged = scalars(trainer)
+    # Lightning numbers steps from 0.
+    assert [step for step, _ in logged["train/loss"]] == [2, 5, 8, 11]
+    assert logged["train/tokens"][-1] == (11, 12 * 4 * SEQ_LEN)
+    assert "lr-AdamW/pg1" in logged
+    assert logged["train/loss"][0][1] < math.log(VOCAB)
+    assert logged["train/loss"][-1][1] < logged["train/loss"][0][1] - 0.2
+
+
+def test_minimised_loss_divides_by_a_constant_and_logged_loss_by_labels(tmp_path):
+    [batch] = batches(1)
+    model = tiny_model()
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.fit(model, TinyData([batch]))
+    model = tiny_model()
+    model.configure_model()
+    nats, count = whole_logits_loss(model, [batch])
+    model._trainer = trainer
+    assert count < 2 * SEQ_LEN
+    assert model.training_step(batch, 0).item() == pytest.approx(nats / (2 * SEQ_LEN), rel=1e-5)
+    assert losses(trainer) == pytest.approx([nats / count], abs=0.1)
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    small = batches(8, batch_size=1)
+    large = []
+    for first, second in zip(small[::2], small[1::2], strict=True):
+        ends = [first["cu_seqlens"], SEQ_LEN + second["cu_seqlens"]]
+        large.append(
+            {
+                "input_ids": torch.cat([first["input_ids"], second["input_ids"]]),
+                "labels": torch.cat([first["labels"], second["labels"]]),
+                "cu_seqlens": torch.cat(ends),
+            }
+        )
+    results = []
+    for name, data, accumulate in [("small", small, 2), ("large", large, 1)]:
+        L.seed_everything(1, verbose=False)
+        model = tiny_model()
+        trainer = tiny_trainer(tmp_path / name, accumulate_grad_batches=accumulate, gradient_clip_val=0.5)
+        trainer.fit(model, TinyData(data))
+        results.append((losses(trainer), [p.detach() for p in model.parameters()], scalars(trainer)["train/tokens"]))
+    assert len(results[0][0]) == 4
+    # Other order of float32 additions; four steps of AdamW amplify it (it divides by a small second moment).
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-3)
+    assert results[0][2] == results[1][2]
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_evaluation_sums_over_batches_of_unequal_size(tmp_path, stage):
+    data = batches(2, batch_size=2) + batches(1, batch_size=1, seed=5)
+    token_bytes = torch.arange(VOCAB)  # as if id n were n bytes long
+    token_bytes[3] = 0
+    model = tiny_model(attention=tiny_muse, exact_val_batches=2)
+    trainer = tiny_trainer(tmp_path)
+    run = trainer.validate if stage == "val" else trainer.test
+    run(model, TinyData([], data, token_bytes), verbose=False)
+    found = {tag: values[0][1] for tag, values in scalars(trainer).items()}
+
+    nats, count = whole_logits_loss(model, data)
+    length = sum(token_bytes[batch["labels"][batch["labels"] != -100]].sum().item() for batch in data)
+    model.llama.set_attention(Dense)
+    exact_nats, exact_count = whole_logits_loss(model, data[:2])
+    assert found[f"{stage}/loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert found[f"{stage}/ppl"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    assert found[f"{stage}/bpb"] == pytest.approx(nats / math.log(2) / length, rel=1e-5)
+    assert found[f"{stage}/loss_exact"] == pytest.approx(exact_nats / exact_count, rel=1e-5)
+    assert nats / count != pytest.approx(exact_nats / exact_count, rel=1e-5)
+
+
+def test_no_bytes_no_bits_per_byte_and_no_exact_batches_no_exact_loss(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.validate(tiny_model(exact_val_batches=0), TinyData([], batches(1, packed=False)), verbose=False)
+    assert set(scalars(trainer)) == {"val/loss", "val/ppl", "epoch"}
+
+
+def test_predictions_are_log_likelihoods(tmp_path):
+    data = batches(2)
+    model = tiny_model()
+    trainer = tiny_trainer(tmp_path)
+    results = trainer.predict(model, TinyData([], data))
+    for batch, result in zip(data, results, strict=True):
+        nats, _ = whole_logits_loss(model, [batch])
+        assert result["log_likelihood"].shape == batch["labels"].shape
+        assert result["log_likelihood"].sum().item() == pytest.approx(-nats, rel=1e-5)
+        assert (result["log_likelihood"][batch["labels"] == -100] == 0).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_low_precision(tmp_path, precision):
+    trainer = tiny_trainer(tmp_path, max_steps=6, precision=precision, gradient_clip_val=1.0)
+    model = tiny_model(attention=tiny_muse)
+    data = batches(1) * 6
+    trainer.fit(model, TinyData(data, data[:1]))
+    found = losses(trainer)
+    assert model.llama.lm_head.weight.dtype == (torch.float32 if precision == "bf16-mixed" else torch.bfloat16)
+    assert all(map(math.isfinite, found))
+    assert found[-1] < found[0]
+
+
+def test_optimizer_is_fused_with_two_groups(tmp_path):
+    model = tiny_model(weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6)
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.fit(model, TinyData(batches(1)))
+    [optimizer] = trainer.optimizers
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert all(g["fused"] and g["betas"] == (0.8, 0.9) and g["eps"] == 1e-6 for g in optimizer.param_groups)
+
+
+def checkpointed(tmp_path, model, steps=4, **options):
+    checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=2)
+    trainer = tiny_trainer(tmp_path, max_steps=steps, enable_checkpointing=True, callbacks=[checkpoint], **options)
+    trainer.fit(model, TinyData(batches(8)))
+    return trainer
+
+
+def test_a_checkpoint_stores_no_hyperparameters_and_hugging_face_names(tmp_path):
+    checkpointed(tmp_path, tiny_model())
+    checkpoint = torch.load(tmp_path / "epoch=0-step=2.ckpt", weights_only=True)
+    assert "hyper_parameters" not in checkpoint
+    assert all(name.startswith(("llama.model.", "llama.lm_head.")) for name in checkpoint["state_dict"])
+    assert "llama.model.layers.0.self_attn.q_proj.weight" in checkpoint["state_dict"]
+    assert checkpoint["tokens_seen"] == 2 * 2 * SEQ_LEN
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        Dense,
+        tiny_muse,
+        lambda layer: SpatialBlocks(layer, chunk=16, query_cluster=4, key_cluster=4, top_k=1, exact_below=0),
+        lambda layer: SlidingWindow(layer, window=8),
+    ],
+    ids=["dense", "muse", "spatial", "window"],
+)
+def test_a_checkpoint_of_dense_continues_with_any_strategy(tmp_path, attention):
+    checkpointed(tmp_path / "dense", tiny_model())
+    model = tiny_model(attention=attention)
+    trainer = tiny_trainer(tmp_path / "next", max_steps=6)
+    trainer.fit(model, TinyData(batches(8)), ckpt_path=tmp_path / "dense" / "epoch=0-step=4.ckpt")
+    assert [step for step, _ in scalars(trainer)["train/loss"]] == [4, 5]
+    assert scalars(trainer)["train/tokens"][-1][1] == 6 * 2 * SEQ_LEN
+
+
+def test_resuming_equals_an_uninterrupted_run(tmp_path):
+    whole = checkpointed(tmp_path / "whole", tiny_model(learning_rate=3e-3, warmup_steps=3), steps=8)
+    rest = tiny_trainer(tmp_path / "rest", max_steps=8)
+    rest.fit(
+        tiny_model(learning_rate=3e-3, warmup_steps=3),
+        TinyData(batches(8)),
+        ckpt_path=tmp_path / "whole" / "epoch=0-step=4.ckpt",
+    )
+    assert losses(rest) == losses(whole)[4:]
+
+
+def test_the_recipe_wins_over_the_checkpoint(tmp_path):
+    checkpointed(tmp_path / "old", tiny_model(learning_rate=1e-2))
+    trainer = tiny_trainer(tmp_path / "new", max_steps=8, callbacks=[LearningRateMonitor("step")])
+    model = tiny_model(learning_rate=1e-4, weight_decay=0.0, schedule="wsd", decay_fraction=0.0)
+    trainer.fit(model, TinyData(batches(8)), ckpt_path=tmp_path / "old" / "epoch=0-step=4.ckpt")
+    rates = [rate for _, rate in scalars(trainer)["lr-AdamW/pg1"]]
+    assert rates == pytest.approx([1e-4] * 4)
+    assert [group["weight_decay"] for group in trainer.optimizers[0].param_groups] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_a_checkpoint_of_another_shape(tmp_path, verb):
+    checkpointed(tmp_path, tiny_model(config={"intermediate_size": 64}))
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    with pytest.raises(UserError) as error:
+        getattr(tiny_trainer(tmp_path), verb)(tiny_model(), TinyData(batches(1), batches(1)), ckpt_path=path)
+    assert str(error.value) == (
+        f"checkpoint {path} is of another shape: llama.model.layers.0.mlp.gate_proj.weight is 64x16 there, "
+        "32x16 in this recipe"
+    )
+
+
+def test_weights_are_loaded_before_step_0_and_not_at_a_resume(tmp_path):
+    trained = tiny_model()
+    checkpointed(tmp_path, trained)
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    model = tiny_model(weights=path)
+    trainer = tiny_trainer(tmp_path / "next")
+    trainer.validate(model, TinyData([], batches(1)), verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    trainer = tiny_trainer(tmp_path / "resumed", max_steps=6)
+    trainer.fit(tiny_model(weights=tmp_path / "gone.ckpt"), TinyData(batches(8)), ckpt_path=path)
+    assert trainer.global_step == 6
+
+
+def test_max_steps_is_needed(tmp_path):
+    with pytest.raises(UserError, match=r"trainer.max_steps is -1; .* at least 1"):
+        tiny_trainer(tmp_path, max_steps=-1, max_epochs=1).fit(tiny_model(), TinyData(batches(1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokenizer_size": 33}, "model.config.vocab_size is 32; the tokenizer has 33 ids, so at least 33 are needed"),
+        ({"seq_len": 65}, "data.seq_len is 65; model.config.max_position_embeddings allows at most 64"),
+        ({"learning_rate": 0.0}, "model.learning_rate is 0.0; accepted: above 0"),
+        ({"betas": (0.9, 1.0)}, "model.betas is (0.9, 1.0); accepted: at least 0 and below 1, both"),
+        ({"schedule": "linear"}, "model.schedule is 'linear'; accepted: cosine or wsd"),
+        ({"min_lr_ratio": 1.5}, "model.min_lr_ratio is 1.5; accepted: between 0 and 1"),
+        ({"loss_chunk": 0}, "model.loss_chunk is 0; accepted: at least 1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_refused_at_construction(options, message):
+    with pytest.raises(UserError) as error:
+        tiny_model(**options)
+    assert str(error.value) == message
+
+
+def test_the_strategy_is_asked_about_the_sizes():
+    class Picky(Dense):
+        def check(self, **sizes):
+            raise UserError(f"not {sizes}")
+
+    with pytest.raises(UserError, match=r"not {'seq_len': 48, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 4}"):
+        tiny_model(attention=Picky)
+    tiny_model(attention=Picky, seq_len=None)
+
+
+def test_muse_that_is_all_exact_is_allowed_with_one_warning():
+    with pytest.warns(UserWarning, match="Muse is exact attention at this context") as warned:
+        tiny_model(attention=Muse)
+    assert len(warned) == 1
