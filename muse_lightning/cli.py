@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from muse_lightning import __version__
-from muse_lightning.errors import ExitCode, UserError, nearest
+from muse_lightning.errors import ExitCode, UserError, find_cause, nearest
 
 ALLOW_MODULE = "--allow_module"
 TRACEBACK_VARIABLE = "MUSE_TRACEBACK"
@@ -54,15 +54,16 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except SystemExit as stop:
-        # Lightning ends an interrupted run with exit code 1.
-        if isinstance(stop.__context__, KeyboardInterrupt):
+        if find_cause(stop, KeyboardInterrupt):  # Lightning ends an interrupted run with exit code 1.
             return ExitCode.INTERRUPTED
         return stop.code if isinstance(stop.code, int) else ExitCode.DONE if stop.code is None else ExitCode.BUG
     except BrokenPipeError:
         # The reader of `muse ... | head` has gone: nobody is left to tell. Python would try to flush once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
-    except Exception:
+    except Exception as error:
+        if find_cause(error, KeyboardInterrupt):
+            return ExitCode.INTERRUPTED
         traceback.print_exc()
         return ExitCode.BUG
 

@@ -1,5 +1,6 @@
 """The verbs of `muse` on LightningCLI(LanguageModel, TokenDataModule), and the run around a trainer's call."""
 
+import enum
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import ArgumentError, Namespace, set_loader
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -17,16 +19,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import muse_lightning.attention
 import muse_lightning.callbacks
 import muse_lightning.data.sources  # noqa: F401
+from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import progress_bar
 from muse_lightning.configuration.check import ConfigCheck, explain
 from muse_lightning.configuration.layers import load_with_presets, read_layers
 from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, find_cause
 from muse_lightning.measure.info import environment, machine_report, recipe_report
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.run_folder import RunFolder
+
+# Some of Lightning's defaults are enumerations that are strings too, which PyYAML does not know how to write.
+yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_str(member.name))
 
 LINKS_AT_PARSE = {"model.seq_len": "data.seq_len", "data.seed": "seed_everything"}
 LINKS_AT_INSTANTIATION = {"model.tokenizer_size": "data.vocab_size"}
@@ -61,6 +67,7 @@ class MuseCLI(LightningCLI):
     def __init__(
         self, verb: str, description: str, args: Sequence[str], allowed: Sequence[str], with_trainer: bool
     ) -> None:
+        self.verb = verb
         self.with_trainer = with_trainer
         self.allowed = allowed
         super().__init__(
@@ -124,11 +131,16 @@ class MuseCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data module, model and, for verbs that need it, the trainer."""
+        try:
+            self.config_init = self.parser.instantiate(self.config)
+        except Exception as error:
+            mistake = refused_by_constructor(error)
+            if mistake is None:
+                raise
+            raise mistake from error
+        self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
         if self.with_trainer:
-            super().instantiate_classes()
-        else:
-            self.config_init = self.parser.instantiate_classes(self.config)
-            self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
+            self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Create the run's folder, and a trainer that writes to it."""
@@ -171,6 +183,7 @@ class MuseCLI(LightningCLI):
             (trainer["enable_progress_bar"] is not False, ProgressBar, progress_bar),
             (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
             (trainer["enable_checkpointing"] is not False, Checkpoint, self._checkpoint_callback),
+            (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),
         ]
         for is_wanted, kind, make in kinds:
             if is_wanted and not any(isinstance(callback, kind) for callback in callbacks):
@@ -251,9 +264,10 @@ def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str
 
 def as_user_error(error: Exception, config: Namespace) -> UserError | None:
     """The user's mistake behind an error of a library; None if it is not one."""
+    mistake = find_cause(error, UserError)
+    if mistake is not None:
+        return mistake
     message = str(error)
-    if isinstance(error, UserError):
-        return error
     if isinstance(error, torch.OutOfMemoryError):
         wanted = message.split("Tried to allocate ")[-1].split(".  ")[0].split(". ")[0]
         return UserError(
@@ -271,5 +285,18 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
     return None
 
 
-def _first_sentence(error: Exception) -> str:
+def refused_by_constructor(error: Exception) -> UserError | None:
+    """The user's mistake behind an error from building what a class path names; None if it is not one."""
+    mistake = find_cause(error, UserError)
+    if mistake is not None:
+        return mistake
+    # jsonargparse reports an error of such a constructor as one of a union that no member of fits.
+    is_chosen_class = "Does not validate against any of the Union subtypes" in str(error)
+    if is_chosen_class or find_cause(error, MisconfigurationException):
+        cause = find_cause(error, MisconfigurationException) or error.__cause__ or error
+        return UserError(f"a class that the configuration names cannot be built: {_first_sentence(cause)}")
+    return None
+
+
+def _first_sentence(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]

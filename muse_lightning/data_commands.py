@@ -38,6 +38,6 @@ def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequ
         config = parser.parse_args(args)
     except ArgumentError as error:
         raise UserError(explain(error, check)) from error
-    values: dict[str, Any] = parser.instantiate_classes(config).as_dict()
+    values: dict[str, Any] = parser.instantiate(config).as_dict()
     values.pop("config", None)
     function(**values)

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import TypeVar
+
+Cause = TypeVar("Cause", bound=BaseException)
 
 
 class ExitCode(IntEnum):
@@ -19,6 +22,19 @@ class UserError(Exception):
 
     The message says what (key, file, argument), the value found, and what would be accepted.
     """
+
+
+def find_cause(error: BaseException, kind: type[Cause]) -> Cause | None:
+    """The error itself, or the one it was raised from or while handling, that is of this kind; None if there is none.
+
+    Lightning tears a trainer down while an error is on its way, and that can fail in turn.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, kind):
+            return found
+        found = found.__cause__ or found.__context__
+    return None
 
 
 def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:

@@ -13,8 +13,12 @@ WARNINGS = (
     r"Your `IterableDataset` has `__len__` defined",
     # How many processes read batches is data.num_workers, chosen in the recipe.
     r"The '\w+' does not have many workers",
-    # An absolute path of the last run's checkpoints would not help: every run has its own folder.
-    r"Checkpoint directory .* exists and is not empty",
+    # Predictions are numbered by batch, in stored order.
+    r"Couldn't infer the batch indices fetched from your dataloader",
+    # litdata copies what it read at once.
+    r"The given buffer is not writable",
+    # Every run has a folder of its own, so that of the checkpoint is always another one.
+    r"The dirpath has changed from .* therefore `best_model_score`",
 )
 LOG_LINES = (
     # An advertisement for a hosted service.

@@ -1,0 +1,25 @@
+"""One concern each: what is watched, and what is written, while a Trainer runs."""
+
+from muse_lightning.callbacks.gradient_norm import GradientNorm
+from muse_lightning.callbacks.loss_by_position import LossByPosition
+from muse_lightning.callbacks.memory_use import MemoryUse
+from muse_lightning.callbacks.ngram_baseline import NgramBaseline
+from muse_lightning.callbacks.prediction_files import PredictionFiles
+from muse_lightning.callbacks.progress import ProgressLines
+from muse_lightning.callbacks.step_time import StepTime
+from muse_lightning.callbacks.throughput import DeviceThroughput
+
+DEFAULT_CALLBACKS = (DeviceThroughput, StepTime, MemoryUse, GradientNorm, LossByPosition)
+"""What every fit has: the tags in docs/training.md."""
+
+__all__ = [
+    "DEFAULT_CALLBACKS",
+    "DeviceThroughput",
+    "GradientNorm",
+    "LossByPosition",
+    "MemoryUse",
+    "NgramBaseline",
+    "PredictionFiles",
+    "ProgressLines",
+    "StepTime",
+]

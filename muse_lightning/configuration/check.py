@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -82,7 +82,20 @@ class ConfigCheck:
             missing = [name for name in _required(spec.cls, spec.skip) if name not in spec.args]
             if missing:
                 self.problems.append(f"{spec.path}: {spec.cls.__name__} needs {', '.join(missing)}, which is not given")
+        absent = [key for key in _typed(self.parser) if self._is_missing(key)]
+        if absent:
+            self.problems.append(f"required, but not given: {', '.join(absent)}")
         return self.problems[0] if self.problems else None
+
+    def _is_missing(self, key: str) -> bool:
+        """Whether a key has neither a default nor a value."""
+        action = _typed(self.parser)[key]
+        group: Any = self.merged
+        for part in key.split("."):
+            if not isinstance(group, Mapping) or part not in group:
+                return action.default is None and _refusal(action._typehint, None) is not None
+            group = group[part]
+        return False
 
     def _merge_args(
         self,
@@ -95,7 +108,7 @@ class ConfigCheck:
         owner: type | None,
     ) -> None:
         """Merge the arguments `new` of a group over `old`: `prefix` is its key in `parser`, `path` its whole key."""
-        typed = {action.dest: action for action in parser._actions if hasattr(action, "_typehint")}
+        typed = _typed(parser)
         names = _children(parser, prefix)
         for written, value in new.items():
             key = str(written).removesuffix("+")
@@ -195,7 +208,7 @@ class ConfigCheck:
         if new.cls is old.cls:
             new.args, new.sources = dict(old.args), dict(old.sources)
             return
-        hints = {a.dest: a._typehint for a in _class_parser(new.cls, new.skip)._actions if hasattr(a, "_typehint")}
+        hints = {dest: a._typehint for dest, a in _typed(_class_parser(new.cls, new.skip)).items()}
         for name, value in old.args.items():
             if name in hints and _refusal(hints[name], value) is None:
                 new.args[name], new.sources[name] = value, old.sources.get(name, "")
@@ -250,10 +263,13 @@ def explain(error: ArgumentError, check: ConfigCheck) -> str:
     denied = _denied_import(error)
     if denied:
         return denied
-    required = re.search(r"the following arguments are required: (.+)", message)
-    if required:
-        return f"required, but not given: {required[1]}"
     return " ".join(message.split())[:400]
+
+
+def _typed(parser: ArgumentParser) -> dict[str, Any]:
+    """The arguments of a parser that have a type, by key."""
+    actions = {action.dest: action for action in parser._actions if hasattr(action, "_typehint")}
+    return {dest: action for dest, action in actions.items() if not dest.endswith(".help")}
 
 
 def _join(prefix: str, key: str) -> str:
@@ -311,6 +327,9 @@ def _refusal(hint: Any, value: Any) -> str | None:
     """Why jsonargparse does not accept the value for the type; None if it does."""
     if isinstance(value, Spec):
         return None if issubclass(value.cls, accepted_by(hint).classes) else f"expected {describe(hint)}"
+    if value is None:  # To jsonargparse this is an argument that was not given.
+        accepts_null = hint is Any or type(None) in get_args(hint)
+        return None if accepts_null else f"expected {describe(hint)}, found null"
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     try:

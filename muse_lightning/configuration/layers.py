@@ -48,6 +48,8 @@ def read_layers(args: Sequence[str], positional: Sequence[str] = ()) -> list[Lay
             continue
         if not has_value:
             value = tokens.pop(0) if tokens and not tokens[0].startswith("--") else "null"
+        if name == "--config" and value == "null":
+            raise UserError("--config: a file or recipe:NAME must follow")
         if name == "--config":
             layers.append(Layer(value, load_yaml(value, "--config", here), Path(value).resolve().parent))
         else:

@@ -20,7 +20,7 @@ from muse_lightning.model.llama import Llama
 
 PACKAGES = ("torch", "lightning", "triton", "litdata", "jsonargparse", "tokenizers", "numpy")
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
-GIB = 1024**3
+MIB, GIB = 1024**2, 1024**3
 MIXED_DTYPES = {"16-mixed": torch.float16, "16": torch.float16, "bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16}
 TRUE_DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64, "64": torch.float64}
 """Lightning's names of precisions: dtype of autocast, and of the parameters where that is not float32."""
@@ -140,10 +140,14 @@ def recipe_report(
         f"parameters: {parameters:,}",
         f"tokens per step and device: {tokens:,} = {batch_size} x {seq_len:,} x {accumulate} accumulated",
         f"training FLOPs per token: {flops:.3e} at a context of one document ({dense:.3e} with dense attention)",
-        f"memory per device: {memory.total / GIB:.2f} GiB, nothing recomputed or sharded",
+        f"memory per device: {_memory(memory.total)}, nothing recomputed or sharded",
     ]
     parts = dataclasses.asdict(memory).items()
-    return "\n".join([*lines, *(f"  {name}: {size / GIB:.2f} GiB" for name, size in parts)])
+    return "\n".join([*lines, *(f"  {name}: {_memory(size)}" for name, size in parts)])
+
+
+def _memory(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
 def _version(package: str) -> str | None:

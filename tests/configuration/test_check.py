@@ -156,6 +156,7 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str 
         ("- 1", "--config: a.yaml holds [1]; expected keys with values, such as `trainer:`"),
         ("model: {sizes: none.yaml}", "model.sizes: no file none.yaml; nearest: a.yaml"),
         ("model: {attention: Near}", "required, but not given: model.sizes.hidden"),
+        ("model: {sizes: {hidden: null}}", "model.sizes.hidden: expected an integer, found null (a.yaml)"),
     ],
 )
 def test_a_mistake_in_a_file(parse: Callable[..., str | None], yaml: str, line: str) -> None:

@@ -1,0 +1,79 @@
+"""A recipe small enough to train in a test, on repositories made for it, and `muse` called with it in this process."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from muse_lightning.cli import main
+
+RECIPE = """
+run: {root: runs, name: tiny}
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_steps: 2
+  log_every_n_steps: 1
+  enable_model_summary: false
+model:
+  config:
+    vocab_size: 320
+    hidden_size: 16
+    intermediate_size: 32
+    num_hidden_layers: 2
+    num_attention_heads: 4
+    num_key_value_heads: 2
+    max_position_embeddings: 64
+  attention:
+    class_path: Muse
+    init_args: {chunk: 16, query_cluster: 4, key_cluster: 4, top_k: 1, exact_below: 16}
+  warmup_steps: 0
+  loss_chunk: 32
+data:
+  dataset: dataset
+  sources: [{class_path: Folders, init_args: {path: source}}]
+  seq_len: 32
+  batch_size: 2
+  val_fraction: 0.3
+  test_fraction: 0.3
+"""
+
+
+class Muse:
+    """`muse` in a working directory with `recipe.yaml` and the repositories it is about."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self._capsys = capsys
+        (folder / "recipe.yaml").write_text(RECIPE)
+        for name in ("one", "two", "three", "four"):
+            repository = folder / "source" / name
+            repository.mkdir(parents=True)
+            for number in range(3):
+                text = "".join(f"{name}_{number}_{line} = {line * number}\n" for line in range(20))
+                (repository / f"module_{number}.py").write_text(text)
+
+    def __call__(self, *args: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of a command."""
+        self._capsys.readouterr()
+        code = main(args)
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+    def with_recipe(self, verb: str, *args: str) -> tuple[int, str, str]:
+        """A command on the recipe."""
+        return self(verb, "--config", "recipe.yaml", *args)
+
+    def error(self, *args: str) -> str:
+        """The one line on standard error of a command that must end as a user's mistake and leave no run behind."""
+        before = self.versions()
+        code, _, err = self(*args)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert (code, len(lines)) == (2, 1), err
+        assert "Traceback" not in err
+        assert self.versions() == before
+        return lines[0].removeprefix("error: ")
+
+    def versions(self) -> Sequence[str]:
+        """Run folders that exist."""
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.glob("runs/*/*"))

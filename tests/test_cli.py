@@ -1,0 +1,286 @@
+"""`muse` as a user meets it: verbs, precedence of files and flags, run folder, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from muse_lightning import __version__
+from muse_lightning.cli import VERBS
+from muse_lightning.commands import MuseCLI
+from muse_lightning.configuration.packaged import recipes_folder
+from muse_lightning.training.module import LanguageModel
+from tests.recipe import Muse
+
+
+@pytest.fixture
+def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Muse:
+    monkeypatch.chdir(tmp_path)
+    return Muse(tmp_path, capsys)
+
+
+def build(*args: str) -> MuseCLI:
+    """What a verb without a trainer builds from `recipe.yaml` and these flags."""
+    return MuseCLI("info", "", ["--config", "recipe.yaml", *args], [], with_trainer=False)
+
+
+class TestWithoutTorch:
+    @pytest.mark.parametrize("args", [["--help"], [], ["--version"], ["fti"]])
+    def test_neither_torch_nor_lightning_is_imported(self, args: list[str]) -> None:
+        program = (
+            "import sys; from muse_lightning.cli import main\n"
+            f"main({args!r}); print(sorted({{'torch', 'lightning', 'jsonargparse'}} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+    def test_help_lists_every_verb(self, muse: Muse) -> None:
+        code, out, _ = muse("--help")
+        assert code == 0
+        assert len(VERBS) == 8
+        for name, verb in VERBS.items():
+            assert f"  {name} " in out
+            assert verb.description in out
+
+    def test_version(self, muse: Muse) -> None:
+        assert muse("--version")[:2] == (0, f"muse-lightning {__version__}\n")
+
+    @pytest.mark.parametrize(
+        ("args", "line"),
+        [
+            (["fti"], "muse: no verb 'fti'; nearest: fit; muse --help lists all"),
+            (["data"], "muse data: a second word must follow; accepted: data inspect"),
+            (["tokenizer", "tran"], "muse tokenizer: a second word must follow; accepted: tokenizer train"),
+            (["--config", "recipe.yaml"], "muse: no verb '--config'"),
+        ],
+    )
+    def test_unknown_verb(self, muse: Muse, args: list[str], line: str) -> None:
+        assert muse.error(*args).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("verb", "keys"),
+    [
+        (
+            "fit",
+            ["--config", "--run.name", "--model.attention", "--data.seq_len", "--trainer.max_steps", "--allow_module"],
+        ),
+        ("validate", ["--ckpt_path"]),
+        ("test", ["--ckpt_path"]),
+        ("predict", ["--ckpt_path", "--data.predict_split"]),
+        ("prepare", ["--data.sources", "--print_config"]),
+        ("info", ["--config"]),
+        ("data inspect", ["dataset", "--block"]),
+        ("tokenizer train", ["--sources", "--vocab_size"]),
+    ],
+)
+def test_help_of_a_verb(muse: Muse, verb: str, keys: list[str]) -> None:
+    code, out, _ = muse(*verb.split(), "--help")
+    assert code == 0
+    assert out.startswith(f"usage: muse {verb} ")
+    assert VERBS[verb].description in out
+    assert [key for key in keys if key not in out] == []
+
+
+class TestPrecedence:
+    def test_later_files_and_flags_win(self, muse: Muse) -> None:
+        Path("other.yaml").write_text("model: {learning_rate: 0.5, weight_decay: 0.25}\n")
+        cli = build("--config=other.yaml", "--model.weight_decay=0.125")
+        assert (cli.model.learning_rate, cli.model.weight_decay) == (0.5, 0.125)
+        cli = build("--model.weight_decay=0.125", "--config=other.yaml")
+        assert cli.model.weight_decay == 0.25
+
+    def test_attention_by_name_and_argument(self, muse: Muse) -> None:
+        cli = build("--model.attention=Muse", "--model.attention.top_k=8")
+        attention = cli.model.llama.blocks[1].self_attn.attention
+        assert (type(attention).__name__, attention.options["top_k"]) == ("Muse", 8)
+
+    def test_preset_with_a_field_of_ones_own(self, muse: Muse) -> None:
+        flags = ["--model.config=presets/30m.yaml", "--model.config.num_hidden_layers=3"]
+        config = build(*flags).model.config
+        assert (config.num_hidden_layers, config.hidden_size) == (3, 384)
+        Path("other.yaml").write_text("model: {config: presets/30m.yaml}\n")
+        assert build("--config=other.yaml").model.config.hidden_size == 384
+
+    def test_a_file_of_ones_own_named_like_a_preset_comes_first(self, muse: Muse) -> None:
+        Path("presets").mkdir()
+        Path("presets/30m.yaml").write_text("hidden_size: 24\n")
+        assert build("--model.config=presets/30m.yaml").model.config.hidden_size == 24
+
+    def test_callbacks_are_appended(self, muse: Muse) -> None:
+        flags = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=x", "--trainer.callbacks+=Timer"]
+        callbacks = build(*flags).config_init["trainer"]["callbacks"]
+        assert [type(callback).__name__ for callback in callbacks] == ["EarlyStopping", "Timer"]
+        assert callbacks[0].monitor == "x"
+
+    def test_values_that_must_agree_are_given_once(self, muse: Muse) -> None:
+        cli = build("--data.seq_len=48", "--seed_everything=7")
+        assert cli.model.seq_len == cli.datamodule.seq_len == 48
+        assert cli.model.tokenizer_size == cli.datamodule.vocab_size == 259
+        assert cli.datamodule.seed == 7
+
+    def test_packaged_recipes(self, muse: Muse) -> None:
+        names = [path.stem for path in recipes_folder().glob("*.yaml")]
+        for name in names[:1]:
+            assert muse("info", "--config", f"recipe:{name}", "--print_config")[0] == 0
+        assert muse.error("fit", "--config=recipe:nothing").startswith(
+            "--config: no packaged recipe is called 'nothing'"
+        )
+
+
+class TestRunFolder:
+    def test_a_run_leaves_what_repeats_it(self, muse: Muse) -> None:
+        code, out, err = muse.with_recipe("fit", "--model.learning_rate=0.01", "--trainer.callbacks+=Timer")
+        assert code == 0, err
+        run = Path("runs/tiny/version_0")
+        environment = json.loads((run / "environment.json").read_text())
+        assert environment["packages"]["torch"] == torch.__version__
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step=2.ckpt"]
+        events = EventAccumulator(str(run)).Reload()
+        assert {"train/loss", "lr-AdamW/pg1"} <= set(events.Tags()["scalars"])
+        assert "step 2/2" in out
+
+        written = yaml.safe_load((run / "config.yaml").read_text())
+        assert written["model"]["learning_rate"] == 0.01
+        printed = muse("fit", "--config", str(run / "config.yaml"), "--print_config")[1]
+        assert yaml.safe_load(printed) == written
+
+    def test_a_second_run_gets_the_next_version(self, muse: Muse) -> None:
+        for _ in range(2):
+            assert muse.with_recipe("fit", "--trainer.max_steps=1")[0] == 0
+        assert muse.versions() == ["runs/tiny/version_0", "runs/tiny/version_1"]
+
+    def test_other_verbs(self, muse: Muse) -> None:
+        assert muse.with_recipe("prepare")[0] == 0
+        assert Path("dataset/dataset.json").is_file()
+        assert muse.with_recipe("fit")[0] == 0
+        checkpoint = "--ckpt_path=runs/tiny/version_0/checkpoints/step=2.ckpt"
+        for verb, figure in [("validate", "val/loss"), ("test", "test/bpb"), ("predict", "")]:
+            code, out, err = muse.with_recipe(verb, checkpoint)
+            assert code == 0, err
+            assert figure in out
+        first = load_file("runs/tiny/version_3/predictions/batch=000000_rank=0.safetensors")
+        assert first["log_likelihood"].shape == first["labels"].shape == (2, 32)
+        assert (first["log_likelihood"][first["labels"] >= 0] < 0).all()
+        code, out, _ = muse("data", "inspect", "dataset", "--block=0", "--seq_len=32")
+        assert code == 0
+        assert "<|repo_name|>" in out
+
+    def test_defaults_give_way_to_the_users_own(self, muse: Muse) -> None:
+        flags = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=mine"]
+        assert muse.with_recipe("fit", *flags, "--trainer.enable_progress_bar=false")[0] == 0
+        assert [path.name for path in Path("runs/tiny/version_0/checkpoints").iterdir()] == ["mine.ckpt"]
+        assert muse.with_recipe("fit", "--trainer.logger=false", "--trainer.enable_checkpointing=false")[0] == 0
+        assert sorted(path.name for path in Path("runs/tiny/version_1").iterdir()) == [
+            "config.yaml",
+            "environment.json",
+            "lock",
+        ]
+
+    def test_no_credentials_are_kept(self, muse: Muse) -> None:
+        flags = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs"]
+        flags += ["--trainer.logger.comment=s3://me:hunter2@host"]
+        code, _, err = muse.with_recipe("fit", *flags)
+        assert code == 0, err
+        assert "hunter2" not in Path("runs/tiny/version_0/config.yaml").read_text()
+
+    def test_files_and_flags_win_over_the_checkpoint(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert muse.with_recipe("fit", "--model.learning_rate=0.01", "--model.weight_decay=0.5")[0] == 0
+        rates = []
+        step = LanguageModel.training_step
+
+        def training_step(model: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
+            rates.append((model.trainer.global_step, model.learning_rate, model.weight_decay))
+            return step(model, batch, batch_idx)
+
+        monkeypatch.setattr(LanguageModel, "training_step", training_step)
+        flags = ["--model.learning_rate=0.02", "--trainer.max_steps=3"]
+        assert muse.with_recipe("fit", *flags, "--ckpt_path=runs/tiny/version_0/checkpoints/step=2.ckpt")[0] == 0
+        assert rates == [(2, 0.02, 0.1)]
+
+
+class TestExitCodes:
+    @pytest.fixture
+    def step_raises(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+        """Make the first training step end with an error."""
+
+        def arrange(error: BaseException) -> None:
+            def training_step(model: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
+                raise error
+
+            monkeypatch.setattr(LanguageModel, "training_step", training_step)
+
+        handler = signal.getsignal(signal.SIGINT)
+        yield arrange
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores SIGINT while it shuts down.
+
+    def test_a_bug_of_ours(self, muse: Muse, step_raises: Any) -> None:
+        step_raises(ZeroDivisionError("oh"))
+        code, _, err = muse.with_recipe("fit")
+        assert code == 1
+        assert "Traceback" in err
+        assert "ZeroDivisionError: oh" in err
+
+    def test_ctrl_c(self, muse: Muse, step_raises: Any) -> None:
+        step_raises(KeyboardInterrupt())
+        assert muse.with_recipe("fit")[0] == 130
+
+    def test_out_of_gpu_memory(self, muse: Muse, step_raises: Any) -> None:
+        step_raises(
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity")
+        )
+        assert muse.error("fit", "--config=recipe.yaml") == (
+            "out of GPU memory, 2.50 GiB more was needed; next: lower data.batch_size (now 2, raising "
+            "trainer.accumulate_grad_batches keeps the batch) or data.seq_len"
+        )
+
+    def test_traceback_on_request(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MUSE_TRACEBACK", "1")
+        code, _, err = muse.with_recipe("fit", "--model.betas=1")
+        assert code == 2
+        assert "Traceback" in err
+        assert err.splitlines()[-1] == "error: model.betas: expected [a number, a number], found 1 (command line)"
+
+    def test_another_rank_says_which(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        assert muse("fti")[2].startswith("rank 3: error: muse: no verb")
+
+    def test_as_a_process(self, muse: Muse) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "muse_lightning.cli",
+            "fit",
+            "--config=recipe.yaml",
+            "--model.attention.topk=3",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 2
+        line = "model.attention.init_args.topk: not a parameter of Muse; nearest: top_k (command line)"
+        assert done.stderr == f"error: {line}\n"
+        assert done.stdout == ""
+        assert muse.versions() == []
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+def test_ranks_share_one_folder(muse: Muse) -> None:
+    command = [sys.executable, "-m", "muse_lightning.cli", "fit", "--config=recipe.yaml"]
+    flags = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE", "RANK")
+    }
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=240, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert muse.versions() == ["runs/tiny/version_0"]
+    assert Path("runs/tiny/version_0/checkpoints/step=2.ckpt").is_file()

@@ -1,0 +1,346 @@
+"""A user's mistake ends as one true line with exit code 2, through the whole program, and leaves nothing behind."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser, set_parsing_settings
+from lightning.pytorch.callbacks import Callback
+
+from muse_lightning.errors import nearest
+from tests.recipe import Muse
+
+
+@pytest.fixture
+def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Muse:
+    monkeypatch.chdir(tmp_path)
+    return Muse(tmp_path, capsys)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("topk", "top_k"), ("zzz", "chunk, order, top_k"), ("chnk", "chunk")])
+def test_nearest(name: str, expected: str) -> None:
+    assert nearest(name, ["top_k", "chunk", "order"]) == expected
+
+
+class TestConfiguration:
+    """Depth by depth; tests/configuration/ has every kind of mistake."""
+
+    @pytest.mark.parametrize(
+        ("yaml", "line"),
+        [
+            ("trianer: {max_steps: 1}", "trianer: not a known option; nearest: trainer (bad.yaml)"),
+            (
+                "trainer: {max_stepz: 1}",
+                "trainer.max_stepz: not a parameter of Trainer; nearest: max_steps, max_time, min_steps (bad.yaml)",
+            ),
+            ("trainer: {max_steps: some}", "trainer.max_steps: expected an integer, found 'some' (bad.yaml)"),
+            (
+                "model: {config: {hidden_sise: 8}}",
+                "model.config.hidden_sise: not a parameter of LlamaConfig; nearest: hidden_size, num_hidden_layers "
+                "(bad.yaml)",
+            ),
+            (
+                "model: {config: {rope_scaling: {factr: 8}}}",
+                "model.config.rope_scaling.factr: not a parameter of RopeScaling; nearest: factor, low_freq_factor "
+                "(bad.yaml)",
+            ),
+            (
+                "model: {attention: Muze}",
+                "model.attention: 'Muze' is no known AttentionStrategy; nearest: Muse (bad.yaml)",
+            ),
+            (
+                "model: {attention: {class_path: Muse, init_args: {topk: 3}}}",
+                "model.attention.init_args.topk: not a parameter of Muse; nearest: top_k (bad.yaml)",
+            ),
+            (
+                "data: {sources: [{class_path: Folders, init_args: {pth: x}}]}",
+                "data.sources[0].init_args.pth: not a parameter of Folders; nearest: path (bad.yaml)",
+            ),
+            (
+                "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: x}}]}",
+                "trainer.callbacks[0].init_args.save_top_k: expected an integer, found 'x' (bad.yaml)",
+            ),
+            (
+                "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: 3}}]}",
+                "a class that the configuration names cannot be built: ModelCheckpoint(save_top_k=3, monitor=None) is "
+                "not a valid configuration.",
+            ),
+            (
+                "data: {filters: {max_fil_bytes: 3}}",
+                "data.filters.max_fil_bytes: not a parameter of Filters; nearest: ",
+            ),
+            (
+                "model: {config: {hidden_size: 10}}",
+                "config.num_attention_heads is 4; it must divide config.hidden_size, 10",
+            ),
+            ("model: {betas: [0.9, 1.5]}", "model.betas is (0.9, 1.5); accepted: at least 0 and below 1, both"),
+            ("data: {batch_size: 0}", "data.batch_size: 0 found, at least 1 expected"),
+            ("trainer: {strategy: dpp}", "trainer: You selected an invalid strategy name: `strategy='dpp'`."),
+            ("trainer: {accelerator: gpu, devices: 64}", "trainer: "),
+            (
+                "model: {attention: Dense}",
+                "model.attention: Dense does not take chunk=16 and query_cluster=4 and key_cluster=4 and top_k=1 and "
+                "exact_below=16, given to Muse (recipe.yaml); to drop it, write model.attention: {class_path: Dense, "
+                "init_args: {}}",
+            ),
+        ],
+    )
+    def test_one_line(self, muse: Muse, yaml: str, line: str) -> None:
+        Path("bad.yaml").write_text(yaml + "\n")
+        assert muse.error("fit", "--config", "recipe.yaml", "--config", "bad.yaml").startswith(line)
+
+    def test_every_verb_with_a_configuration_says_so(self, muse: Muse) -> None:
+        for verb in ("validate", "test", "predict", "prepare", "info"):
+            line = muse.error(verb, "--config", "recipe.yaml", "--modle.attention=Dense")
+            assert line == "modle: not a known option; nearest: model (command line)"
+
+    @pytest.mark.parametrize(
+        ("args", "line"),
+        [
+            (["data", "inspect"], "required, but not given: dataset"),
+            (["data", "inspect", "nowhere"], "nowhere"),
+            (["data", "inspect", "dataset", "--blok=1"], "blok: not a known option; nearest: block"),
+            (
+                ["tokenizer", "train", "--sources=[Foldrs]"],
+                "sources[0]: 'Foldrs' is no known DocumentSource; nearest: ",
+            ),
+            (["fit", "--config"], "--config: a file or recipe:NAME must follow"),
+            (["fit"], "required, but not given: model.config.vocab_size"),
+        ],
+    )
+    def test_other_command_lines(self, muse: Muse, args: list[str], line: str) -> None:
+        assert line in muse.error(*args)
+
+
+class TestData:
+    def fit(self, muse: Muse, *flags: str) -> str:
+        return muse.error("fit", "--config", "recipe.yaml", *flags)
+
+    def test_empty_source_folder(self, muse: Muse) -> None:
+        Path("empty").mkdir()
+        line = self.fit(muse, "--data.sources=[{class_path: Folders, init_args: {path: empty}}]")
+        assert line == "source folder empty: no files found; give a folder whose sub-folders are repositories"
+        assert not Path("dataset").exists()
+
+    def test_missing_source_folder(self, muse: Muse) -> None:
+        line = self.fit(muse, "--data.sources=[{class_path: Folders, init_args: {path: nowhere}}]")
+        assert line.startswith("source folder nowhere: No such file or directory")
+
+    def test_nothing_left_after_filters(self, muse: Muse) -> None:
+        line = self.fit(muse, "--data.filters.max_file_bytes=10")
+        assert "filters" in line
+        assert not Path("dataset").exists()
+
+    def test_tokenizer_larger_than_the_vocabulary(self, muse: Muse) -> None:
+        assert self.fit(muse, "--model.config.vocab_size=100") == (
+            "model.config.vocab_size is 100; the tokenizer has 259 ids, so at least 259 are needed"
+        )
+
+    def test_context_longer_than_the_model_takes(self, muse: Muse) -> None:
+        assert self.fit(muse, "--data.seq_len=65").startswith(
+            "data.seq_len is 65; model.config.max_position_embeddings"
+        )
+
+    def test_fewer_blocks_than_a_step_needs(self, muse: Muse) -> None:
+        line = self.fit(muse, "--data.batch_size=100000")
+        assert "data.seq_len: 32 found; split 'train'" in line
+        assert "no context is short enough" in line
+
+    def test_dataset_of_another_tokenizer(self, muse: Muse) -> None:
+        assert muse.with_recipe("prepare")[0] == 0
+        line = self.fit(muse, "--data.sources=null", "--data.special_tokens.repo_name=<repo>")
+        assert line.startswith(
+            "data.tokenizer: bytes found, but dataset was prepared with bytes (or with other special"
+        )
+
+    def test_missing_dataset(self, muse: Muse) -> None:
+        assert "dataset" in self.fit(muse, "--data.sources=null")
+
+    def test_all_exact_is_allowed_with_one_warning(self, muse: Muse) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            code, _, _ = muse.with_recipe("fit", "--model.attention.exact_below=32", "--trainer.max_steps=1")
+        assert code == 0
+        assert len([w for w in caught if "exact attention at this context" in str(w.message)]) == 1
+
+
+class TestCheckpoint:
+    def error(self, muse: Muse, path: str, *flags: str) -> str:
+        return muse.error("fit", "--config", "recipe.yaml", f"--ckpt_path={path}", *flags)
+
+    def test_of_another_shape(self, muse: Muse) -> None:
+        assert muse.with_recipe("fit")[0] == 0
+        path = "runs/tiny/version_0/checkpoints/step=2.ckpt"
+        line = self.error(muse, path, "--model.config.intermediate_size=64", "--trainer.max_steps=4")
+        assert line.startswith(f"checkpoint {path} is of another shape: llama.model.layers.0.mlp.gate_proj.weight is ")
+
+    def test_missing(self, muse: Muse) -> None:
+        assert (
+            self.error(muse, "no.ckpt")
+            == "ckpt_path: no checkpoint at no.ckpt; expected the path of a local checkpoint"
+        )
+
+    def test_not_a_checkpoint(self, muse: Muse) -> None:
+        Path("text.ckpt").write_text("hello")
+        assert self.error(muse, "text.ckpt").startswith("ckpt_path: text.ckpt is not a checkpoint: ")
+
+    @pytest.mark.parametrize("address", ["http://127.0.0.1:1/a.ckpt", "s3://bucket/a.ckpt", "file:///tmp/a.ckpt"])
+    def test_an_address(self, muse: Muse, address: str) -> None:
+        assert self.error(muse, address).startswith(f"ckpt_path: {address} is an address; expected")
+
+    def test_that_runs_code_when_unpickled(self, muse: Muse) -> None:
+        """First shown to work where weights_only is off."""
+        torch.save({"state_dict": Touch("ran")}, "evil.ckpt")
+        torch.load("evil.ckpt", weights_only=False)
+        assert Path("ran").exists()
+        Path("ran").unlink()
+        assert self.error(muse, "evil.ckpt").startswith("ckpt_path: evil.ckpt is not a checkpoint: ")
+        assert not Path("ran").exists()
+
+
+class Touch:
+    """Unpickles by creating a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(self.path),)
+
+
+def test_a_folder_in_use(muse: Muse) -> None:
+    """Two runs with one explicit version: the second ends, the first is left alone."""
+    assert muse.with_recipe("fit", "--run.version=5")[0] == 0
+    line = muse.error("fit", "--config", "recipe.yaml", "--run.version=5")
+    assert line == "run.version: runs/tiny/version_5 exists already; leave run.version out for a new one"
+    assert Path("runs/tiny/version_5/config.yaml").is_file()
+
+
+class TestHostileConfiguration:
+    """Each attack first works on a parser without the allow-list, then is refused with nothing imported or written."""
+
+    ATTACKS = (
+        pytest.param("trainer: {callbacks: [{class_path: evil.Evil}]}", "evil.Evil", id="class_path in a list"),
+        pytest.param("trainer: {callbacks: evil.Evil}", "evil.Evil", id="class name"),
+        pytest.param(
+            "trainer: {callbacks: [{class_path: LambdaCallback, init_args: {on_fit_start: evil.touch}}]}",
+            "evil.touch",
+            id="callable",
+        ),
+        pytest.param(
+            "trainer: {callbacks: [{class_path: LambdaCallback, init_args: {on_fit_start: {class_path: evil.Evil}}}]}",
+            "evil.Evil",
+            id="callable by class_path",
+        ),
+        pytest.param("trainer: {callbacks: nested.yaml}", "evil.Evil", id="nested file"),
+        pytest.param(
+            "trainer: {callbacks: [{class_path: LambdaCallback, init_args: {on_fit_start: os.system}}]}",
+            "os.system",
+            id="os.system",
+        ),
+        pytest.param(
+            "trainer: {callbacks: [{class_path: LambdaCallback, init_args: {on_fit_start: torch.os.system}}]}",
+            "posix.system",
+            id="through an allowed module",
+        ),
+    )
+
+    @pytest.fixture(autouse=True)
+    def _evil_module(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> Any:
+        Path("evil.py").write_text(
+            "from pathlib import Path\n"
+            "from lightning.pytorch.callbacks import Callback\n"
+            "Path('ran').touch()\n"
+            "class Evil(Callback):\n    def __call__(self, *args): ...\n"
+            "def touch(*args): ...\n"
+        )
+        Path("nested.yaml").write_text("class_path: evil.Evil\n")
+        monkeypatch.syspath_prepend(str(Path.cwd()))
+        yield
+        sys.modules.pop("evil", None)
+
+    @pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+    )
+    @pytest.mark.parametrize(("yaml", "name"), ATTACKS)
+    def test_in_a_file(self, muse: Muse, yaml: str, name: str) -> None:
+        attack = yaml.removeprefix("trainer: ")
+        self.assert_works_without_allow_list(
+            ["--callbacks", attack.removeprefix("{callbacks: ").removesuffix("}")], name
+        )
+        Path("bad.yaml").write_text(yaml)
+        line = muse.error("fit", "--config", "recipe.yaml", "--config", "bad.yaml")
+        assert f"{name} is outside the modules a configuration may name" in line
+        self.assert_nothing_happened()
+
+    @pytest.mark.parametrize(
+        ("flags", "name"),
+        [
+            (["--trainer.callbacks+=evil.Evil"], "evil.Evil"),
+            (["--model.attention=evil.Evil"], "evil.Evil"),
+            (["--trainer.strategy.class_path=evil.Evil"], "evil.Evil"),
+            (["--data.sources=[evil.Evil]"], "evil.Evil"),
+            (["--trainer.callbacks+=LambdaCallback", "--trainer.callbacks.on_fit_start=os.system"], "os.system"),
+        ],
+    )
+    def test_in_flags(self, muse: Muse, flags: list[str], name: str) -> None:
+        line = muse.error("fit", "--config", "recipe.yaml", *flags)
+        assert f"{name} is outside the modules a configuration may name" in line
+        self.assert_nothing_happened()
+
+    def test_a_module_that_is_allowed(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Found in the working directory, which is not otherwise importable; and not allowed any more afterwards."""
+        monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(Path.cwd())])
+        Path("other.py").write_text("raise AssertionError('imported')\n")
+        flags = ["--trainer.callbacks+=evil.Evil", "--trainer.max_steps=1"]
+        code, _, err = muse.with_recipe("fit", *flags, "--allow_module", "evil")
+        assert code == 0, err
+        assert Path("ran").exists()
+        assert "evil.Evil is outside" in muse.error("fit", "--config", "recipe.yaml", *flags)
+        assert "other.Thing is outside" in muse.error(
+            "fit", "--config=recipe.yaml", "--trainer.callbacks+=other.Thing", "--allow_module=evil"
+        )
+
+    def test_a_file_cannot_allow_itself(self, muse: Muse) -> None:
+        Path("bad.yaml").write_text("allow_module: [evil]\ntrainer: {callbacks: evil.Evil}\n")
+        line = muse.error("fit", "--config", "recipe.yaml", "--config", "bad.yaml")
+        assert line.startswith("allow_module: not a known option")
+        self.assert_nothing_happened()
+
+    @pytest.mark.parametrize(
+        ("value", "line"), [("a/b.py", "is not a module name"), ("jsonargparse", "cannot be allowed")]
+    )
+    def test_names_that_cannot_be_allowed(self, muse: Muse, value: str, line: str) -> None:
+        assert line in muse.error("fit", "--allow_module", value)
+        assert muse.error("fit", "--allow_module").startswith("--allow_module: a module name must follow")
+
+    @staticmethod
+    def assert_works_without_allow_list(args: list[str], name: str) -> None:
+        """The attack reaches the object that it names on jsonargparse as it comes."""
+        from jsonargparse import _common
+
+        settings = {**_common.parsing_settings, "import_paths_enforced": False, "import_path_verdicts": {}}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_common, "parsing_settings", settings)
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_argument("--callbacks", type=list[Callback] | Callback | None, enable_path=True)
+            callbacks = parser.instantiate(parser.parse_args(args)).callbacks
+        assert callbacks
+        if name.startswith("evil"):
+            assert Path("ran").exists()
+            Path("ran").unlink()
+            del sys.modules["evil"]
+
+    @staticmethod
+    def assert_nothing_happened() -> None:
+        assert "evil" not in sys.modules
+        assert not Path("ran").exists()
+        assert not Path("runs").exists()
+
+
+def test_settings_of_the_allow_list_exist() -> None:
+    """The allow-list stands on these settings: a jsonargparse without them must fail here, not open the door."""
+    set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
