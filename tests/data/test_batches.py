@@ -1,0 +1,35 @@
+"""The batch of a few blocks, written out by hand."""
+
+import pytest
+import torch
+
+from muse_lightning.data.batches import Collate, cumulative_lengths
+from muse_lightning.data.item_loader import Block
+
+
+def block(tokens: list[int], starts: list[int]) -> Block:
+    return Block(torch.tensor(tokens, dtype=torch.uint16), torch.tensor(starts, dtype=torch.int64))
+
+
+def test_batch_by_hand():
+    batch = Collate(document_mask=True)([block([1, 2, 3, 4, 5], [2]), block([6, 7, 8, 9, 10], [0, 1, 4])])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
+    # 3, 7 and 10 are the first tokens of documents.
+    assert batch["labels"].tolist() == [[2, -100, 4, 5], [-100, 8, 9, -100]]
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    assert batch["cu_seqlens"].dtype == torch.int32
+    assert batch["cu_seqlens"].tolist() == [0, 2, 4, 5] + [8] * 60
+
+
+def test_without_document_mask_only_the_boundaries_for_attention_go():
+    batch = Collate(document_mask=False)([block([1, 2, 3], [1])])
+    assert set(batch) == {"input_ids", "labels"}
+    assert batch["labels"].tolist() == [[-100, 3]]
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(1, 64), (62, 64), (63, 64), (64, 128), (127, 128), (128, 256)])
+def test_length_is_a_power_of_two(sequences, length):
+    result = cumulative_lengths([torch.arange(sequences)], 1000)
+    assert len(result) == length
+    assert result[: sequences + 1].tolist() == [*range(sequences), 1000]
+    assert (result[sequences:] == 1000).all()

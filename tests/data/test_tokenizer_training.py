@@ -1,0 +1,44 @@
+"""Training a byte-level BPE."""
+
+import pytest
+
+from muse_lightning.data.sources import Folders
+from muse_lightning.data.tokenizer import load_tokenizer
+from muse_lightning.data.tokenizer_training import train_tokenizer
+from muse_lightning.errors import UserError
+
+
+def test_trains_a_tokenizer_that_loads_and_compresses(repositories, tmp_path, capsys):
+    train_tokenizer([Folders(repositories)], tmp_path / "out", vocab_size=300)
+    assert "out/tokenizer.json: 300 tokens, from" in capsys.readouterr().out
+    tokenizer = load_tokenizer(str(tmp_path / "out"))
+    assert tokenizer.vocab_size == 300
+    assert sorted(tokenizer.special_ids.values()) == [0, 1, 2]
+    text = next(repositories.rglob("*.py")).read_bytes()
+    (ids,) = tokenizer.encode([text])
+    assert tokenizer.decode(ids).encode() == text
+    assert len(ids) < 0.6 * len(text)
+
+
+def test_equal_input_gives_an_equal_file_and_limits_choose_by_seed(repositories, tmp_path):
+    def train(name: str, **arguments) -> bytes:
+        train_tokenizer([Folders(repositories)], tmp_path / f"{name}.json", vocab_size=300, **arguments)
+        return (tmp_path / f"{name}.json").read_bytes()
+
+    assert train("a") == train("b") == train("c", seed=1)
+    assert train("d", max_documents=1) != train("e", max_documents=1, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (b"\0", {}, r"no file of 1 listed repositories passes the filters"),
+        (b"x = 1\n", {"vocab_size": 258}, r"vocab_size: 258 found, at least 259 expected"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, content, arguments, message):
+    (tmp_path / "r" / "a").mkdir(parents=True)
+    (tmp_path / "r" / "a" / "f.py").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        train_tokenizer([Folders(tmp_path / "r")], tmp_path / "t.json", **arguments)
+    assert not (tmp_path / "t.json").exists()

@@ -1,0 +1,127 @@
+"""Files and folders are whole or absent."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from muse_lightning import files
+from muse_lightning.errors import UserError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"\x00\xff", "text \u00e9"])
+def test_atomic_write_replaces_the_whole_file(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_text("something longer that was there before")
+    files.atomic_write(path, content)
+    assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch, failing):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="No space"):
+        files.atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_atomic_write_syncs_the_content_before_the_rename(tmp_path, monkeypatch):
+    calls = []
+    real_fsync, real_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), real_fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), real_replace(a, b)))
+    files.atomic_write(tmp_path / "a", "x")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_atomic_directory_appears_at_the_end(tmp_path):
+    target = tmp_path / "data"
+    with files.atomic_directory(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("x")
+        assert folder.parent == tmp_path
+        assert not target.exists()
+    assert (target / "sub" / "a").read_text() == "x"
+    assert names(tmp_path) == ["data"]
+
+
+def test_atomic_directory_replaces_a_folder_and_clears_leftovers(tmp_path):
+    target = tmp_path / "data"
+    (tmp_path / ".data.partial-0000").mkdir()
+    target.mkdir()
+    (target / "old").write_text("old")
+    with files.atomic_directory(target) as folder:
+        (folder / "new").write_text("new")
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["data"]
+
+
+def test_atomic_directory_keeps_the_old_folder_when_the_block_fails(tmp_path):
+    target = tmp_path / "data"
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    def build() -> None:
+        with files.atomic_directory(target) as folder:
+            (folder / "new").write_text("new")
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        build()
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["data"]
+
+
+def test_sha256_of_a_file_and_of_its_bytes(tmp_path):
+    content = os.urandom(3 << 20)
+    (tmp_path / "a").write_bytes(content)
+    assert files.sha256_file(tmp_path / "a") == files.sha256_bytes(content) == hashlib.sha256(content).hexdigest()
+
+
+APPEND_IN_TWO_STEPS = """
+import sys
+from pathlib import Path
+from muse_lightning.files import exclusive_lock
+
+path = Path(sys.argv[1])
+with exclusive_lock(path):
+    path.write_text(path.read_text() + "[")
+    path.write_text(path.read_text() + "]")
+"""
+
+
+@pytest.mark.multi_process
+def test_exclusive_lock_lets_one_process_in(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("")
+    with files.exclusive_lock(path):
+        processes = [subprocess.Popen([sys.executable, "-c", APPEND_IN_TWO_STEPS, str(path)]) for _ in range(3)]
+        with pytest.raises(subprocess.TimeoutExpired):
+            processes[0].wait(0.5)
+        assert path.read_text() == ""
+    assert [process.wait(10) for process in processes] == [0, 0, 0]
+    assert path.read_text() == "[][][]"
+
+
+def test_exclusive_lock_names_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"cannot write in .*/file/sub: .*choose a folder"),
+        files.exclusive_lock(tmp_path / "file" / "sub" / "data"),
+    ):
+        pass
