@@ -60,22 +60,23 @@ class BatchLoader:
     """Yields ready batches, and goes on where a checkpoint left off."""
 
     def __init__(self, items: list[dict[str, Tensor]]) -> None:
-        self.items, self.next = items, 0
+        self.items = items
+        self.first = self.done = 0
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        while self.next < len(self.items):
-            self.next += 1
-            yield self.items[self.next - 1]
-        self.next = 0
+        first, self.first = self.first, 0
+        for index in range(first, len(self.items)):
+            self.done = index + 1
+            yield self.items[index]
 
     def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
+        return {"done": self.done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next = state["next"]
+        self.first = self.done = state["done"]
 
 
 class TinyData(L.LightningDataModule):

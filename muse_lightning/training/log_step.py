@@ -7,3 +7,8 @@ def is_log_step(trainer: L.Trainer, step: int) -> bool:
     """Whether Lightning writes what is logged when optimizer step number `step` (from 1) has ended."""
     interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the trainer's logger connector
     return interval > 0 and step % interval == 0
+
+
+def ends_step(trainer: L.Trainer) -> bool:
+    """In `on_train_batch_end`: whether the batch ended an optimizer step, and not one of its micro-batches before."""
+    return not trainer.fit_loop._should_accumulate()

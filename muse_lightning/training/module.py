@@ -17,7 +17,7 @@ from muse_lightning.attention import AttentionStrategy, Dense
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
-from muse_lightning.training.log_step import is_log_step
+from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.loss import IGNORED_LABEL, next_token_nats
 from muse_lightning.training.optim import Schedule, apply_hyperparameters, learning_rate_factor, parameter_groups
 from muse_lightning.training.totals import Totals
@@ -104,7 +104,6 @@ class LanguageModel(L.LightningModule):
         self._eval_totals = Totals()
         self._exact_totals = Totals()
         self._token_bytes: Tensor | None = None
-        self._logged_step = 0
 
     def configure_model(self) -> None:
         """Allocate and fill the weights, on the current default device; nothing if that has been done."""
@@ -133,7 +132,6 @@ class LanguageModel(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._train_totals.clear()
-        self._logged_step = self.trainer.global_step
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
         for difference in apply_hyperparameters(scheduler, self.learning_rate, self.weight_decay, self.betas, self.eps):
@@ -148,11 +146,9 @@ class LanguageModel(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the loss of the optimizer step that just ended: over all its micro-batches and ranks, by label."""
-        step = self.trainer.global_step
-        if step == self._logged_step:
-            return  # gradients are still being accumulated
-        self._logged_step = step
-        if is_log_step(self.trainer, step):
+        if not ends_step(self.trainer):
+            return
+        if is_log_step(self.trainer, self.trainer.global_step):
             nats, labels = self._train_totals.collect(self.trainer)
             self.log("train/loss", _mean(nats, labels), prog_bar=True)
             self.log("train/tokens", float(self.tokens_seen))

@@ -1,0 +1,36 @@
+"""Times against a clock that the test sets."""
+
+import pytest
+
+import muse_lightning.callbacks.step_time as step_time
+from muse_lightning.callbacks import StepTime
+from tests.tiny import TinyData, batches, scalars, tiny_model, tiny_trainer
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes one second with each look at it."""
+    looks = iter(range(1000))
+    monkeypatch.setattr(step_time.time, "perf_counter", lambda: float(next(looks)))
+
+
+def test_phases_of_a_step_add_up(tmp_path, clock):
+    trainer = tiny_trainer(
+        tmp_path, max_steps=4, accumulate_grad_batches=2, log_every_n_steps=2, callbacks=[StepTime()]
+    )
+    trainer.fit(tiny_model(), TinyData(batches(8)))
+    found = {tag: [value for _, value in values] for tag, values in scalars(trainer).items() if tag.startswith("time/")}
+    # One second per phase and micro-batch, and one after the backward pass of the micro-batch that only accumulates.
+    assert found == {
+        "time/data": [2, 2],
+        "time/forward": [2, 2],
+        "time/backward": [2, 2],
+        "time/optimizer": [1, 1],
+        "time/step": [8, 8],
+    }
+
+
+def test_validation_is_not_waiting_for_data(tmp_path, clock):
+    trainer = tiny_trainer(tmp_path, max_steps=2, val_check_interval=1, callbacks=[StepTime()])
+    trainer.fit(tiny_model(), TinyData(batches(2), batches(1)))
+    assert [value for _, value in scalars(trainer)["time/data"]] == [1, 1]
