@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # A class is known by its bare name once it has been imported.
 import muse_lightning.attention
-import muse_lightning.callbacks
 import muse_lightning.data.sources  # noqa: F401
+from muse_lightning.callbacks import DEFAULT_CALLBACKS
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import progress_bar
 from muse_lightning.configuration.check import ConfigCheck, explain
@@ -184,6 +184,7 @@ class MuseCLI(LightningCLI):
             (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
             (trainer["enable_checkpointing"] is not False, Checkpoint, self._checkpoint_callback),
             (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),
+            *((self.verb in ("fit", "validate"), kind, kind) for kind in DEFAULT_CALLBACKS),
         ]
         for is_wanted, kind, make in kinds:
             if is_wanted and not any(isinstance(callback, kind) for callback in callbacks):

@@ -26,6 +26,11 @@ class PredictionFiles(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.folder = Path(folder)
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # Only rank 0 is sure to know the folder of the run.
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+
     def write_on_batch_end(
         self,
         trainer: L.Trainer,

@@ -1,0 +1,33 @@
+"""What must not be kept, and what must not be lost."""
+
+import pytest
+
+from muse_lightning.configuration.redact import without_credentials
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "password: hunter2",
+        "    aws_secret_access_key: hunter2",
+        "  aws_access_key_id: hunter2",
+        "  - api_key: hunter2",
+        "token: hunter2",
+        "hf_token: hunter2",
+        'client_secret: "hunter2"',
+        "url: s3://me:hunter2@host/path",
+        "- https://hunter2@host/path",
+    ],
+)
+def test_credentials_go(line: str) -> None:
+    text = without_credentials(f"a: 1\n{line}\nb: 2\n")
+    assert "hunter2" not in text
+    assert text.startswith("a: 1\n")
+    assert text.endswith("\nb: 2\n")
+
+
+@pytest.mark.parametrize(
+    "line", ["tokenizer: bytes", "repo_token: <|repo_name|>", "api_key: null", "path: s3://bucket/a@b", "max_tokens: 3"]
+)
+def test_everything_else_stays(line: str) -> None:
+    assert without_credentials(line + "\n") == line + "\n"

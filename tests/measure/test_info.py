@@ -1,0 +1,68 @@
+"""What `muse info` says."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from muse_lightning.attention import Muse
+from muse_lightning.measure import info
+from muse_lightning.model import Llama, load_preset
+
+
+def test_environment_names_versions_and_devices() -> None:
+    found = info.environment()
+    assert found["packages"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert set(found["packages"]) >= {"torch", "lightning", "triton", "litdata"}
+    assert len(found["devices"]) >= 1
+
+
+def test_git_revision_is_of_the_project_alone(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert info.git_revision(package) is None
+    git("init", "-q")
+    (tmp_path / "other").write_text("")
+    git("add", "other")
+    git("commit", "-q", "-m", "other")
+    # Installed inside a repository that knows nothing of it.
+    assert info.git_revision(package) is None
+    git("add", "package")
+    git("commit", "-q", "-m", "package")
+    assert info.git_revision(package) == git("rev-parse", "HEAD")
+    (package / "__init__.py").write_text("1")
+    assert info.git_revision(package) == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert info.git_revision(Path(info.__file__).parent) is None
+
+
+def test_report_of_the_machine() -> None:
+    report = info.machine_report()
+    assert f"torch {info.environment()['packages']['torch']}" in report
+    assert "attention kernel, exact: " in report
+    assert "device 0: " in report
+
+
+def test_report_of_a_recipe() -> None:
+    with torch.device("meta"):
+        llama = Llama(load_preset("1b"), Muse)
+    report = info.recipe_report(
+        llama, batch_size=2, seq_len=65536, accumulate=4, loss_chunk=2048, precision="bf16-mixed"
+    ).splitlines()
+    assert report[0] == "parameters: 1,235,814,400"  # as published for Llama 3.2 1B
+    assert report[1] == "tokens per step and device: 524,288 = 2 x 65,536 x 4 accumulated"
+    sizes = dict(line.strip().split(": ") for line in report[3:])
+    assert sizes["parameters"] == "4.60 GiB"
+    assert sizes["optimizer"] == "9.21 GiB"
+    assert list(sizes)[1:] == ["parameters", "gradients", "optimizer", "activations", "loss"]

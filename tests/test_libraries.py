@@ -1,0 +1,31 @@
+"""Imports that nobody needs stay out, and what is needed works without them."""
+
+import logging
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from muse_lightning.libraries import quiet_libraries
+
+
+def test_lightning_without_what_torchmetrics_brings() -> None:
+    program = (
+        "import sys; from muse_lightning.libraries import import_lightning; import_lightning()\n"
+        "import muse_lightning.commands\n"
+        "print(sorted({'transformers', 'matplotlib.pyplot', 'torchvision'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_only_listed_messages_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with warnings.catch_warnings(record=True) as caught, quiet_libraries(), caplog.at_level("INFO", logger.name):
+        warnings.warn("Your `IterableDataset` has `__len__` defined. In combination", stacklevel=1)
+        warnings.warn("something that matters", stacklevel=1)
+        logger.info("💡 Tip: For seamless cloud logging")
+        logger.info("GPU available: True")
+    assert [str(warning.message) for warning in caught] == ["something that matters"]
+    assert [record.getMessage() for record in caplog.records] == ["GPU available: True"]
