@@ -164,12 +164,51 @@ class BlockDataset(StreamingDataset):
 
 
 class BlockLoader(StreamingDataLoader):
-    """litdata's loader. A worker's UserError leaves it as one line, without the worker's traceback."""
+    """litdata's loader, exact on other numbers of ranks and workers, and with a worker's UserError as one line."""
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Go on after the batches that a state has seen.
+
+        The state is restated for the ranks, workers and batch size of this run: the sequence of blocks depends on none
+        of them. litdata's own way of re-dealing cuts the rest of the epoch to whole batches of all workers, and would
+        lose the last ones. Where the global batch changed and the position is inside a new one, that one is read from
+        its start.
+
+        Raises:
+            UserError: the state is of other data, another seed or another context.
+        """
+        saved = obj["dataset"]
+        world_size = self.dataset.distributed_env.world_size
+        workers = max(self.num_workers, 1)
+        batches = saved["num_samples_yielded"] * saved["world_size"] // (world_size * self.batch_size)
+        samples = batches * self.batch_size
+        state = {
+            **saved,
+            "num_samples_yielded": samples,
+            "sample_in_epoch": samples * world_size,
+            "world_size": world_size,
+            "num_workers": workers,
+            "batch_size": self.batch_size,
+        }
+        super().load_state_dict(
+            {**obj, "dataset": state, "num_samples_yielded": samples, "latest_worker_idx": (batches - 1) % workers}
+        )
 
     def __iter__(self) -> Iterator[Any]:
+        left = len(self) - (self._num_samples_yielded_streaming // self.batch_size if self.restore else 0)
         try:
-            yield from super().__iter__()
+            for batch in super().__iter__():
+                left -= 1
+                if left == 0:
+                    # Lightning knows the length and asks for nothing after the last batch. litdata, which ends a
+                    # resume only when it is asked, would go on from the checkpoint again instead of starting the next
+                    # epoch.
+                    self.restore = False
+                yield batch
         except UserError as error:
             # torch raises a worker's error again with its whole traceback as the message.
             message = str(error).strip().rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
             raise UserError(message) from error
+        except (ConnectionError, EOFError) as error:
+            # What torch lets through when a worker dies while a batch is being handed over.
+            raise RuntimeError("a data worker died: killed, or out of memory; try fewer data.num_workers") from error
