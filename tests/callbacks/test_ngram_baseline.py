@@ -1,0 +1,103 @@
+"""The three lines at the end of a fit, on the blocks that validation read."""
+
+import math
+import re
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from muse_lightning.callbacks import NgramBaseline
+from muse_lightning.data import TokenDataModule
+from muse_lightning.data.sources import Folders
+
+
+class Uniform(L.LightningModule):
+    """Gives every token the same probability, and reports bits per byte as any language model does."""
+
+    def __init__(self, reports: bool = True) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.reports = reports
+
+    def training_step(self, batch, batch_idx):
+        return self.weight.sum()
+
+    def on_validation_epoch_start(self):
+        self.labels = self.bytes = 0
+
+    def validation_step(self, batch, batch_idx):
+        labels = batch["labels"][batch["labels"] != -100]
+        self.labels += len(labels)
+        self.bytes += int(self.trainer.datamodule.token_bytes[labels].sum())
+
+    def on_validation_epoch_end(self):
+        if self.reports:
+            self.log("val/bpb", self.labels * math.log2(self.trainer.datamodule.vocab_size) / self.bytes)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def data(tmp_path) -> TokenDataModule:
+    for number in range(4):
+        folder = tmp_path / "code" / f"repo{number}"
+        folder.mkdir(parents=True)
+        (folder / "a.py").write_text("".join(f"value = {i * (number + 3)}\n" for i in range(200)))
+    return TokenDataModule(tmp_path / "set", [Folders(tmp_path / "code")], seq_len=50, batch_size=3, val_fraction=0.3)
+
+
+def fit(tmp_path, data: TokenDataModule, callback: NgramBaseline, model: L.LightningModule | None = None, **arguments):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        val_check_interval=2,
+        logger=CSVLogger(tmp_path, name="", version="log"),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[callback],
+        **arguments,
+    )
+    trainer.fit(model or Uniform(), datamodule=data)
+    trainer.logger.save()
+    log = tmp_path / "log" / "metrics.csv"
+    return log.read_text() if log.exists() else ""
+
+
+def printed_figures(text: str) -> list[float]:
+    pattern = r"unigram model: (.*) validation.*\nbigram model:  (.*) validation.*\nthis model:    (.*) validation.*\n$"
+    match = re.search(pattern, text)
+    assert match is not None
+    return [float(figure) for figure in match.groups()]
+
+
+@pytest.mark.parametrize("limit", [1.0, 2])
+def test_a_model_of_nothing_is_a_uniform_model_of_the_same_blocks(data, tmp_path, capsys, limit):
+    """With no token counted, both baselines are uniform, so that all three must agree to the last digit."""
+    fit(tmp_path, data, NgramBaseline(max_train_tokens=0), limit_val_batches=limit)
+    unigram, bigram, model = printed_figures(capsys.readouterr().out)
+    assert unigram == bigram == model > 8
+
+
+def test_counting_helps_and_is_logged(data, tmp_path, capsys):
+    log = fit(tmp_path, data, NgramBaseline())
+    unigram, bigram, model = printed_figures(capsys.readouterr().out)
+    assert bigram < unigram < model
+    header = log.splitlines()[0]
+    assert "baseline/unigram_bpb" in header
+    assert "baseline/bigram_bpb" in header
+    assert f"{unigram:.3f}"[:4] in log
+
+
+@pytest.mark.parametrize("case", ["vocabulary", "no bpb"])
+def test_says_why_it_is_skipped(data, tmp_path, capsys, case, monkeypatch):
+    if case == "vocabulary":
+        monkeypatch.setattr("muse_lightning.callbacks.ngram_baseline.MAX_BIGRAM_VOCAB", 100)
+        fit(tmp_path, data, NgramBaseline())
+        assert "n-gram baseline: skipped, a vocabulary of 259 is over 100" in capsys.readouterr().out
+    else:
+        fit(tmp_path, data, NgramBaseline(), Uniform(reports=False))
+        assert "n-gram baseline: skipped, there is no val/bpb" in capsys.readouterr().out
