@@ -17,6 +17,7 @@ from muse_lightning.attention import AttentionStrategy, Dense
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
+from muse_lightning.parallelize import Recompute, recompute_in_backward
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.loss import IGNORED_LABEL, next_token_nats
 from muse_lightning.training.optim import Schedule, apply_hyperparameters, learning_rate_factor, parameter_groups
@@ -36,6 +37,8 @@ class LanguageModel(L.LightningModule):
     Args:
         config: the architecture.
         attention: what each layer does with queries, keys and values, made from the number of the layer.
+        recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: much less
+            memory for about a third more work; "none" keeps everything.
         learning_rate: the peak, reached after the warm-up.
         weight_decay: AdamW's, for matrices; norms and biases do not decay.
         betas: AdamW's decay rates of the first and second moment.
@@ -63,6 +66,7 @@ class LanguageModel(L.LightningModule):
         self,
         config: LlamaConfig,
         attention: Callable[[int], AttentionStrategy] = Dense,
+        recompute: Recompute = "none",
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -97,6 +101,7 @@ class LanguageModel(L.LightningModule):
         # On the meta device a model of any size is free; `configure_model` makes it real on the device it will live on.
         with torch.device("meta"):
             self.llama = Llama(config, attention)
+        recompute_in_backward(self.llama, recompute)
         self._check_sizes()
         self.tokens_seen = 0
         """Tokens trained on by all ranks, over the whole life of the run."""
