@@ -115,7 +115,8 @@ def tiny_trainer(folder: Path, **options: Any) -> L.Trainer:
 
 def scalars(trainer: L.Trainer) -> dict[str, list[tuple[int, float]]]:
     """What a finished run logged, read back from its event files: tag -> [(step, value)]."""
-    assert trainer.log_dir is not None
-    events = EventAccumulator(trainer.log_dir)
+    # Not trainer.log_dir: it waits for all ranks.
+    assert isinstance(trainer.logger, TensorBoardLogger)
+    events = EventAccumulator(trainer.logger.log_dir)
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

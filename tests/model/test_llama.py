@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import muse_lightning.model.llama as llama_module
 from muse_lightning.attention import Dense, Muse, SlidingWindow, SpatialBlocks
 from muse_lightning.model import Llama, LlamaConfig
 
@@ -131,3 +132,18 @@ def test_initial_standard_deviations():
 def test_bfloat16_model_runs():
     llama = model().bfloat16()
     assert llama(torch.randint(64, (1, 8))).dtype == torch.bfloat16
+
+
+def test_positions_restart_per_document(monkeypatch):
+    # Attention within a document knows only differences of positions: what restarts them shows in precision alone.
+    seen = []
+    rotation = llama_module.rotation
+
+    def watched(config, position_ids):
+        seen.append(position_ids.tolist())
+        return rotation(config, position_ids)
+
+    monkeypatch.setattr(llama_module, "rotation", watched)
+    model()(torch.zeros(2, 5, dtype=torch.long), cu_seqlens=torch.tensor([0, 2, 5, 10, 10], dtype=torch.int32))
+    model()(torch.zeros(1, 3, dtype=torch.long))
+    assert seen == [[[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]], [[0, 1, 2]]]

@@ -1,0 +1,59 @@
+"""Trains the tiny model on CPU processes and saves what came of it.
+
+usage: python train_tiny.py FOLDER DEVICES ACCUMULATE
+
+Each optimizer step sees the same batches whatever the split: device d of n takes batches d, d + n, ... in order.
+"""
+
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from tests.tiny import BatchLoader, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
+
+TAGS = ("train/loss", "train/tokens", "val/loss", "val/loss_exact", "val/bpb")
+
+
+class Sharded(TinyData):
+    """Every rank's share of the batches."""
+
+    def _share(self, items: list) -> BatchLoader:
+        assert self.trainer is not None
+        return BatchLoader(items[self.trainer.global_rank :: self.trainer.world_size])
+
+    def train_dataloader(self) -> BatchLoader:
+        return self._share(self.train)
+
+    def val_dataloader(self) -> BatchLoader:
+        return self._share(self.val)
+
+
+def main(folder: Path, devices: int, accumulate: int) -> None:
+    torch.set_num_threads(1)
+    L.seed_everything(3, verbose=False)
+    model = tiny_model(attention=tiny_muse, exact_val_batches=1 if devices == 2 else 2)
+    trainer = tiny_trainer(
+        folder,
+        devices=devices,
+        strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+        max_steps=4,
+        val_check_interval=4 * accumulate,
+        use_distributed_sampler=False,
+    )
+    # Batches of unequal numbers of labels, of one row and of two: means of means would show.
+    train = [batch for seed in range(4) for batch in (*batches(1, 1, seed), *batches(1, 1, 10 + seed))]
+    val = [*batches(1, 2, 20), *batches(1, 1, 21), *batches(1, 1, 22), *batches(1, 2, 23)]
+    trainer.fit(model, Sharded(train, val, token_bytes=torch.arange(model.config.vocab_size)))
+    if trainer.is_global_zero:
+        logged = scalars(trainer)
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        torch.save({"logged": {tag: logged[tag] for tag in TAGS}, "parameters": parameters}, folder / "result.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
