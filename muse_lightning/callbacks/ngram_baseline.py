@@ -2,13 +2,17 @@
 held-out text."""
 
 from collections.abc import Iterable
+from itertools import islice
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from muse_lightning.data import TokenDataModule
+from muse_lightning.data.item_loader import Block
 from muse_lightning.measure.ngram import MAX_BIGRAM_VOCAB, NgramCounts, ngram_bits_per_byte
+
+_BLOCKS_AT_ONCE = 256
 
 
 class NgramBaseline(L.Callback):
@@ -25,7 +29,7 @@ class NgramBaseline(L.Callback):
     def __init__(self, max_train_tokens: int = 20_000_000) -> None:
         """
         Args:
-            max_train_tokens: Most tokens of the train split to count, from its start.
+            max_train_tokens: Most tokens of the train split to count: the first ones of its first epoch.
         """
         self.max_train_tokens = max_train_tokens
 
@@ -40,8 +44,8 @@ class NgramBaseline(L.Callback):
             print(f"n-gram baseline: skipped, a vocabulary of {data.vocab_size:,} is over {MAX_BIGRAM_VOCAB:,}")
             return
         train, held_out = NgramCounts(data.vocab_size), NgramCounts(data.vocab_size)
-        _count(train, data.blocks("train"), self.max_train_tokens // (data.seq_len + 1))
-        _count(held_out, data.blocks("val"), _validated_blocks(trainer, data))
+        _count(train, data.training_blocks(), self.max_train_tokens // (data.seq_len + 1))
+        _count(held_out, data.validation_blocks(), _validated_blocks(trainer, data))
         unigram, bigram = ngram_bits_per_byte(train, held_out, data.token_bytes.numpy())
         for logger in trainer.loggers:
             logger.log_metrics(
@@ -53,16 +57,18 @@ class NgramBaseline(L.Callback):
         print(f"this model:    {model:.3f} validation bits per byte", flush=True)
 
 
-def _count(counts: NgramCounts, blocks: Iterable[tuple[np.ndarray, np.ndarray]], limit: int) -> None:
+def _count(counts: NgramCounts, blocks: Iterable[Block], limit: int) -> None:
     """Count at most `limit` blocks."""
-    for tokens, is_start in blocks:
-        counts.add(tokens[:limit], is_start[:limit])
-        limit -= len(tokens)
-        if limit <= 0:
-            break
+    remaining = islice(blocks, limit)
+    while group := list(islice(remaining, _BLOCKS_AT_ONCE)):
+        tokens = np.stack([block.tokens.numpy() for block in group])
+        is_start = np.zeros(tokens.shape, dtype=bool)
+        for row, block in zip(is_start, group, strict=True):
+            row[block.starts.numpy()] = True
+        counts.add(tokens, is_start)
 
 
 def _validated_blocks(trainer: L.Trainer, data: TokenDataModule) -> int:
-    """How many blocks a validation reads: batches of all ranks, the first ones of the split, which is not shuffled."""
+    """How many blocks a validation reads: whole batches of all ranks, the first ones of its order."""
     (batches,) = trainer.num_val_batches
     return int(batches) * data.batch_size * trainer.world_size

@@ -4,17 +4,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
-import numpy as np
 import torch
+from litdata.utilities.env import _DistributedEnv
 
 from muse_lightning.data.batches import Collate
 from muse_lightning.data.card import DatasetCard, check_index, count_blocks, largest_seq_len, read_card
 from muse_lightning.data.documents import DocumentSource
 from muse_lightning.data.filters import DEFAULT_FILTERS, Filters
-from muse_lightning.data.item_loader import read_blocks
+from muse_lightning.data.item_loader import Block
 from muse_lightning.data.prepare import Preparation, damaged_chunks, prepare_dataset
 from muse_lightning.data.selection import FileOrder, Limits
-from muse_lightning.data.streaming import BlockDataset, BlockLoader
+from muse_lightning.data.streaming import BlockDataset, BlockLoader, Order
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, load_tokenizer
 from muse_lightning.errors import UserError
 
@@ -187,19 +187,21 @@ class TokenDataModule(L.LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
-    def _loader(self, split: str) -> BlockLoader:
-        is_train = split == "train"
-        dataset = BlockDataset(
+    def _dataset(self, split: str, order: Order) -> BlockDataset:
+        return BlockDataset(
             (self.dataset / split).absolute(),
             self.card.split(split),
             self.seq_len,
-            seed=self.seed,
-            shuffle=is_train,
-            drop_last=is_train,
+            # A validation is the same one in runs of several seeds.
+            seed=self.seed if order == "reshuffled" else 0,
+            order=order,
+            drop_last=order == "reshuffled",
             fingerprint=self.card.fingerprint,
         )
+
+    def _loader(self, split: str, order: Order) -> BlockLoader:
         return BlockLoader(
-            dataset,
+            self._dataset(split, order),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             collate_fn=Collate(self.document_mask),
@@ -207,22 +209,31 @@ class TokenDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> BlockLoader:
-        """Shuffled, whole batches."""
-        return self._loader("train")
+        """Whole batches, in another order in each epoch."""
+        return self._loader("train", "reshuffled")
 
     def val_dataloader(self) -> BlockLoader | list[BlockLoader]:
-        """In stored order; an empty list when no validation was asked for."""
-        return self._loader("val") if "val" in self.card.splits else []
+        """Every block, in one random order that is the same for every validation, run and seed: the first batches, all
+        that `limit_val_batches` leaves, are of many documents. An empty list when no validation was asked for."""
+        return self._loader("val", "shuffled") if "val" in self.card.splits else []
 
     def test_dataloader(self) -> BlockLoader:
-        """In stored order."""
-        return self._loader("test")
+        """Every block, in stored order."""
+        return self._loader("test", "stored")
 
     def predict_dataloader(self) -> BlockLoader:
-        """The split `predict_split` in stored order."""
-        return self._loader(self.predict_split)
+        """Every block of the split `predict_split`, in stored order."""
+        return self._loader(self.predict_split, "stored")
 
-    def blocks(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All blocks of a split in stored order, without batches: tokens [n, seq_len + 1], and where documents
-        begin."""
-        return read_blocks(self.dataset / split, self.card.split(split), self.card.dtype, self.seq_len)
+    def training_blocks(self) -> Iterator[Block]:
+        """The blocks that all ranks together read in a first epoch, in that order."""
+        return self._blocks("train", "reshuffled")
+
+    def validation_blocks(self) -> Iterator[Block]:
+        """The blocks that all ranks together read in a validation, in that order."""
+        return self._blocks("val", "shuffled")
+
+    def _blocks(self, split: str, order: Order) -> Iterator[Block]:
+        dataset = self._dataset(split, order)
+        dataset.distributed_env = _DistributedEnv(world_size=1, global_rank=0, num_nodes=1)
+        return iter(dataset)

@@ -80,8 +80,9 @@ def choose_documents(documents: Sequence[Document], limits: Limits, filters: Fil
 def split_documents(documents: Sequence[Document], fractions: dict[str, float], seed: int) -> dict[str, list[Document]]:
     """Share documents out over the splits; all documents of one repository name go to the same split.
 
-    Repositories are drawn in seeded order: `test` and `val` each take every one that still fits into their fraction of
-    all listed bytes, at least one (the smallest, if none fits); the rest is `train`.
+    Repositories are drawn in seeded order: `test` and `val` each take every one that needs at most half of what is left
+    of their fraction of all listed bytes, so that no single repository is most of a split; at least one (the smallest,
+    if none fits). The rest is `train`.
 
     Args:
         documents: In the order that each split keeps.
@@ -108,7 +109,7 @@ def split_documents(documents: Sequence[Document], fractions: dict[str, float], 
         left = fractions[split] * total
         taken: list[str] = []
         for name in remaining:
-            if len(taken) < room and sizes[name] <= left:
+            if len(taken) < room and 2 * sizes[name] <= left:
                 taken.append(name)
                 left -= sizes[name]
         for name in taken or [min(remaining, key=lambda name: sizes[name])]:

@@ -9,7 +9,7 @@ state) is litdata's.
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from litdata import StreamingDataLoader, StreamingDataset
@@ -21,17 +21,20 @@ from muse_lightning.data.card import SplitEntry
 from muse_lightning.data.item_loader import TokensLoader
 from muse_lightning.errors import UserError
 
+Order = Literal["stored", "shuffled", "reshuffled"]
+"""As stored; one random order for every epoch; another random order in each epoch."""
+
 
 class BlockOrder(Shuffle):
     """The order of blocks, and which rank and worker reads each.
 
-    An epoch's sequence: chunks, permuted if `shuffle`, and within each its blocks, permuted if `shuffle`. What is left
+    An epoch's sequence: chunks, and within each its blocks, both permuted unless the order is "stored". What is left
     over by whole global batches (`drop_last`), or else by equal numbers of blocks for all ranks, is dropped.
     """
 
-    def __init__(self, cache: Cache, seed: int, drop_last: bool, shuffle: bool) -> None:
+    def __init__(self, cache: Cache, seed: int, drop_last: bool, order: Order) -> None:
         super().__init__(cache, seed, drop_last)
-        self.shuffle = shuffle
+        self.order = order
         # Blocks of each chunk in the order that __call__ translates to: all of one worker together, then the next
         # worker's.
         self._dealt: dict[int, np.ndarray] = {}
@@ -39,17 +42,18 @@ class BlockOrder(Shuffle):
     def sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Chunk index and block index (counted over all chunks) of every block of an epoch, int64."""
         intervals = self.cache.get_chunk_intervals()
-        order = np.arange(len(intervals))
-        if self.shuffle:
+        chunks = np.arange(len(intervals))
+        draw = epoch if self.order == "reshuffled" else 0
+        if self.order != "stored":
             # RandomState, not Generator: its stream is frozen, so that an epoch's order outlives numpy releases.
-            order = np.random.RandomState([self.seed, epoch]).permutation(order)
+            chunks = np.random.RandomState([self.seed, draw]).permutation(chunks)
         blocks = []
-        for chunk in order:
+        for chunk in chunks:
             inside = np.arange(intervals[chunk][1], intervals[chunk][2])
-            if self.shuffle:
-                inside = np.random.RandomState([self.seed, epoch, chunk]).permutation(inside)
+            if self.order != "stored":
+                inside = np.random.RandomState([self.seed, draw, chunk]).permutation(inside)
             blocks.append(inside)
-        return np.repeat(order, [len(inside) for inside in blocks]), np.concatenate(blocks)
+        return np.repeat(chunks, [len(inside) for inside in blocks]), np.concatenate(blocks)
 
     def get_chunks_and_intervals_per_workers(
         self, distributed_env: _DistributedEnv, num_workers: int, batch_size: int, current_epoch: int
@@ -115,7 +119,7 @@ class BlockDataset(StreamingDataset):
         seq_len: int,
         *,
         seed: int,
-        shuffle: bool,
+        order: Order,
         drop_last: bool,
         fingerprint: str,
     ) -> None:
@@ -124,20 +128,25 @@ class BlockDataset(StreamingDataset):
             folder: The split's folder.
             entry: Its entry in the card.
             seq_len: Context; blocks have one token more.
-            seed: Of the order.
-            shuffle: Whether the order is shuffled, anew in each epoch.
+            seed: Of a random order.
+            order: Of the blocks.
             drop_last: Whether only whole global batches are read.
             fingerprint: The dataset's, kept in the state: data that was moved is still the same data.
         """
         super().__init__(
-            str(folder), item_loader=TokensLoader(seq_len + 1, entry), shuffle=shuffle, seed=seed, drop_last=drop_last
+            str(folder),
+            item_loader=TokensLoader(seq_len + 1, entry),
+            shuffle=order == "reshuffled",
+            seed=seed,
+            drop_last=drop_last,
         )
+        self.order = order
         # The base class insists on dropping in a distributed run; equal numbers of blocks per rank are enough here.
         self.drop_last = drop_last
         self._fingerprint = fingerprint
 
     def _create_shuffler(self, cache: Cache) -> Shuffle:
-        return BlockOrder(cache, self.seed, self.drop_last, self.shuffle)
+        return BlockOrder(cache, self.seed, self.drop_last, self.order)
 
     def state_dict(self, num_samples_yielded: int, num_workers: int, batch_size: int) -> dict[str, Any]:
         state = super().state_dict(num_samples_yielded, num_workers, batch_size)
@@ -165,6 +174,8 @@ class BlockDataset(StreamingDataset):
 
 class BlockLoader(StreamingDataLoader):
     """litdata's loader, exact on other numbers of ranks and workers, and with a worker's UserError as one line."""
+
+    restore: bool
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Go on after the batches that a state has seen.

@@ -3,6 +3,7 @@
 import pytest
 
 from muse_lightning.data.inspection import inspect
+from muse_lightning.data.item_loader import read_blocks
 from muse_lightning.errors import UserError
 
 
@@ -40,7 +41,7 @@ def test_every_block_decodes_to_the_documents_in_it(data, capsys):
 
 
 def test_boundaries_by_hand(data, capsys):
-    tokens, is_start = next(data.blocks("val"))
+    tokens, is_start = next(read_blocks(data.dataset / "val", data.card.splits["val"], data.card.dtype, data.seq_len))
     row = next(i for i, starts in enumerate(is_start) if starts[1:].any())
     (position,) = is_start[row, 1:].nonzero()[0] + 1
     inspect(data.dataset, split="val", block=row, seq_len=data.seq_len)

@@ -37,8 +37,8 @@ def test_blocks_of_any_length(make_data, seq_len):
     data.prepare_data()
     data.setup("fit")
     expected = expected_blocks(data, "train")
-    dataset = data.train_dataloader().dataset
-    dataset.shuffle = False
+    data.predict_split = "train"
+    dataset = data.predict_dataloader().dataset
     found = [(block.tokens.tolist(), block.starts.tolist()) for block in dataset]
     assert found == expected
     assert len(expected) == sum(chunk.tokens // (seq_len + 1) for chunk in data.card.splits["train"].chunks)
@@ -71,7 +71,7 @@ def test_a_flipped_bit_is_one_line(make_data, num_workers):
     assert str(error.value).startswith(f"data chunk {chunk} is damaged: its SHA-256 is ")
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"chunk-1-0.bin is damaged"):
-        list(data.blocks("train"))
+        list(data.training_blocks())
 
 
 @pytest.mark.parametrize(

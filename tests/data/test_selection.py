@@ -82,10 +82,14 @@ def test_splits_are_disjoint_and_of_the_size_asked_for(fractions):
     assert set(splits) == {"train", *(name for name, fraction in fractions.items() if fraction)}
     assert sorted(name for split in splits.values() for name in names(split)) == sorted(names(DOCUMENTS))
     total = sum(document.size for document in DOCUMENTS)
-    for name, fraction in fractions.items():
-        if fraction:
-            size = sum(document.size for document in splits[name])
-            assert fraction * total - 50 < size <= fraction * total
+    rest = list(DOCUMENTS)
+    for name in ("test", "val"):
+        budget = fractions.get(name, 0) * total
+        if budget:
+            rest = [document for document in rest if document not in splits[name]]
+            sizes = [document.size for document in splits[name]]
+            assert budget - 2 * min(document.size for document in rest) < sum(sizes) <= budget
+            assert max(sizes) <= budget / 2
 
 
 def test_parts_of_a_repository_stay_in_one_split():
