@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from muse_lightning.data.documents import Document, SourceFile, cut_by_folder
+from muse_lightning.data.documents import Document, SourceFile, cut_by_folder, listing_digest
 
 
 @dataclass(frozen=True)
@@ -55,3 +55,13 @@ def test_parts_hold_every_file_once_and_the_name():
     assert {part.name for part in parts} == {"repo"}
     assert len({part.part for part in parts}) == len(parts)
     assert sum(part.skipped.get("symlink", 0) for part in parts) == 2
+
+
+def test_digest_of_a_listing_holds_every_part_of_it():
+    def digest(name: str = "r", path: str = "a", size: int = 1, stamp: str = "s", count: int = 1) -> str:
+        return listing_digest([Document(name, (Named(path, size, stamp),))] * count)
+
+    changes = [{}, {"name": "q"}, {"path": "b"}, {"size": 2}, {"stamp": "t"}, {"count": 2}]
+    assert len({digest(**change) for change in changes}) == len(changes)
+    # What belongs to one name cannot move to the next one unnoticed.
+    assert digest(name="r", path="ab") != digest(name="ra", path="b")
