@@ -4,12 +4,12 @@ import enum
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ArgumentError, Namespace, set_loader
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -49,7 +49,7 @@ traceback of an error.
 
 
 class MuseCLI(LightningCLI):
-    """Parser of one verb, and what is built from it: `datamodule`, `model`, and `trainer` where the verb needs one.
+    """Parser of one verb, and what is built from it: `model`, `datamodule` and `trainer`, those that the verb needs.
 
     Without LightningCLI's own subcommands (`run=False`) a config.yaml has the same keys for every verb, and what a
     checkpoint stored is never merged over files and flags.
@@ -59,16 +59,22 @@ class MuseCLI(LightningCLI):
         description: one line for its help.
         args: the command line after the verb, without --allow_module.
         allowed: modules of --allow_module.
-        with_trainer: whether the verb needs a trainer, and a run folder with it.
+        builds: what the verb needs: a "trainer" with a run folder, data module and model; the latter two, "data"; or
+            the "model" alone.
     """
 
     run_folder: RunFolder
 
     def __init__(
-        self, verb: str, description: str, args: Sequence[str], allowed: Sequence[str], with_trainer: bool
+        self,
+        verb: str,
+        description: str,
+        args: Sequence[str],
+        allowed: Sequence[str],
+        builds: Literal["trainer", "data", "model"],
     ) -> None:
         self.verb = verb
-        self.with_trainer = with_trainer
+        self.builds = builds
         self.allowed = allowed
         super().__init__(
             LanguageModel,
@@ -130,8 +136,11 @@ class MuseCLI(LightningCLI):
         self.config.ckpt_path = checked_checkpoint(self.config.ckpt_path)
 
     def instantiate_classes(self) -> None:
-        """Build data module, model and, for verbs that need it, the trainer."""
+        """Build what the verb needs."""
         try:
+            if self.builds == "model":
+                self.model = self.instantiate_model()
+                return
             self.config_init = self.parser.instantiate(self.config)
         except Exception as error:
             mistake = refused_by_constructor(error)
@@ -139,8 +148,14 @@ class MuseCLI(LightningCLI):
                 raise
             raise mistake from error
         self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
-        if self.with_trainer:
+        if self.builds == "trainer":
             self.trainer = self.instantiate_trainer()
+
+    def instantiate_model(self) -> LanguageModel:
+        """The model alone, from the same configuration: it does not depend on data, which may not exist yet."""
+        parser = ArgumentParser()
+        parser.add_class_arguments(LanguageModel, "model")
+        return parser.instantiate(Namespace(model=self.config.model)).model
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Create the run's folder, and a trainer that writes to it."""
@@ -222,7 +237,7 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
         UserError: what the configuration, the data or the checkpoint do not allow. A run that had not trained yet
             leaves no folder.
     """
-    cli = MuseCLI(verb, description, args, allowed, with_trainer=True)
+    cli = MuseCLI(verb, description, args, allowed, builds="trainer")
     options: dict[str, Any] = {"return_predictions": False} if verb == "predict" else {}
     with cli.run_folder as folder:
         try:
@@ -240,7 +255,7 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
 
 def prepare(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
     """`muse prepare`: build the dataset of a recipe, or find that it is there."""
-    cli = MuseCLI(verb, description, args, allowed, with_trainer=False)
+    cli = MuseCLI(verb, description, args, allowed, builds="data")
     cli.datamodule.prepare_data()
 
 
@@ -249,15 +264,16 @@ def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str
     if not args:
         print(machine_report())
         return
-    cli = MuseCLI(verb, description, args, allowed, with_trainer=False)
+    cli = MuseCLI(verb, description, args, allowed, builds="model")
     print(machine_report())
     print(
         recipe_report(
             cli.model.llama,
-            batch_size=cli.datamodule.batch_size,
-            seq_len=cli.datamodule.seq_len,
+            batch_size=cli.config.data.batch_size,
+            seq_len=cli.config.data.seq_len,
             accumulate=cli.config.trainer.accumulate_grad_batches,
             loss_chunk=cli.model.loss_chunk,
+            recompute=cli.model.recompute,
             precision=cli.config.trainer.precision,
         )
     )

@@ -31,7 +31,7 @@ def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 def build(*args: str) -> MuseCLI:
     """What a verb without a trainer builds from `recipe.yaml` and these flags."""
-    return MuseCLI("info", "", ["--config", "recipe.yaml", *args], [], with_trainer=False)
+    return MuseCLI("info", "", ["--config", "recipe.yaml", *args], [], builds="data")
 
 
 class TestWithoutTorch:

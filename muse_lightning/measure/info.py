@@ -17,6 +17,7 @@ from muse_lightning.attention import Dense
 from muse_lightning.measure.flops import training_flops_per_token
 from muse_lightning.measure.memory import step_memory
 from muse_lightning.model.llama import Llama
+from muse_lightning.parallelize import Recompute
 
 PACKAGES = ("torch", "lightning", "triton", "litdata", "jsonargparse", "tokenizers", "numpy")
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
@@ -112,6 +113,7 @@ def recipe_report(
     seq_len: int,
     accumulate: int,
     loss_chunk: int,
+    recompute: Recompute,
     precision: str | int | None,
 ) -> str:
     """What `muse info` prints about training a model on one device: sizes, FLOPs, and memory by part.
@@ -121,6 +123,7 @@ def recipe_report(
         batch_size, seq_len: sequences per device and micro-batch, and their tokens.
         accumulate: micro-batches per step.
         loss_chunk: tokens whose logits exist at once.
+        recompute: what is computed again in the backward pass.
         precision: Lightning's name of it.
     """
     parameters = sum(parameter.numel() for parameter in llama.parameters())
@@ -133,6 +136,7 @@ def recipe_report(
         batch_size=batch_size,
         seq_len=seq_len,
         loss_chunk=loss_chunk,
+        recompute=recompute,
         dtype=TRUE_DTYPES.get(str(precision), torch.float32),
         autocast=MIXED_DTYPES.get(str(precision)),
     )
@@ -140,7 +144,7 @@ def recipe_report(
         f"parameters: {parameters:,}",
         f"tokens per step and device: {tokens:,} = {batch_size} x {seq_len:,} x {accumulate} accumulated",
         f"training FLOPs per token: {flops:.3e} at a context of one document ({dense:.3e} with dense attention)",
-        f"memory per device: {_memory(memory.total)}, nothing recomputed or sharded",
+        f"memory per device: {_memory(memory.total)} with recompute={recompute}, nothing sharded",
     ]
     parts = dataclasses.asdict(memory).items()
     return "\n".join([*lines, *(f"  {name}: {_memory(size)}" for name, size in parts)])

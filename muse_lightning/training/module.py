@@ -37,7 +37,7 @@ class LanguageModel(L.LightningModule):
     Args:
         config: the architecture.
         attention: what each layer does with queries, keys and values, made from the number of the layer.
-        recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: much less
+        recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: far less
             memory for about a third more work; "none" keeps everything.
         learning_rate: the peak, reached after the warm-up.
         weight_decay: AdamW's, for matrices; norms and biases do not decay.
@@ -83,6 +83,7 @@ class LanguageModel(L.LightningModule):
     ) -> None:
         super().__init__()
         self.config = config
+        self.recompute = recompute
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas

@@ -58,7 +58,7 @@ def test_report_of_a_recipe() -> None:
     with torch.device("meta"):
         llama = Llama(load_preset("1b"), Muse)
     report = info.recipe_report(
-        llama, batch_size=2, seq_len=65536, accumulate=4, loss_chunk=2048, precision="bf16-mixed"
+        llama, batch_size=2, seq_len=65536, accumulate=4, loss_chunk=2048, recompute="none", precision="bf16-mixed"
     ).splitlines()
     assert report[0] == "parameters: 1,235,814,400"  # as published for Llama 3.2 1B
     assert report[1] == "tokens per step and device: 524,288 = 2 x 65,536 x 4 accumulated"

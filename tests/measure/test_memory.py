@@ -9,10 +9,30 @@ from torch import Tensor
 from muse_lightning.attention import AttentionStrategy, Dense, Muse
 from muse_lightning.measure.memory import step_memory
 from muse_lightning.model import Llama, load_preset
+from muse_lightning.parallelize import Recompute
 
 
 def far_muse(layer: int) -> AttentionStrategy:
     return Muse(layer, chunk=64, query_cluster=16, key_cluster=16, exact_below=64)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16-mixed"])
+@pytest.mark.parametrize("attention", [Dense, far_muse], ids=["dense", "muse"])
+def test_recomputed_blocks_keep_their_inputs_and_the_inside_of_one(
+    attention: type[AttentionStrategy], autocast: torch.dtype | None
+) -> None:
+    """Against the definition: per-layer growth is one input of a block, and the rest is one block's inside."""
+
+    def activations(num_layers: int, recompute: Recompute) -> int:
+        config = load_preset("demo", num_hidden_layers=num_layers)
+        sizes = {"batch_size": 2, "seq_len": 256, "loss_chunk": 128}
+        return step_memory(config, attention, **sizes, recompute=recompute, autocast=autocast).activations
+
+    hidden = 2 * 256 * load_preset("demo").hidden_size * 4  # the residual stream is float32
+    assert activations(3, "block") - activations(2, "block") == hidden
+    inside = activations(3, "none") - activations(2, "none")
+    # The block's input, its output, what the final norm keeps, and its output; then angles and token ids.
+    assert 0 <= activations(1, "block") - inside - 4 * hidden < hidden
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16-mixed"])
