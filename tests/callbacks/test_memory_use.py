@@ -27,6 +27,7 @@ def test_resident_memory_and_its_peak(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_what_the_allocator_holds(tmp_path):
+    torch.cuda.reset_peak_memory_stats()
     trainer = tiny_trainer(tmp_path, max_steps=1, accelerator="gpu", callbacks=[MemoryUse()])
     trainer.fit(tiny_model(), TinyData(batches(1)))
     logged = {tag: values[0][1] for tag, values in scalars(trainer).items() if tag.startswith("memory/")}

@@ -1,0 +1,61 @@
+"""All default callbacks together: a fit writes every tag that docs/training.md lists, and no other."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from muse_lightning.callbacks import DEFAULT_CALLBACKS
+from tests.tiny import VOCAB, TinyData, batches, tiny_model, tiny_trainer
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "training.md"
+GPU_ONLY = {"throughput/device/mfu", "throughput/device/mfu_dense_equivalent", "memory/reserved_gib"}
+
+
+def documented_tags():
+    """The first column of the table of tags, with {a,b} written out."""
+    tags = set()
+    for cell in re.findall(r"^\| `([a-z]+[/-][^`]*)`", DOCUMENTATION.read_text(), flags=re.MULTILINE):
+        before, _, rest = cell.partition("{")
+        names, _, after = rest.partition("}")
+        tags |= {before + name + after for name in names.split(",")}
+    return tags
+
+
+def written_tags(folder, accelerator, precision):
+    trainer = tiny_trainer(
+        folder,
+        accelerator=accelerator,
+        precision=precision,
+        max_steps=2,
+        val_check_interval=2,
+        gradient_clip_val=1.0,
+        callbacks=[LearningRateMonitor("step"), *(callback() for callback in DEFAULT_CALLBACKS)],
+    )
+    # GPU kernels take heads of multiples of 8.
+    model = tiny_model(config={"head_dim": 8})
+    trainer.fit(model, TinyData(batches(2), batches(1), token_bytes=torch.ones(VOCAB, dtype=torch.long)))
+    events = EventAccumulator(trainer.logger.log_dir)
+    events.Reload()
+    found = {*events.Tags()["scalars"], *events.Tags()["images"]} - {"epoch"}
+    return {re.sub("^lr-.*", "lr-*", tag) for tag in found}
+
+
+def test_the_documentation_lists_tags():
+    assert len(documented_tags()) == 20
+
+
+def test_every_tag_on_a_processor(tmp_path):
+    assert written_tags(tmp_path, "cpu", "32-true") == documented_tags() - GPU_ONLY
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
+def test_every_tag_on_a_gpu(tmp_path, precision):
+    expected = documented_tags()
+    if "H100" not in torch.cuda.get_device_name():
+        expected = {tag for tag in expected if "mfu" not in tag}
+    assert written_tags(tmp_path, "gpu", precision) == expected
