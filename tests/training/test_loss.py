@@ -119,3 +119,32 @@ def test_bad_arguments(change, message):
     arguments = {"hidden": hidden, "head_weight": weight, "labels": labels, "chunk": 8} | change
     with pytest.raises(ValueError, match=message):
         next_token_nats(**arguments)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_under_autocast():
+    hidden, weight, labels = (tensor.detach().cuda() for tensor in problem(shape=(4, 256)))
+    exact_hidden, exact_weight = hidden.requires_grad_(), weight.requires_grad_()
+    expected = reference(exact_hidden, exact_weight, labels)
+    gradients = torch.autograd.grad(expected.sum(), (exact_hidden, exact_weight))
+    low_hidden, low_weight = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        nats = next_token_nats(low_hidden, low_weight, labels, chunk=100)
+    nats.sum().backward()
+    assert (nats - expected).norm() < 4 * 2**-8 * expected.norm()
+    for gradient, right in zip((low_hidden.grad, low_weight.grad), gradients, strict=True):
+        assert (gradient - right).norm() < 4 * 2**-8 * right.norm()
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu_is_that_of_a_chunk():
+    num_tokens, vocab, width, chunk = 16384, 32768, 64, 512
+    hidden = torch.randn(num_tokens, width, device="cuda", requires_grad=True)
+    weight = torch.randn(vocab, width, device="cuda", requires_grad=True)
+    labels = torch.randint(vocab, (num_tokens,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    next_token_nats(hidden, weight, labels, chunk=chunk).sum().backward()
+    grown = torch.cuda.max_memory_allocated() - before
+    # Logits of a chunk in float32 and a few tensors of their size, beside the gradients; all logits would be 2 GiB.
+    assert grown < 5 * chunk * vocab * 4 + 3 * (hidden.nbytes + weight.nbytes)
