@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from muse_lightning.attention import AttentionStrategy, Muse
 from muse_lightning.model import LlamaConfig
@@ -54,6 +56,20 @@ def batches(count: int, batch_size: int = 2, seed: int = 0, packed: bool = True)
             batch["cu_seqlens"] = torch.tensor(starts + [end] * (64 - len(starts)), dtype=torch.int32)
         result.append(batch)
     return result
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements of any tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
 
 
 class BatchLoader:

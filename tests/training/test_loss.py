@@ -3,25 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from muse_lightning.training.loss import next_token_nats
+from tests.tiny import LargestTensor
 
 VOCAB, HIDDEN = 37, 12
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements of any tensor that an operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
 
 
 def problem(shape=(3, 11), dtype=torch.float64, ignored=0.3):

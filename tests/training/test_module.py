@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 import muse_lightning.training.module as module
 from muse_lightning.attention import Dense, Muse, SlidingWindow, SpatialBlocks
 from muse_lightning.errors import UserError
-from tests.tiny import SEQ_LEN, VOCAB, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
+from tests.tiny import SEQ_LEN, VOCAB, LargestTensor, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
 
 def losses(trainer):
@@ -63,6 +63,16 @@ def test_minimised_loss_divides_by_a_constant_and_logged_loss_by_labels(tmp_path
     assert count < 2 * SEQ_LEN
     assert model.training_step(batch, 0).item() == pytest.approx(nats / (2 * SEQ_LEN), rel=1e-5)
     assert losses(trainer) == pytest.approx([nats / count], abs=0.1)
+
+
+def test_no_tensor_of_all_logits_in_a_step(tmp_path):
+    [batch] = batches(1)
+    model = tiny_model(config={"vocab_size": 512}, loss_chunk=16)
+    trainer = tiny_trainer(tmp_path, max_steps=2)
+    with LargestTensor() as watched:
+        trainer.fit(model, TinyData([batch, batch], [batch]))
+    assert watched.elements == 512 * 16  # the embedding, and a chunk of logits
+    assert watched.elements < 2 * SEQ_LEN * 512
 
 
 def test_accumulation_equals_one_large_batch(tmp_path):
