@@ -109,7 +109,8 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.add_special_tokens(
             [tokenizers.AddedToken(name, special=True, normalized=False) for name in names.values()]
         )
-        # Source text that contains the name of a special token stays text.
+        # Source text that contains the name of a special token stays text. (Qwen's own file marks <|file_sep|> as not
+        # special; adding it again made it so.)
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.special_tokens = special_tokens
@@ -117,7 +118,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_ids = {field: vocab[name] for field, name in names.items()}
         described = json.loads(tokenizer.to_str())
         self.token_bytes = token_byte_lengths(described, vocab)
-        self.token_bytes[list(self.special_ids.values())] = 0
         self.sha256 = sha256_bytes(json.dumps([described, names], sort_keys=True).encode())
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:

@@ -134,6 +134,19 @@ def test_special_tokens_of_the_file_keep_their_ids_and_missing_ones_are_added(tm
     assert load_tokenizer("bytes", SpecialTokens(end="<eos>")).sha256 != load_tokenizer("bytes").sha256
 
 
+def test_names_that_the_file_holds_as_ordinary_added_tokens_become_special(tmp_path):
+    """As in Qwen2.5-Coder's tokenizer.json."""
+    raw = byte_level(["<|endoftext|>"])
+    raw.add_tokens(["<|file_sep|>", "<tool>"])
+    tokenizer = load_tokenizer(saved(raw, tmp_path))
+    assert tokenizer.special_ids["file_sep"] == raw.token_to_id("<|file_sep|>")
+    assert tokenizer.token_bytes[tokenizer.special_ids["file_sep"]] == 0
+    (ids,) = tokenizer.encode([b"<|file_sep|><tool>"])
+    assert tokenizer.special_ids["file_sep"] not in ids
+    assert raw.token_to_id("<tool>") in ids
+    assert tokenizer.token_bytes[ids].sum() == len("<|file_sep|><tool>")
+
+
 def test_options_of_the_file_that_would_change_documents_are_off(tmp_path):
     raw = byte_level(list(astuple(SPECIAL)))
     raw.enable_truncation(3)
