@@ -28,10 +28,6 @@ class LossByPosition(L.Callback):
         self._totals = Totals()
         self._buckets = 0
 
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start from nothing."""
-        self._totals.clear()
-
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,

@@ -137,7 +137,6 @@ class LanguageModel(L.LightningModule):
         self.load_weights_once()
 
     def on_train_start(self) -> None:
-        self._train_totals.clear()
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
         for difference in apply_hyperparameters(scheduler, self.learning_rate, self.weight_decay, self.betas, self.eps):
@@ -206,8 +205,6 @@ class LanguageModel(L.LightningModule):
 
     def _start_evaluation(self) -> None:
         self.load_weights_once()
-        self._eval_totals.clear()
-        self._exact_totals.clear()
         token_bytes = getattr(getattr(self.trainer, "datamodule", None), "token_bytes", None)
         self._token_bytes = None if token_bytes is None else token_bytes.to(self.device)
 

@@ -42,17 +42,17 @@ def test_time_in_validation_is_left_out(tmp_path, clock):
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole-rows"])
 def test_mfu_counts_the_packed_documents(tmp_path, clock, monkeypatch, packed):
     monkeypatch.setattr(throughput, "_peak", lambda trainer: 1e6)
-    data = batches(2, packed=packed)
-    model, logged = fit(tmp_path, data, max_steps=1, accumulate_grad_batches=2)
-    lengths = []
-    for batch in data:
-        ends = batch["cu_seqlens"].tolist() if packed else [0, SEQ_LEN, 2 * SEQ_LEN]
-        lengths += [end - start for start, end in itertools.pairwise(ends) if end > start]
-    assert sum(lengths) == 4 * SEQ_LEN
-    for name, strategies in (("mfu", None), ("mfu_dense_equivalent", [Dense(0)])):
-        flops = training_flops_per_token(model.llama, lengths, strategies) * sum(lengths)
-        [(_, found)] = logged[f"throughput/device/{name}"]
-        assert found == pytest.approx(flops / 1e6, rel=1e-5)
+    data = batches(4, packed=packed)
+    model, logged = fit(tmp_path, data, max_steps=2, accumulate_grad_batches=2)
+    for step in (0, 1):
+        lengths = []
+        for batch in data[2 * step : 2 * step + 2]:
+            ends = batch["cu_seqlens"].tolist() if packed else [0, SEQ_LEN, 2 * SEQ_LEN]
+            lengths += [end - start for start, end in itertools.pairwise(ends) if end > start]
+        assert sum(lengths) == 4 * SEQ_LEN
+        for name, strategies in (("mfu", None), ("mfu_dense_equivalent", [Dense(0)])):
+            flops = training_flops_per_token(model.llama, lengths, strategies) * sum(lengths)
+            assert logged[f"throughput/device/{name}"][step] == (step, pytest.approx(flops / 1e6, rel=1e-5))
 
 
 def test_the_peak_is_known_for_half_precision_on_known_gpus_only(tmp_path, monkeypatch):

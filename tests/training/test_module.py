@@ -238,16 +238,21 @@ def test_a_checkpoint_of_another_shape(tmp_path, verb):
     )
 
 
-def test_weights_are_loaded_before_step_0_and_not_at_a_resume(tmp_path):
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_weights_are_loaded_before_step_0(tmp_path, verb):
     trained = tiny_model()
     checkpointed(tmp_path, trained)
-    path = tmp_path / "epoch=0-step=4.ckpt"
-    model = tiny_model(weights=path)
-    trainer = tiny_trainer(tmp_path / "next")
-    trainer.validate(model, TinyData([], batches(1)), verbose=False)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    # A step too small to see.
+    model = tiny_model(weights=tmp_path / "epoch=0-step=4.ckpt", learning_rate=1e-12)
+    getattr(tiny_trainer(tmp_path / "next", max_steps=1), verb)(model, TinyData(batches(1), batches(1)))
+    torch.testing.assert_close(list(model.parameters()), list(trained.parameters()), atol=1e-8, rtol=0)
+
+
+def test_weights_are_not_loaded_at_a_resume(tmp_path):
+    checkpointed(tmp_path, tiny_model())
     trainer = tiny_trainer(tmp_path / "resumed", max_steps=6)
-    trainer.fit(tiny_model(weights=tmp_path / "gone.ckpt"), TinyData(batches(8)), ckpt_path=path)
+    model = tiny_model(weights=tmp_path / "gone.ckpt")
+    trainer.fit(model, TinyData(batches(8)), ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
     assert trainer.global_step == 6
 
 
