@@ -105,7 +105,6 @@ def deal(blocks: int, world_size: int, num_workers: int, batch_size: int, drop_l
     rank, turn = batch % world_size, batch // world_size
     if kept > whole:
         rank[whole:] = (position[whole:] - whole) // ((kept - whole) // world_size)
-        turn[whole:] = whole // global_batch
     return rank * num_workers + turn % num_workers, kept
 
 
@@ -138,10 +137,10 @@ class BlockDataset(StreamingDataset):
             item_loader=TokensLoader(seq_len + 1, entry),
             shuffle=order == "reshuffled",
             seed=seed,
-            drop_last=drop_last,
         )
         self.order = order
-        # The base class insists on dropping in a distributed run; equal numbers of blocks per rank are enough here.
+        # Afterwards: the base class warns of not dropping in a distributed run, because its own ranks would get unequal
+        # numbers of blocks.
         self.drop_last = drop_last
         self._fingerprint = fingerprint
 

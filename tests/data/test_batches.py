@@ -12,13 +12,15 @@ def block(tokens: list[int], starts: list[int]) -> Block:
 
 
 def test_batch_by_hand():
-    batch = Collate(document_mask=True)([block([1, 2, 3, 4, 5], [2]), block([6, 7, 8, 9, 10], [0, 1, 4])])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
+    blocks = [block([1, 2, 3, 4, 5], [0, 2]), block([6, 7, 8, 9, 10], [1, 4]), block([11, 12, 13, 14, 15], [])]
+    batch = Collate(document_mask=True)(blocks)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [6, 7, 8, 9], [11, 12, 13, 14]]
     # 3, 7 and 10 are the first tokens of documents.
-    assert batch["labels"].tolist() == [[2, -100, 4, 5], [-100, 8, 9, -100]]
+    assert batch["labels"].tolist() == [[2, -100, 4, 5], [-100, 8, 9, -100], [12, 13, 14, 15]]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert batch["cu_seqlens"].dtype == torch.int32
-    assert batch["cu_seqlens"].tolist() == [0, 2, 4, 5] + [8] * 60
+    # 10 is no input, so that no sequence begins there.
+    assert batch["cu_seqlens"].tolist() == [0, 2, 4, 5, 8] + [12] * 59
 
 
 def test_without_document_mask_only_the_boundaries_for_attention_go():

@@ -2,9 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from muse_lightning.data.card import ChunkEntry, SplitEntry, count_blocks, largest_seq_len, read_card
+from muse_lightning.data.card import (
+    ChunkEntry,
+    SplitEntry,
+    count_blocks,
+    largest_seq_len,
+    long_document_share,
+    read_card,
+)
 from muse_lightning.errors import UserError
 
 
@@ -20,6 +28,14 @@ def test_largest_seq_len_by_trying_all(tokens, blocks):
     works = [n for n in range(1, 200) if sum(count // (n + 1) for count in tokens) >= blocks]
     assert largest_seq_len(entry, blocks) == max(works, default=0)
     assert all(count_blocks(entry, n) >= blocks for n in works)
+
+
+def test_share_of_long_documents():
+    lengths = np.array([100, 16384, 32767, 65536])
+    share = long_document_share(lengths)
+    total = lengths.sum()
+    expected = {"16384": (16384 + 32767 + 65536) / total, "32768": 65536 / total, "65536": 65536 / total}
+    assert share == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
