@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4
 
 BIN := $(VENV)/bin
 CHECK_VERSION := import sys; sys.version_info >= (3, 11) or sys.exit( \
@@ -48,7 +48,7 @@ lint: dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## Lint, then the tests that run anywhere; PYTEST_FLAGS adds to them
+test: lint  ## Lint, then the tests that run anywhere; PYTEST_FLAGS replaces how
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
 wheel: dev  ## Build the wheel into dist/

@@ -31,10 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _share_cores() -> None:
-    """Give each of several pytest-xdist workers its share of the cores."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+def _one_thread() -> None:
+    """One thread for each process: tensors in tests are small, and threads that wait for each other cost more than they
+    save. Several cores are used by several processes (pytest --numprocesses).
+    """
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 
 @pytest.fixture(autouse=True)
