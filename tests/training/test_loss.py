@@ -10,11 +10,11 @@ from tests.tiny import LargestTensor
 VOCAB, HIDDEN = 37, 12
 
 
-def problem(shape=(3, 11), dtype=torch.float64, ignored=0.3):
+def problem(shape=(3, 11), dtype=torch.float64, ignored=0.3, vocab=VOCAB, width=HIDDEN):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(*shape, HIDDEN, generator=generator, dtype=dtype, requires_grad=True)
-    weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=dtype, requires_grad=True)
-    labels = torch.randint(VOCAB, shape, generator=generator)
+    hidden = torch.randn(*shape, width, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, width, generator=generator, dtype=dtype, requires_grad=True)
+    labels = torch.randint(vocab, shape, generator=generator)
     labels[torch.rand(shape, generator=generator) < ignored] = -100
     return hidden, weight, labels
 
@@ -41,7 +41,7 @@ def test_equals_cross_entropy_with_gradients(chunk, ignored):
 
 
 def test_gradcheck():
-    hidden, weight, labels = problem(shape=(2, 3))
+    hidden, weight, labels = problem(shape=(2, 3), vocab=5, width=3)
     assert torch.autograd.gradcheck(lambda h, w: next_token_nats(h, w, labels, chunk=4), (hidden, weight))
 
 
