@@ -99,7 +99,7 @@ class TokenDataModule(L.LightningDataModule):
                 f"data.val_fraction + data.test_fraction: {val_fraction} + {test_fraction} found, "
                 "each at least 0 and together less than 1 expected"
             )
-        self.dataset = dataset
+        self.dataset = dataset.expanduser()
         self.sources = sources
         self.tokenizer_name = tokenizer
         self.seq_len = seq_len

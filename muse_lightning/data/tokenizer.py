@@ -151,7 +151,7 @@ def load_tokenizer(name: str, special_tokens: SpecialTokens = DEFAULT_SPECIAL_TO
     """
     if name == "bytes":
         return ByteTokenizer(special_tokens)
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():

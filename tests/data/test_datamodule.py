@@ -1,5 +1,7 @@
 """TokenDataModule: its checks, its fields from YAML, its life under a Trainer."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -45,6 +47,15 @@ def test_fields_come_from_yaml(repositories, tmp_path):
     # What is printed reads back as the same.
     assert parser.parse_string(parser.dump(config)) == config
     assert "Context in tokens." in parser.format_help()
+
+
+def test_paths_may_begin_with_the_home_folder(make_data, repositories, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = make_data(dataset=Path("~/set"), sources=[Folders(Path("~") / repositories.name)])
+    data.prepare_data()
+    assert (tmp_path / "set" / "dataset.json").exists()
+    with pytest.raises(UserError, match=f"no file {tmp_path}/t.json"):
+        make_data(tokenizer="~/t.json")
 
 
 class Recorder(L.LightningModule):

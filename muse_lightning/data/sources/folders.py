@@ -27,7 +27,7 @@ class Folders(DocumentSource):
                 filters.
             exclude: Patterns of folder names to leave out at any depth.
         """
-        self.path = path
+        self.path = path.expanduser()
         self.suffixes = suffixes
         self.exclude = exclude
 
