@@ -1,5 +1,6 @@
 """One concern each: what is watched, and what is written, while a Trainer runs."""
 
+from muse_lightning.callbacks.attention_error import AttentionError
 from muse_lightning.callbacks.gradient_norm import GradientNorm
 from muse_lightning.callbacks.loss_by_position import LossByPosition
 from muse_lightning.callbacks.memory_use import MemoryUse
@@ -9,11 +10,12 @@ from muse_lightning.callbacks.progress import ProgressLines
 from muse_lightning.callbacks.step_time import StepTime
 from muse_lightning.callbacks.throughput import DeviceThroughput
 
-DEFAULT_CALLBACKS = (DeviceThroughput, StepTime, MemoryUse, GradientNorm, LossByPosition)
+DEFAULT_CALLBACKS = (DeviceThroughput, StepTime, MemoryUse, GradientNorm, LossByPosition, AttentionError)
 """What every fit has: the tags in docs/training.md."""
 
 __all__ = [
     "DEFAULT_CALLBACKS",
+    "AttentionError",
     "DeviceThroughput",
     "GradientNorm",
     "LossByPosition",

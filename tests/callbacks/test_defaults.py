@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from muse_lightning.callbacks import DEFAULT_CALLBACKS
-from tests.tiny import VOCAB, TinyData, batches, tiny_model, tiny_trainer
+from tests.tiny import VOCAB, TinyData, batches, tiny_model, tiny_muse, tiny_trainer
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "training.md"
 GPU_ONLY = {"throughput/device/mfu", "throughput/device/mfu_dense_equivalent", "memory/reserved_gib"}
@@ -36,16 +36,16 @@ def written_tags(folder, accelerator, precision):
         callbacks=[LearningRateMonitor("step"), *(callback() for callback in DEFAULT_CALLBACKS)],
     )
     # GPU kernels take heads of multiples of 8.
-    model = tiny_model(config={"head_dim": 8})
+    model = tiny_model(config={"head_dim": 8}, attention=tiny_muse)
     trainer.fit(model, TinyData(batches(2), batches(1), token_bytes=torch.ones(VOCAB, dtype=torch.long)))
     events = EventAccumulator(trainer.logger.log_dir)
     events.Reload()
     found = {*events.Tags()["scalars"], *events.Tags()["images"]} - {"epoch"}
-    return {re.sub("^lr-.*", "lr-*", tag) for tag in found}
+    return {re.sub("^(lr-|muse/relative_error_layer_).*", r"\1*", tag) for tag in found}
 
 
 def test_the_documentation_lists_tags():
-    assert len(documented_tags()) == 20
+    assert len(documented_tags()) == 22
 
 
 def test_every_tag_on_a_processor(tmp_path):

@@ -1,0 +1,37 @@
+"""The error of a model's attention, layer by layer."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from muse_lightning.attention import AttentionStrategy, Dense
+from muse_lightning.measure.attention_error import attention_errors, relative_squared_error
+from tests.tiny import batches, tiny_model
+
+
+class Scaled(Dense):
+    """Exact attention times (1 + layer): its relative squared error is layer^2."""
+
+    def forward(self, *qkv: Tensor, **options: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(*qkv, **options) * (1 + self.layer_idx)  # type: ignore[arg-type]
+
+
+def test_relative_squared_error() -> None:
+    exact = torch.tensor([3.0, 4.0])
+    assert relative_squared_error(exact + torch.tensor([0.0, 1.0]), exact).item() == pytest.approx(1 / 25)
+    # Differences are taken in float32: in bf16 this one would vanish.
+    near = torch.tensor([256.0, 1.0], dtype=torch.bfloat16)
+    assert relative_squared_error(near, near.float() + 0.5).item() > 0
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("attention", "expected"), [(Dense, [0, 0]), (Scaled, [0, 1])])
+def test_each_layer_is_compared_on_its_own_input(
+    attention: type[AttentionStrategy], expected: list[float], packed: bool
+) -> None:
+    model = tiny_model(attention=attention)
+    model.configure_model()
+    (batch,) = batches(1, packed=packed)
+    errors = attention_errors(model.llama, batch["input_ids"], batch.get("cu_seqlens"))
+    assert errors.tolist() == pytest.approx(expected, abs=1e-9)
+    assert not any(module._forward_hooks for module in model.llama.modules())
