@@ -31,7 +31,7 @@ SMALL = {
     "recipes/demo.yaml": "recipes/demo.yaml --config recipes/overlays/smoke.yaml",
     "recipe:demo": "recipe:demo --config recipes/overlays/smoke.yaml",
     "--trainer.max_steps=20": "--trainer.max_steps=2",
-    "runs/demo/version_0/checkpoints/step=300.ckpt": "runs/smoke/version_0/checkpoints/step=2.ckpt",
+    "runs/demo/version_0/checkpoints/step=240.ckpt": "runs/smoke/version_0/checkpoints/step=2.ckpt",
     "--vocab_size=4096": "--vocab_size=300",
 }
 

@@ -22,7 +22,7 @@ MUSE_AT_256_TOKENS = [
     f"--model.attention.{key}={value}"
     for key, value in {"chunk": 32, "query_cluster": 8, "key_cluster": 8, "top_k": 2, "exact_below": 32}.items()
 ]
-"""Several chunks in the short context of the smoke overlay, where the recipes' own sizes would make everything exact."""
+"""Several chunks in the short context of the smoke overlay, where the recipes' own sizes would be all exact."""
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
