@@ -20,7 +20,7 @@ CU_SEQLENS = torch.tensor([0, 250, 300, 301, 301, 600] + [600] * 59, dtype=torch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["rows", "documents"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [4, 32, 64, 128])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
 def test_forward_and_gradients_are_as_accurate_as_on_the_cpu(
     strategy: AttentionStrategy, head_dim: int, kv_heads: int, cu_seqlens: Tensor | None, dtype: torch.dtype
