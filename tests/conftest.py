@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 # No test may open a window or a connection.
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor may a developer's shell decide what is printed.
+for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "MUSE_TRACEBACK"):
+    os.environ.pop(name, None)
 
 import random
 from collections.abc import Callable, Iterator
