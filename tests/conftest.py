@@ -1,7 +1,13 @@
 """What every test runs under: kernels interpreted where there is no GPU, fixed seeds, unwritten memory full of NaN."""
 
 import os
+import random
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
 # Triton reads the flag when a kernel is decorated, so it has to stand before any kernel module is imported.
@@ -11,16 +17,8 @@ if not torch.cuda.is_available():
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nor may a developer's shell decide what is printed.
-for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "MUSE_TRACEBACK"):
-    os.environ.pop(name, None)
-
-import random
-from collections.abc import Callable, Iterator
-from functools import wraps
-from typing import Any
-
-import numpy as np
-import pytest
+for _name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "MUSE_TRACEBACK"):
+    os.environ.pop(_name, None)
 
 SEED = 20250912
 
