@@ -7,8 +7,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from muse_kernels import muse_attention
-from muse_kernels.attention.cost import muse_pairs
 from muse_kernels.attention.options import Clustering, Expansion, Implementation, MuseOptions, Selection
+from muse_kernels.cost import muse_pairs
 from muse_lightning.attention.base import AttentionStrategy
 from muse_lightning.attention.packed import flatten_batch, unflatten_batch
 from muse_lightning.errors import UserError

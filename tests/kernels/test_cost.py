@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from muse_kernels import muse_clusters
-from muse_kernels.attention.cost import muse_pairs
 from muse_kernels.attention.options import MuseOptions
+from muse_kernels.cost import muse_pairs
 
 SIZES = {"chunk": 16, "query_cluster": 4, "key_cluster": 2}
 
