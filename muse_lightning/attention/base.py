@@ -47,9 +47,10 @@ class AttentionStrategy(nn.Module):
             )
 
     def pairs(self, lengths: Sequence[int]) -> float:
-        """Query-key pairs per head that one forward pass works on, for documents of these lengths.
+        """A third of the query-key pairs per head that a training step works on, for documents of these lengths.
 
-        A pair is one product with a key and one with a value, 4 * head_dim FLOPs; a training step costs three times the
-        forward pass.
+        A pair is one product with a key and one with a value, 4 * head_dim FLOPs. The backward pass of attention costs
+        twice its forward pass, so this is the number of pairs of the forward pass, but for work that has no backward
+        pass, which counts a third.
         """
         raise NotImplementedError

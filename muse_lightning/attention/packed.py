@@ -30,7 +30,7 @@ def row_starts(x: Tensor) -> Tensor:
 
 
 def has_varlen_kernel(x: Tensor) -> bool:
-    """Whether PyTorch's variable-length kernel takes this tensor: half precision on CUDA, head_dim of 8, 16 ..."""
+    """Whether PyTorch's variable-length kernel takes this tensor: half precision on CUDA, head_dim a multiple of 8."""
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.shape[-1] % 8 == 0
 
 

@@ -1,5 +1,7 @@
 """One contract for every strategy that muse_lightning.attention exports."""
 
+import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import muse_lightning.attention
+from muse_kernels.attention.options import MuseOptions
+from muse_kernels.cost import muse_pairs
 from muse_lightning.attention import AttentionStrategy, Dense, Muse, SlidingWindow, SpatialBlocks
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -100,11 +104,30 @@ def test_any_strides(strategy: AttentionStrategy) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[1], [16], [17], [60], [5, 40, 1]])
-def test_pairs_are_at_most_those_of_dense_and_grow_with_every_token(
-    strategy: AttentionStrategy, lengths: list[int]
-) -> None:
+def test_pairs_are_those_of_each_document(strategy: AttentionStrategy, lengths: list[int]) -> None:
     assert strategy.pairs(lengths) == sum(strategy.pairs([length]) for length in lengths)
     assert strategy.pairs([*lengths, 1]) > strategy.pairs(lengths) > 0
+
+
+def test_pairs_of_a_long_document_are_fewer_than_those_of_dense(strategy: AttentionStrategy) -> None:
+    if not isinstance(strategy, Dense):
+        assert strategy.pairs([4096]) < 0.8 * Dense(0).pairs([4096])
+
+
+@pytest.mark.parametrize("make", [Muse, SpatialBlocks], ids=lambda cls: cls.__name__)
+def test_pairs_of_muse_are_the_operators(make: type[Muse]) -> None:
+    expected = (
+        muse_pairs(60, MuseOptions(**SMALL["Muse"])).training + muse_pairs(7, MuseOptions(**SMALL["Muse"])).training
+    )
+    assert make(0, **SMALL["Muse"]).pairs([60, 7]) == expected
+
+
+@pytest.mark.parametrize("make", [Muse, SpatialBlocks], ids=lambda cls: cls.__name__)
+def test_defaults_are_the_operators(make: type[Muse]) -> None:
+    operator = {field.name: field.default for field in dataclasses.fields(MuseOptions)}
+    for name, parameter in inspect.signature(make).parameters.items():
+        if name != "layer_idx":
+            assert parameter.default == operator[name], name
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 60])
