@@ -33,6 +33,8 @@ class AttentionError(L.Callback):
         assert isinstance(pl_module, LanguageModel)
         if batch_idx > 0 or all(isinstance(block.self_attn.attention, Dense) for block in pl_module.llama.blocks):
             return
-        errors = attention_errors(pl_module.llama, batch["input_ids"], batch.get("cu_seqlens"))
+        # Callbacks run outside the precision that the step ran in.
+        with trainer.precision_plugin.forward_context():
+            errors = attention_errors(pl_module.llama, batch["input_ids"], batch.get("cu_seqlens"))
         tags = {f"muse/relative_error_layer_{layer}": error for layer, error in enumerate(errors)}
         pl_module.log_dict(tags | {"muse/relative_error": errors.mean()}, on_epoch=True, sync_dist=True, batch_size=1)

@@ -1,10 +1,14 @@
 """The error of attention is logged at validation, for approximations alone."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from muse_lightning.attention import Dense
+from muse_lightning.attention import Dense, Muse
 from muse_lightning.callbacks import AttentionError
 from muse_lightning.measure.attention_error import attention_errors
 from tests.tiny import TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
@@ -23,6 +27,21 @@ def test_it_logs_the_error_on_the_first_batch(tmp_path: Path) -> None:
     for layer, error in enumerate(expected):
         assert logged[f"muse/relative_error_layer_{layer}"][0][1] == pytest.approx(error)
     assert logged["muse/relative_error"][0][1] == pytest.approx(sum(expected) / 2)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_it_measures_in_the_precision_of_training(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
+    seen: list[torch.dtype] = []
+
+    class Watched(Muse):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+            seen.append(q.dtype)
+            return super().forward(q, k, v, **options)
+
+    trainer = tiny_trainer(tmp_path, callbacks=[AttentionError()], precision=precision)
+    model = tiny_model(attention=partial(Watched, chunk=16, query_cluster=4, key_cluster=4), exact_val_batches=0)
+    trainer.validate(model, TinyData([], batches(1)), verbose=False)
+    assert seen == [dtype] * 4  # two layers, in the validation step and in the callback
 
 
 def test_it_is_silent_for_exact_attention(tmp_path: Path) -> None:
