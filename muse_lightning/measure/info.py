@@ -144,7 +144,7 @@ def recipe_report(
         f"parameters: {parameters:,}",
         f"tokens per step and device: {tokens:,} = {batch_size} x {seq_len:,} x {accumulate} accumulated",
         f"training FLOPs per token: {flops:.3e} at a context of one document ({dense:.3e} with dense attention)",
-        f"memory per device: {_memory(memory.total)} with recompute={recompute}, nothing sharded",
+        f"memory per device: {_memory(memory.total)} and attention's workspace; recompute={recompute}, nothing sharded",
     ]
     parts = dataclasses.asdict(memory).items()
     return "\n".join([*lines, *(f"  {name}: {_memory(size)}" for name, size in parts)])

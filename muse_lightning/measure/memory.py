@@ -27,7 +27,7 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        """All parts together: an upper bound, since activations are freed while gradients come into being."""
+        """All parts together, as if at the same time: activations are freed while gradients come into being."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.loss
 
 
