@@ -1,7 +1,6 @@
 """The verbs of `muse` on LightningCLI(LanguageModel, TokenDataModule), and the run around a trainer's call."""
 
 import enum
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from muse_lightning.errors import UserError, find_cause
 from muse_lightning.measure.info import environment, machine_report, recipe_report
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.run_folder import RunFolder
+from muse_lightning.training.weights import check_checkpoint
 
 # Some of Lightning's defaults are enumerations that are strings too, which PyYAML does not know how to write.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_str(member.name))
@@ -133,7 +133,8 @@ class MuseCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(explain(error, check)) from error
-        self.config.ckpt_path = checked_checkpoint(self.config.ckpt_path)
+        if self.config.ckpt_path is not None:
+            check_checkpoint(self.config.ckpt_path, for_training=self.verb == "fit")
 
     def instantiate_classes(self) -> None:
         """Build what the verb needs."""
@@ -215,21 +216,6 @@ class MuseCLI(LightningCLI):
         )
 
 
-def checked_checkpoint(path: str | None) -> str | None:
-    """The value of --ckpt_path if it can be loaded.
-
-    Raises:
-        UserError: it is an address (Lightning would unpickle whatever came from there), or nothing is there.
-    """
-    if path is None:
-        return None
-    if "://" in path:
-        raise UserError(f"ckpt_path: {path} is an address; expected the path of a local checkpoint")
-    if not Path(path).exists():
-        raise UserError(f"ckpt_path: no checkpoint at {path}; expected the path of a local checkpoint")
-    return path
-
-
 def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
     """`muse fit | validate | test | predict`.
 
@@ -293,12 +279,6 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
         )
     if isinstance(error, MisconfigurationException):
         return UserError(f"trainer: {_first_sentence(error)}")
-    if config.ckpt_path is not None:
-        if isinstance(error, RuntimeError) and "loading state_dict" in message:
-            detail = message.split("\n\t")[1] if "\n\t" in message else message
-            return UserError(f"ckpt_path: {config.ckpt_path} does not fit this model: {' '.join(detail.split())}")
-        if isinstance(error, (pickle.UnpicklingError, EOFError, KeyError)) or "PytorchStreamReader" in message:
-            return UserError(f"ckpt_path: {config.ckpt_path} is not a checkpoint: {_first_sentence(error)}")
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 
 from muse_lightning.errors import nearest
 from tests.recipe import Muse
@@ -185,7 +185,45 @@ class TestCheckpoint:
 
     def test_not_a_checkpoint(self, muse: Muse) -> None:
         Path("text.ckpt").write_text("hello")
-        assert self.error(muse, "text.ckpt").startswith("ckpt_path: text.ckpt is not a checkpoint: ")
+        line = self.error(muse, "text.ckpt")
+        assert line == "ckpt_path: text.ckpt is not a Lightning checkpoint of tensors: not a whole file of torch.save"
+
+    @pytest.mark.parametrize(
+        ("content", "line"),
+        [
+            ({"weight": torch.ones(2)}, "is not a Lightning checkpoint of tensors: it has no state_dict"),
+            ({"state_dict": {}}, "has no pytorch-lightning_version, optimizer_states, lr_schedulers; give it as"),
+            (torch.ones(2), "is not a Lightning checkpoint of tensors: it has no state_dict"),
+            ({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, "has no optimizer_states, lr_schedulers; give"),
+        ],
+        ids=["other keys", "state dict alone", "tensor", "weights alone"],
+    )
+    def test_of_something_else(self, muse: Muse, content: Any, line: str) -> None:
+        torch.save(content, "some.ckpt")
+        assert self.error(muse, "some.ckpt").startswith(f"ckpt_path: some.ckpt {line}")
+
+    def test_cut_short(self, muse: Muse) -> None:
+        assert muse.with_recipe("fit")[0] == 0
+        content = Path("runs/tiny/version_0/checkpoints/step=2.ckpt").read_bytes()
+        Path("cut.ckpt").write_bytes(content[: len(content) // 2])
+        assert self.error(muse, "cut.ckpt").startswith("ckpt_path: cut.ckpt is not a Lightning checkpoint of tensors: ")
+
+    def test_a_folder(self, muse: Muse) -> None:
+        assert self.error(muse, "source").startswith("ckpt_path: source is a folder without meta.pt; expected")
+
+    @pytest.mark.parametrize("error", [KeyError("oh"), EOFError("oh"), RuntimeError("PytorchStreamReader oh")])
+    def test_is_not_blamed_for_what_happens_later(
+        self, muse: Muse, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        def fail(*args: Any) -> None:
+            raise error
+
+        assert muse.with_recipe("fit")[0] == 0
+        monkeypatch.setattr(Timer, "on_train_batch_end", fail)
+        flags = ["--ckpt_path=runs/tiny/version_0/checkpoints/step=2.ckpt", "--trainer.max_steps=4"]
+        code, _, err = muse.with_recipe("fit", *flags, "--trainer.callbacks+=Timer")
+        assert code == 1
+        assert f"{type(error).__name__}: {error}" in err.splitlines()
 
     @pytest.mark.parametrize("address", ["http://127.0.0.1:1/a.ckpt", "s3://bucket/a.ckpt", "file:///tmp/a.ckpt"])
     def test_an_address(self, muse: Muse, address: str) -> None:
@@ -197,7 +235,7 @@ class TestCheckpoint:
         torch.load("evil.ckpt", weights_only=False)
         assert Path("ran").exists()
         Path("ran").unlink()
-        assert self.error(muse, "evil.ckpt").startswith("ckpt_path: evil.ckpt is not a checkpoint: ")
+        assert self.error(muse, "evil.ckpt").startswith("ckpt_path: evil.ckpt is not a Lightning checkpoint")
         assert not Path("ran").exists()
 
 

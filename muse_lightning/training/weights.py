@@ -1,8 +1,10 @@
 """Weights from elsewhere: reading them, and saying clearly when they belong to a model of another shape."""
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from muse_lightning.model.llama import Llama
 
 CHECKPOINT_PREFIX = "llama."
 """What stands before Hugging Face's names in a Lightning checkpoint."""
+_SHARDED_CHECKPOINT_FILE = "meta.pt"  # Lightning's, beside the shards
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -27,13 +30,58 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"model.weights: {path} does not exist; accepted: a .ckpt, a .safetensors file or its folder")
     if path.suffix != ".ckpt":
         return load_pretrained(path)
+    state = read_checkpoint(path, "model.weights")["state_dict"]
+    return {name.removeprefix(CHECKPOINT_PREFIX): tensor for name, tensor in state.items()}
+
+
+def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
+    """Content of a Lightning checkpoint. Only tensors and plain values are unpickled; tensors stay in the file until used.
+
+    Args:
+        path: a file.
+        key: the option that names it, for the message.
+    Raises:
+        UserError: it is not a whole checkpoint, or holds something else that is pickled.
+    """
+    what = f"{key}: {path} is not a Lightning checkpoint of tensors"
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{what}: not a whole file of torch.save")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = checkpoint["state_dict"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.weights: {path} is not a Lightning checkpoint of tensors: {reason}") from None
-    return {name.removeprefix(CHECKPOINT_PREFIX): tensor for name, tensor in state.items()}
+        raise UserError(f"{what}: {reason}") from None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{what}: it has no state_dict")
+    return checkpoint
+
+
+def check_checkpoint(path: str, for_training: bool) -> None:
+    """Refuse what cannot be resumed from before a run is made for it. Weights of another architecture show later, in
+    `check_shapes`.
+
+    Args:
+        path: value of --ckpt_path: a file, or the folder of a sharded checkpoint.
+        for_training: whether the optimizer's state is needed too.
+    Raises:
+        UserError: an address (Lightning would unpickle whatever came from there), nothing there, or no checkpoint.
+    """
+    expected = "expected the path of a local checkpoint"
+    if "://" in path:
+        raise UserError(f"ckpt_path: {path} is an address; {expected}")
+    if not Path(path).exists():
+        raise UserError(f"ckpt_path: no checkpoint at {path}; {expected}")
+    if Path(path).is_dir():
+        if not (Path(path) / _SHARDED_CHECKPOINT_FILE).is_file():
+            raise UserError(f"ckpt_path: {path} is a folder without {_SHARDED_CHECKPOINT_FILE}; {expected}")
+        return
+    needed = ["pytorch-lightning_version", *(["optimizer_states", "lr_schedulers"] if for_training else [])]
+    checkpoint = read_checkpoint(Path(path), "ckpt_path")
+    missing = [name for name in needed if name not in checkpoint]
+    if missing:
+        raise UserError(
+            f"ckpt_path: {path} has no {', '.join(missing)}; give it as model.weights to start from its weights alone"
+        )
 
 
 def load_weights(llama: Llama, path: Path) -> None:
