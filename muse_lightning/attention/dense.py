@@ -30,8 +30,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
 class Dense(AttentionStrategy):
     """Exact causal attention by the best kernel of the machine; never a mask tensor.
 
-    Documents are attended by PyTorch's variable-length kernel on a GPU in half precision (head_dim a multiple of 8), else
-    one after the other.
+    Documents are attended by PyTorch's variable-length kernel on a GPU in half precision (head_dim a multiple of 8),
+    else one after the other.
     """
 
     def forward(
