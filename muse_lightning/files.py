@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from muse_lightning.errors import UserError
@@ -96,22 +96,42 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Wait until no other process holds the lock of `path`, and hold it during the `with` block.
 
-    The lock is an flock on `.<name>.lock` beside `path`; the kernel frees it when its holder dies. The file stays:
-    unlinking it would let two processes lock two different files.
+    The lock is an flock on `.<name>.lock` beside `path`; the kernel frees it when its holder dies. The file stays,
+    unless the block ends with an error: then what was made here, the file and missing folders above it, is removed.
 
     Raises:
         UserError: the folder that holds `path` cannot be written.
     """
     lock = path.with_name(f".{path.name}.lock")
+    made_folders = [folder for folder in lock.parents if not folder.exists()]
+    is_new = not lock.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open_locked(lock)
     except OSError as error:
         raise UserError(
             f"cannot write in {path.parent}: {error.strerror}; choose a folder that can be written"
         ) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    except BaseException:
+        if is_new:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in one of them
+                for folder in made_folders:
+                    folder.rmdir()
+        raise
     finally:
+        os.close(descriptor)
+
+
+def _open_locked(lock: Path) -> int:
+    """Descriptor of the lock file, locked."""
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # The holder before may have removed the file: a lock on what has no name keeps nobody out.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                return descriptor
         os.close(descriptor)

@@ -65,14 +65,18 @@ class Muse:
         return self(verb, "--config", "recipe.yaml", *args)
 
     def error(self, *args: str) -> str:
-        """The one line on standard error of a command that must end as a user's mistake and leave no run behind."""
-        before = self.versions()
+        """The one line on standard error of a command that must end as a user's mistake and change no file."""
+        before = self._contents()
         code, _, err = self(*args)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert (code, len(lines)) == (2, 1), err
         assert "Traceback" not in err
-        assert self.versions() == before
+        assert self._contents() == before
         return lines[0].removeprefix("error: ")
+
+    def _contents(self) -> dict[Path, bytes | None]:
+        """Everything in the working directory."""
+        return {path: path.read_bytes() if path.is_file() else None for path in self.folder.rglob("*")}
 
     def versions(self) -> Sequence[str]:
         """Run folders that exist."""

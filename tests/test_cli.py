@@ -236,6 +236,7 @@ class TestExitCodes:
         assert muse.with_recipe("fit")[0] == 130
 
     def test_out_of_gpu_memory(self, muse: Muse, step_raises: Any) -> None:
+        assert muse.with_recipe("prepare")[0] == 0
         step_raises(
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity")
         )

@@ -1,5 +1,6 @@
 """Files and folders are whole or absent."""
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -116,6 +117,57 @@ def test_exclusive_lock_lets_one_process_in(tmp_path):
         assert path.read_text() == ""
     assert [process.wait(10) for process in processes] == [0, 0, 0]
     assert path.read_text() == "[][][]"
+
+
+def test_exclusive_lock_leaves_nothing_of_a_block_that_fails(tmp_path):
+    def fail(name: str) -> None:
+        with files.exclusive_lock(tmp_path / name):
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        fail("new/folder/data")
+    assert names(tmp_path) == []
+    with files.exclusive_lock(tmp_path / "old" / "data"):
+        pass
+    for name in ("old/data", "old/new/data"):
+        with pytest.raises(RuntimeError, match="no more"):
+            fail(name)
+    assert names(tmp_path / "old") == [".data.lock"]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from muse_lightning.files import exclusive_lock
+
+with exclusive_lock(Path(sys.argv[1])):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.multi_process
+def test_who_waited_for_a_block_that_failed_holds_the_lock(tmp_path):
+    path = tmp_path / "new" / "data"
+
+    def fail_while_another_waits() -> None:
+        with files.exclusive_lock(path):
+            other = subprocess.Popen(
+                [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            waiting.append(other)
+            with pytest.raises(subprocess.TimeoutExpired):
+                other.wait(0.5)
+            raise RuntimeError("no more")
+
+    waiting: list[subprocess.Popen[str]] = []
+    with pytest.raises(RuntimeError, match="no more"):
+        fail_while_another_waits()
+    with waiting[0] as other:
+        assert other.stdout.readline() == "in\n"
+        with (path.parent / ".data.lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        other.stdin.close()
 
 
 def test_exclusive_lock_names_a_folder_that_cannot_be_made(tmp_path):

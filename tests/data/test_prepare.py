@@ -261,7 +261,7 @@ def test_nothing_left_is_one_line_and_writes_nothing(tmp_path, content):
     ) as error:
         data.prepare_data()
     assert "\n" not in str(error.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.lock", "code"]
+    assert [path.name for path in tmp_path.iterdir()] == ["code"]
 
 
 def test_a_split_without_files_is_named(tmp_path):
