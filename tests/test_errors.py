@@ -1,5 +1,8 @@
 """A user's mistake ends as one true line with exit code 2, through the whole program, and leaves nothing behind."""
 
+import errno
+import os
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +13,10 @@ import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, Timer
 
+from muse_lightning.data.sources import Folders
+from muse_lightning.data.tokenizer_training import train_tokenizer
 from muse_lightning.errors import nearest
+from muse_lightning.training.run_folder import RunFolder
 from tests.recipe import Muse
 
 
@@ -123,16 +129,28 @@ class TestData:
         Path("empty").mkdir()
         line = self.fit(muse, "--data.sources=[{class_path: Folders, init_args: {path: empty}}]")
         assert line == "source folder empty: no files found; give a folder whose sub-folders are repositories"
-        assert not Path("dataset").exists()
 
     def test_missing_source_folder(self, muse: Muse) -> None:
         line = self.fit(muse, "--data.sources=[{class_path: Folders, init_args: {path: nowhere}}]")
         assert line.startswith("source folder nowhere: No such file or directory")
 
+    def test_unreadable_source_folder(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The system says no, as it does to everyone but root."""
+        scandir = os.scandir
+
+        def refuse(path: Any = ".") -> Any:
+            if path == Path("source"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        assert self.fit(muse) == (
+            "source folder source: Permission denied; give a folder whose sub-folders are repositories"
+        )
+
     def test_nothing_left_after_filters(self, muse: Muse) -> None:
-        line = self.fit(muse, "--data.filters.max_file_bytes=10")
-        assert "filters" in line
-        assert not Path("dataset").exists()
+        line = self.fit(muse, "--data.filters.max_file_bytes=10", "--data.dataset=new/folder/dataset")
+        assert line.startswith("nothing is left of 4 listed repositories after the filters and limits; files left out:")
 
     def test_tokenizer_larger_than_the_vocabulary(self, muse: Muse) -> None:
         assert self.fit(muse, "--model.config.vocab_size=100") == (
@@ -145,15 +163,40 @@ class TestData:
         )
 
     def test_fewer_blocks_than_a_step_needs(self, muse: Muse) -> None:
+        assert muse.with_recipe("prepare")[0] == 0
         line = self.fit(muse, "--data.batch_size=100000")
         assert "data.seq_len: 32 found; split 'train'" in line
         assert "no context is short enough" in line
 
-    def test_dataset_of_another_tokenizer(self, muse: Muse) -> None:
+    @pytest.mark.parametrize(
+        ("prepared", "found"), [("one.json", "two.json"), ("one.json", "bytes"), ("bytes", "two.json")]
+    )
+    def test_dataset_of_another_tokenizer(self, muse: Muse, prepared: str, found: str) -> None:
+        for name, size in [("one.json", 270), ("two.json", 280)]:
+            train_tokenizer([Folders(Path("source"))], Path(name), vocab_size=size)
+        assert muse.with_recipe("prepare", f"--data.tokenizer={prepared}")[0] == 0
+        assert self.fit(muse, "--data.sources=null", f"--data.tokenizer={found}") == (
+            f"data.tokenizer: {found} found, but dataset was prepared with {prepared}; configure that one, or give "
+            "data.sources to prepare the data again"
+        )
+
+    def test_dataset_of_a_tokenizer_that_has_changed(self, muse: Muse) -> None:
+        for size in (270, 280):
+            Path("one.json").unlink(missing_ok=True)
+            train_tokenizer([Folders(Path("source"))], Path("one.json"), vocab_size=size)
+            if size == 270:
+                assert muse.with_recipe("prepare", "--data.tokenizer=one.json")[0] == 0
+        assert self.fit(muse, "--data.sources=null", "--data.tokenizer=one.json") == (
+            "data.tokenizer: one.json found, but dataset was prepared with another file of that name; configure that "
+            "one, or give data.sources to prepare the data again"
+        )
+
+    def test_dataset_of_other_special_tokens(self, muse: Muse) -> None:
         assert muse.with_recipe("prepare")[0] == 0
         line = self.fit(muse, "--data.sources=null", "--data.special_tokens.repo_name=<repo>")
-        assert line.startswith(
-            "data.tokenizer: bytes found, but dataset was prepared with bytes (or with other special"
+        assert line == (
+            "data.special_tokens: repo_name '<repo>' found, but dataset was prepared with repo_name '<|repo_name|>'; "
+            "configure that one, or give data.sources to prepare the data again"
         )
 
     def test_missing_dataset(self, muse: Muse) -> None:
@@ -249,12 +292,21 @@ class Touch:
         return Path.touch, (Path(self.path),)
 
 
-def test_a_folder_in_use(muse: Muse) -> None:
-    """Two runs with one explicit version: the second ends, the first is left alone."""
-    assert muse.with_recipe("fit", "--run.version=5")[0] == 0
-    line = muse.error("fit", "--config", "recipe.yaml", "--run.version=5")
-    assert line == "run.version: runs/tiny/version_5 exists already; leave run.version out for a new one"
-    assert Path("runs/tiny/version_5/config.yaml").is_file()
+class TestTwoRunsInOneFolder:
+    """The second ends, the first is left alone."""
+
+    def test_while_the_first_is_running(self, muse: Muse) -> None:
+        with RunFolder.create(Path("runs"), "tiny", 5):
+            line = muse.error("fit", "--config", "recipe.yaml", "--run.version=5")
+        assert line == (
+            f"run.version: runs/tiny/version_5 is in use by process {os.getpid()} on {socket.gethostname()}; "
+            "leave run.version out for a new one"
+        )
+
+    def test_after_the_first(self, muse: Muse) -> None:
+        assert muse.with_recipe("fit", "--run.version=5")[0] == 0
+        line = muse.error("fit", "--config", "recipe.yaml", "--run.version=5")
+        assert line == "run.version: runs/tiny/version_5 exists already; leave run.version out for a new one"
 
 
 class TestHostileConfiguration:

@@ -1,6 +1,7 @@
 """TokenDataModule: a recipe's `data:` section. Prepares the dataset, then turns chunks into batches."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import lightning as L
@@ -133,12 +134,22 @@ class TokenDataModule(L.LightningDataModule):
             card = read_card(self.dataset)
             if card.tokenizer["sha256"] != self.tokenizer.sha256:
                 raise UserError(
-                    f"data.tokenizer: {self.tokenizer_name} found, but {self.dataset} was prepared with "
-                    f"{card.tokenizer['name']} (or with other special tokens); "
-                    "configure that one, or give data.sources to prepare the data again"
+                    f"{self._other_tokenizer(card)}; configure that one, or give data.sources to prepare the data again"
                 )
             self._card = card
         return self._card
+
+    def _other_tokenizer(self, card: DatasetCard) -> str:
+        """What tells the configured tokenizer from the dataset's, in words."""
+        name, prepared_name = self.tokenizer_name, card.tokenizer["name"]
+        if name != prepared_name:
+            return f"data.tokenizer: {name} found, but {self.dataset} was prepared with {prepared_name}"
+        found, prepared = asdict(self.tokenizer.special_tokens), card.tokenizer["special_tokens"]
+        changed = [field for field in found if found[field] != prepared[field]]
+        if changed:
+            here, there = (", ".join(f"{field} {of[field]!r}" for field in changed) for of in (found, prepared))
+            return f"data.special_tokens: {here} found, but {self.dataset} was prepared with {there}"
+        return f"data.tokenizer: {name} found, but {self.dataset} was prepared with another file of that name"
 
     def prepare_data(self) -> None:
         """Make the dataset if it is missing or stale. Lightning calls this on one rank while the others wait."""

@@ -172,7 +172,7 @@ def test_another_tokenizer_is_one_line(make_data):
     other = make_data(sources=None, special_tokens=OTHER_SPECIAL)
     other.prepare_data()
     with pytest.raises(
-        UserError, match=r"data.tokenizer: bytes found, but .* was prepared with bytes \(or with other"
+        UserError, match=r"special_tokens: end '<eos>' found, but .* was prepared with end '<\|endoftext\|>'; "
     ) as e:
         other.setup("fit")
     assert "\n" not in str(e.value)
