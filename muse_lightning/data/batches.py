@@ -10,7 +10,8 @@ import torch
 
 from muse_lightning.data.item_loader import Block
 
-IGNORE_INDEX = -100
+IGNORED_LABEL = -100
+"""A label that is none."""
 _SMALLEST_CU_SEQLENS = 64
 
 
@@ -37,7 +38,7 @@ class Collate:
         labels = tokens[:, 1:].clone()
         for row, block in enumerate(blocks):
             starts = block.starts[block.starts > 0]
-            labels[row, starts - 1] = IGNORE_INDEX
+            labels[row, starts - 1] = IGNORED_LABEL
         batch = Batch(input_ids=tokens[:, :-1].contiguous(), labels=labels)
         if self.document_mask:
             batch["cu_seqlens"] = cumulative_lengths([block.starts for block in blocks], tokens.shape[1] - 1)
@@ -53,8 +54,7 @@ def cumulative_lengths(starts: Sequence[torch.Tensor], seq_len: int) -> torch.Te
         seq_len: Inputs per row.
     Returns:
         int32: 0, every later row start and document start, rows * seq_len, and that repeated until the length is a
-            power of two
-        of at least 64. Few different lengths: compiled kernels see few shapes.
+        power of two of at least 64. Few different lengths: compiled kernels see few shapes.
     """
     pieces = []
     for row, positions in enumerate(starts):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED_LABEL = -100
+from muse_lightning.data.batches import IGNORED_LABEL
 
 
 def next_token_nats(hidden: Tensor, head_weight: Tensor, labels: Tensor, *, chunk: int) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -14,17 +14,16 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from muse_lightning.attention import AttentionStrategy, Dense
+from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
 from muse_lightning.parallelize import Recompute, recompute_in_backward
 from muse_lightning.training.log_step import ends_step, is_log_step
-from muse_lightning.training.loss import IGNORED_LABEL, next_token_nats
+from muse_lightning.training.loss import next_token_nats
 from muse_lightning.training.optim import Schedule, apply_hyperparameters, learning_rate_factor, parameter_groups
 from muse_lightning.training.totals import Totals
 from muse_lightning.training.weights import CHECKPOINT_PREFIX, check_shapes, load_weights
-
-Batch = dict[str, Tensor]
 
 
 class LanguageModel(L.LightningModule):
@@ -117,6 +116,11 @@ class LanguageModel(L.LightningModule):
             return
         self.llama.to_empty(device=torch.get_default_device())
         self.llama.init_weights()
+
+    def cpu(self) -> Self:
+        """Move to the CPU, if there is anything yet: Lightning asks for it after an error at set-up too, and another
+        error from here would hide that one."""
+        return self if self.llama.lm_head.weight.is_meta else super().cpu()
 
     def token_nats(self, batch: Batch) -> Tensor:
         """Negative log-likelihood of every label, float32 [B, N], 0 where there is none."""

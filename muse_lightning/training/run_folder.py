@@ -12,6 +12,7 @@ from typing import IO, Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from muse_lightning.errors import UserError
+from muse_lightning.files import atomic_write
 
 RUN_FOLDER_VARIABLE = "MUSE_RUN_FOLDER"
 """Environment variable that tells the other ranks of a node, which rank 0 starts, the folder that rank 0 created."""
@@ -68,9 +69,7 @@ class RunFolder:
     def write(self, name: str, text: str) -> None:
         """Write a small file whole or not at all; does nothing on other ranks."""
         if self.is_owner:
-            temporary = self.path / f".{name}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path / name)
+            atomic_write(self.path / name, text)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Write `environment.json`: what the run ran on."""

@@ -35,7 +35,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
-    """Content of a Lightning checkpoint, of which only tensors and plain values are unpickled. Tensors stay in the file.
+    """Content of a Lightning checkpoint, of which only tensors and plain values are unpickled; tensors stay on disk.
 
     Args:
         path: a file.

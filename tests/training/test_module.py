@@ -295,3 +295,12 @@ def test_muse_that_is_all_exact_is_allowed_with_one_warning():
     with pytest.warns(UserWarning, match="Muse is exact attention at this context") as warned:
         tiny_model(attention=Muse)
     assert len(warned) == 1
+
+
+def test_an_error_at_set_up_is_not_hidden_by_the_tear_down(tmp_path):
+    class NoData(TinyData):
+        def setup(self, stage):
+            raise LookupError("no data")
+
+    with pytest.raises(LookupError, match="no data"):
+        tiny_trainer(tmp_path).fit(tiny_model(), NoData([]))

@@ -1,6 +1,7 @@
 """Run folders: one owner each, whoever starts at the same time, and nothing half-made."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,17 @@ def test_written_files_are_whole(tmp_path: Path) -> None:
         folder.write_environment({"python": "3.11"})
         assert (folder.path / "config.yaml").read_text() == "a: 1\n"
         assert json.loads((folder.path / "environment.json").read_text()) == {"python": "3.11"}
-        assert not list(folder.path.glob("*.tmp"))
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with RunFolder.create(tmp_path, "demo") as folder:
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="No space"):
+            folder.write("config.yaml", "a: 1\n")
+        assert [path.name for path in folder.path.iterdir()] == ["lock"]
 
 
 def test_discarding_removes_only_what_the_run_made(tmp_path: Path) -> None:
