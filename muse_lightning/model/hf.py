@@ -70,13 +70,12 @@ def load_pretrained(path: Path) -> dict[str, Tensor]:
     """State dict of a `.safetensors` file, or of a folder with `model.safetensors` or its sharded form.
 
     Raises:
-        UserError: nothing there, or not readable as safetensors.
+        UserError: nothing there, not readable as safetensors, or an index that is broken or names files elsewhere.
     """
     files = [path]
     if path.is_dir():
         if (path / _INDEX_FILE).is_file():
-            weight_map = json.loads((path / _INDEX_FILE).read_text())["weight_map"]
-            files = [path / name for name in sorted(set(weight_map.values()))]
+            files = [path / name for name in _shard_names(path / _INDEX_FILE)]
         else:
             files = [path / _SINGLE_FILE]
     state: dict[str, Tensor] = {}
@@ -88,3 +87,15 @@ def load_pretrained(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise UserError(f"{file} is not readable as safetensors: {error}") from None
     return state
+
+
+def _shard_names(index: Path) -> list[str]:
+    """Names of the files that an index lists, which lie in its own folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of safetensors files: {type(error).__name__}: {error}") from None
+    if outside:
+        raise UserError(f"{index} names the file {outside[0]!r}; accepted: names of files in its own folder")
+    return names

@@ -101,3 +101,28 @@ def test_load_pretrained_file_and_errors(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match=r"broken\.safetensors is not readable as safetensors"):
         load_pretrained(tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": []}}', b"\xff"],
+)
+def test_a_broken_index_is_one_line(tmp_path, content):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"index\.json is not an index of safetensors files: \w+: ") as error:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "sub/secret.safetensors", "{root}/secret.safetensors"])
+def test_an_index_cannot_name_files_elsewhere(tmp_path, name):
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    for place in (tmp_path, folder / "sub"):
+        save_file({"a": torch.ones(2)}, place / "secret.safetensors")
+    name = name.format(root=tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError) as error:
+        load_pretrained(folder)
+    assert f"names the file {name!r}; accepted: names of files in its own folder" in str(error.value)
