@@ -47,8 +47,7 @@ class DocumentSource(ABC):
     """Lists documents. A recipe names a class of this kind by `class_path`; its constructor arguments are its fields.
 
     Contract: listing is deterministic (equal files give equal documents in equal order), reads no file, executes and
-        imports nothing of
-    what it lists, and follows no symbolic link. Documents can be pickled.
+    imports nothing of what it lists, and follows no symbolic link. Documents can be pickled.
     """
 
     @abstractmethod

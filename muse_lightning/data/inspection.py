@@ -1,10 +1,10 @@
 """What a prepared dataset holds, as text: `muse data inspect`."""
 
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 from muse_lightning.data.card import TOKENIZER_NAME, DatasetCard, check_index, count_blocks, read_card
-from muse_lightning.data.item_loader import read_blocks
+from muse_lightning.data.item_loader import read_block
 from muse_lightning.data.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
 from muse_lightning.errors import UserError
 
@@ -59,13 +59,8 @@ def describe_block(dataset: Path, card: DatasetCard, split: str, block: int, seq
             f"block: {block} found; split {split!r} has {count} blocks of {seq_len} + 1 tokens, numbered from 0"
         )
     tokenizer = _stored_tokenizer(dataset, card)
-    blocks = (
-        row
-        for tokens, is_start in read_blocks(dataset / split, entry, card.dtype, seq_len)
-        for row in zip(tokens, is_start, strict=True)
-    )
-    tokens, is_start = next(islice(blocks, block, None))
-    starts = is_start.nonzero()[0].tolist()
+    found = read_block(dataset / split, entry, card.dtype, seq_len, block)
+    tokens, starts = found.tokens.numpy(), found.starts.tolist()
     borders = sorted({0, *starts, len(tokens)})
     lines = [f"block {block} of {count} in {split}: {len(tokens)} tokens, {len(borders) - 1} documents"]
     for low, high in pairwise(borders):

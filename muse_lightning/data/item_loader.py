@@ -1,6 +1,5 @@
 """Blocks of any length, with the documents in them, read from litdata chunks whose content is checked at first read."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,23 +84,32 @@ def document_starts(path: Path | str, itemsize: int) -> np.ndarray:
     return (offsets[:-1] - offsets[0]) // itemsize
 
 
-def read_blocks(folder: Path, entry: SplitEntry, dtype: str, seq_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All blocks of a split in stored order, chunk by chunk: for measures that need no shuffling and no batches.
+def read_block(folder: Path, entry: SplitEntry, dtype: str, seq_len: int, index: int) -> Block:
+    """One block of a split, without litdata; of the chunks, only its own is read.
 
-    Yields:
-        tokens [blocks of the chunk, seq_len + 1] of the stored type, and a bool array of that shape, true where a
-        document begins.
+    Args:
+        folder: The split's folder.
+        entry: Its entry in the card.
+        dtype: The stored type of a token.
+        seq_len: Context; the block has one token more.
+        index: Number of the block in stored order, from 0.
     Raises:
-        UserError: a chunk is damaged.
+        UserError: the chunk is damaged.
+        IndexError: the split has no such block.
     """
     block_size = seq_len + 1
     for chunk in entry.chunks:
-        path = folder / chunk.filename
-        check_chunk(path, chunk.sha256)
-        used = chunk.tokens // block_size * block_size
-        header = 4 * (chunk.documents + 2)
-        tokens = np.fromfile(path, dtype=dtype, count=used, offset=header)
-        starts = document_starts(path, tokens.itemsize)
-        is_start = np.zeros(used, dtype=bool)
-        is_start[starts[starts < used]] = True
-        yield tokens.reshape(-1, block_size), is_start.reshape(-1, block_size)
+        count = chunk.tokens // block_size
+        if index < count:
+            break
+        index -= count
+    else:
+        raise IndexError("the split has no such block")
+    path = folder / chunk.filename
+    check_chunk(path, chunk.sha256)
+    first = index * block_size
+    header_bytes = 4 * (chunk.documents + 2)
+    offset = header_bytes + first * np.dtype(dtype).itemsize
+    tokens = np.fromfile(path, dtype=dtype, count=block_size, offset=offset)
+    starts = document_starts(path, tokens.itemsize) - first
+    return Block(torch.from_numpy(tokens), torch.from_numpy(starts[(starts >= 0) & (starts < block_size)]))

@@ -3,7 +3,6 @@
 import pytest
 
 from muse_lightning.data.inspection import inspect
-from muse_lightning.data.item_loader import read_blocks
 from muse_lightning.errors import UserError
 
 
@@ -41,14 +40,26 @@ def test_every_block_decodes_to_the_documents_in_it(data, capsys):
 
 
 def test_boundaries_by_hand(data, capsys):
-    tokens, is_start = next(read_blocks(data.dataset / "val", data.card.splits["val"], data.card.dtype, data.seq_len))
-    row = next(i for i, starts in enumerate(is_start) if starts[1:].any())
-    (position,) = is_start[row, 1:].nonzero()[0] + 1
+    data.predict_split = "val"
+    blocks = list(data.predict_dataloader().dataset)
+    row = next(i for i, block in enumerate(blocks) if (block.starts > 0).any())
+    tokens = blocks[row].tokens.numpy()
+    (position,) = blocks[row].starts[blocks[row].starts > 0].tolist()
     inspect(data.dataset, split="val", block=row, seq_len=data.seq_len)
     printed = capsys.readouterr().out
-    before, after = (data.tokenizer.decode(part) for part in (tokens[row][:position], tokens[row][position:]))
+    before, after = (data.tokenizer.decode(part) for part in (tokens[:position], tokens[position:]))
     assert f"--- tokens 0 to {position - 1}: document continued from the block before ---\n{before}\n" in printed
     assert f"--- tokens {position} to {data.seq_len}: document begins ---\n{after}\n" in printed
+
+
+def test_only_the_chunk_of_the_block_is_read(data, capsys):
+    first, *_ = data.card.splits["train"].chunks
+    (data.dataset / "train" / first.filename).unlink()
+    count = sum(chunk.tokens // 501 for chunk in data.card.splits["train"].chunks)
+    inspect(data.dataset, block=count - 1, seq_len=500)
+    assert f"block {count - 1} of {count}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=first.filename):
+        inspect(data.dataset, block=0, seq_len=500)
 
 
 @pytest.mark.parametrize(

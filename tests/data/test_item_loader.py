@@ -1,7 +1,6 @@
 """Blocks and their documents against a plain reading of the chunk files; damaged chunks; files that litdata alone
 also reads."""
 
-import itertools
 import json
 import os
 import pickle
@@ -13,7 +12,7 @@ from litdata.streaming import Cache
 from litdata.streaming.writer import BinaryWriter
 
 from muse_lightning.data import TokenDataModule
-from muse_lightning.data.item_loader import read_blocks
+from muse_lightning.data.item_loader import read_block
 from muse_lightning.errors import UserError
 from muse_lightning.files import sha256_bytes
 
@@ -43,9 +42,11 @@ def test_blocks_of_any_length(make_data, seq_len):
     assert found == expected
     assert len(expected) == sum(chunk.tokens // (seq_len + 1) for chunk in data.card.splits["train"].chunks)
 
-    plain = read_blocks(data.dataset / "train", data.card.splits["train"], data.card.dtype, seq_len)
-    rows = itertools.chain.from_iterable(zip(tokens, starts, strict=True) for tokens, starts in plain)
-    assert [(tokens.tolist(), np.flatnonzero(starts).tolist()) for tokens, starts in rows] == expected
+    entry = data.card.splits["train"]
+    plain = [read_block(data.dataset / "train", entry, data.card.dtype, seq_len, i) for i in range(len(expected))]
+    assert [(block.tokens.tolist(), block.starts.tolist()) for block in plain] == expected
+    with pytest.raises(IndexError):
+        read_block(data.dataset / "train", entry, data.card.dtype, seq_len, len(expected))
 
 
 def test_litdata_alone_reads_it(make_data):

@@ -11,7 +11,8 @@ import pytest
 from litdata.utilities.env import _DistributedEnv
 
 from muse_lightning.data import TokenDataModule
-from muse_lightning.data.item_loader import read_blocks
+from muse_lightning.data.card import count_blocks
+from muse_lightning.data.item_loader import read_block
 from muse_lightning.data.streaming import BlockLoader, deal
 from muse_lightning.errors import UserError
 
@@ -47,8 +48,10 @@ def on_rank(monkeypatch):
 
 
 def stored_blocks(data: TokenDataModule, split: str) -> list[list[int]]:
-    stored = read_blocks(data.dataset / split, data.card.splits[split], data.card.dtype, data.seq_len)
-    return [row[:-1].tolist() for tokens, _ in stored for row in tokens]
+    entry = data.card.splits[split]
+    blocks = range(count_blocks(entry, data.seq_len))
+    stored = (read_block(data.dataset / split, entry, data.card.dtype, data.seq_len, index) for index in blocks)
+    return [block.tokens[:-1].tolist() for block in stored]
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 7, 12, 29])
