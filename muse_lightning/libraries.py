@@ -24,8 +24,8 @@ LOG_LINES = (
     # An advertisement for a hosted service.
     "💡 Tip:",
 )
-UNNEEDED = ("transformers", "matplotlib")
-"""torchmetrics, which Lightning imports, imports these if they are installed, for text metrics and for plots."""
+UNNEEDED = ("transformers", "matplotlib", "torchvision")
+"""torchmetrics, which Lightning imports, imports these if they are installed, for metrics of text and images and for plots."""
 
 
 @contextmanager
