@@ -34,7 +34,8 @@ def environment() -> dict[str, Any]:
         "git_revision": git_revision(PACKAGE_FOLDER),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        # A build of torch (+cpu, +cu130) is in its own version, not always in that of its distribution.
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)},
         "devices": devices(),
         "cuda": torch.version.cuda,
         "driver": driver_version(),
