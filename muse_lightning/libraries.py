@@ -25,7 +25,10 @@ LOG_LINES = (
     "💡 Tip:",
 )
 UNNEEDED = ("transformers", "matplotlib", "torchvision")
-"""torchmetrics, which Lightning imports, imports these if they are installed, for metrics of text and images and for plots."""
+"""torchmetrics, which Lightning imports, imports these if they are installed, for metrics of text and images and plots.
+
+A torchvision that was built for another torch cannot be imported at all.
+"""
 
 
 @contextmanager
