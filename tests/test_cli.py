@@ -328,6 +328,13 @@ class TestRanks:
         assert muse.versions() == ["runs/tiny/version_0"]
         assert Path("runs/tiny/version_0/checkpoints/step=2.ckpt").is_file()
 
+    def test_a_mistake_of_the_first_is_known_to_both(self, muse: Muse) -> None:
+        """Only one rank prepares the data; the other must not be left at a barrier."""
+        done = self.fit("--data.dataset=new", "--data.filters.max_file_bytes=1")
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert len([line for line in done.stderr.splitlines() if "error: " in line]) == 2
+
     def test_more_than_blocks(self, muse: Muse) -> None:
         """One block of training data, for two ranks."""
         flags = ["--data.val_fraction=0", "--data.test_fraction=0", "--data.max_documents=1", "--data.batch_size=1"]

@@ -118,6 +118,7 @@ class TokenDataModule(L.LightningDataModule):
             chunk_bytes=chunk_bytes,
             num_workers=prepare_workers,
         )
+        self._mistake = ""
         self.tokenizer = load_tokenizer(tokenizer, special_tokens)
         self.vocab_size = self.tokenizer.vocab_size
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes)
@@ -152,17 +153,30 @@ class TokenDataModule(L.LightningDataModule):
         return f"data.tokenizer: {name} found, but {self.dataset} was prepared with another file of that name"
 
     def prepare_data(self) -> None:
-        """Make the dataset if it is missing or stale. Lightning calls this on one rank while the others wait."""
-        if self.sources is not None:
-            self._card = None
+        """Make the dataset if it is missing or stale. Lightning calls this on one rank while the others wait.
+
+        Raises:
+            UserError: it cannot be made. Under a trainer that is left to `setup`, which all ranks reach.
+        """
+        if self.sources is None:
+            return
+        self._card = None
+        try:
             prepare_dataset(self.dataset, self.sources, self.tokenizer, self.tokenizer_name, self.preparation)
+        except UserError as error:
+            if self.trainer is None:
+                raise
+            self._mistake = str(error)
 
     def setup(self, stage: str) -> None:
         """Check that every split the stage needs is whole and has a block for every rank.
 
         Raises:
-            UserError: it is not; the message names the largest context that would work.
+            UserError: it is not, and the message names the largest context that would work; or it could not be made.
         """
+        mistake = self._mistake if self.trainer is None else self.trainer.strategy.broadcast(self._mistake)
+        if mistake:
+            raise UserError(mistake)
         damaged = damaged_chunks(self.dataset, self.card)
         if damaged:
             raise UserError(f"data chunk {damaged[0]}; prepare the dataset again")
