@@ -1,6 +1,7 @@
 """The verbs of `muse` on LightningCLI(LanguageModel, TokenDataModule), and the run around a trainer's call."""
 
 import enum
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,8 @@ class MuseCLI(LightningCLI):
     """
 
     run_folder: RunFolder
+    has_own_checkpoints = False
+    """Whether the default callback saves checkpoints, not one that the user chose."""
 
     def __init__(
         self,
@@ -81,8 +84,9 @@ class MuseCLI(LightningCLI):
             TokenDataModule,
             save_config_callback=None,
             seed_everything_default=42,
-            # The first training step comes sooner; the data module checks the validation data at set-up anyway.
-            trainer_defaults={"num_sanity_val_steps": 0},
+            # The first training step comes sooner; the data module checks the validation data at set-up anyway. The
+            # summary is a table of one row, with FLOPs of 0: `muse info` says more.
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             parser_kwargs={
                 "prog": f"muse {verb}",
                 "description": description,
@@ -208,12 +212,19 @@ class MuseCLI(LightningCLI):
         return callbacks
 
     def _checkpoint_callback(self) -> ModelCheckpoint:
+        self.has_own_checkpoints = True
         return ModelCheckpoint(
             dirpath=self.run_folder.checkpoints if self.run_folder.is_owner else None,
             filename="step={step}",
             auto_insert_metric_name=False,
             save_top_k=1,
         )
+
+    def save_end_of_fit(self) -> None:
+        """Save where a fit ended, unless a validation there has: Lightning saves after validations alone."""
+        path = self.run_folder.checkpoints / f"step={self.trainer.global_step}.ckpt"
+        if self.has_own_checkpoints and not self.trainer.strategy.broadcast(path.exists()):
+            self.trainer.save_checkpoint(path)
 
 
 def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
@@ -225,11 +236,15 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
     """
     cli = MuseCLI(verb, description, args, allowed, builds="trainer")
     options: dict[str, Any] = {"return_predictions": False} if verb == "predict" else {}
+    if verb != "fit" and cli.config.ckpt_path is None and cli.model.weights is None:
+        warnings.warn(f"muse {verb}: fresh random weights; give --ckpt_path or --model.weights", stacklevel=1)
     with cli.run_folder as folder:
         try:
             getattr(cli.trainer, verb)(
                 cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **options
             )
+            if verb == "fit":
+                cli.save_end_of_fit()
         except Exception as error:
             mistake = as_user_error(error, cli.config)
             if mistake is None:

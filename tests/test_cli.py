@@ -170,6 +170,24 @@ class TestRunFolder:
         printed = muse("fit", "--config", str(run / "config.yaml"), "--print_config")[1]
         assert yaml.safe_load(printed) == written
 
+    def test_a_fit_ends_with_a_checkpoint(self, muse: Muse) -> None:
+        """Also where no validation, after which Lightning saves, came with the last step; and it can be resumed."""
+        assert muse.with_recipe("fit", "--trainer.max_steps=3", "--trainer.val_check_interval=2")[0] == 0
+        saved = sorted(Path("runs/tiny/version_0/checkpoints").iterdir())
+        assert [path.name for path in saved] == ["step=2.ckpt", "step=3.ckpt"]
+        code, out, err = muse.with_recipe("fit", "--trainer.max_steps=4", "--ckpt_path", str(saved[-1]))
+        assert code == 0, err
+        assert next(line for line in out.splitlines() if line.startswith("step")).startswith("step 4/4")
+
+    def test_nothing_is_saved_where_checkpointing_is_off(self, muse: Muse) -> None:
+        assert muse.with_recipe("fit", "--trainer.enable_checkpointing=false")[0] == 0
+        assert not Path("runs/tiny/version_0/checkpoints").exists()
+
+    @pytest.mark.parametrize("verb", ["validate", "predict"])
+    def test_an_evaluation_of_random_weights_says_so(self, muse: Muse, verb: str) -> None:
+        with pytest.warns(UserWarning, match=f"muse {verb}: fresh random weights; give --ckpt_path or --model.weights"):
+            assert muse.with_recipe(verb)[0] == 0
+
     def test_a_second_run_gets_the_next_version(self, muse: Muse) -> None:
         for _ in range(2):
             assert muse.with_recipe("fit", "--trainer.max_steps=1")[0] == 0

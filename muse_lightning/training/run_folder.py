@@ -46,8 +46,8 @@ class RunFolder:
             # then sends rank 0's paths to them, and nothing is ever written to this one.
             return cls(Path(os.environ.get(RUN_FOLDER_VARIABLE, root / name / "unknown")))
         parent = root / name
-        made = [folder for folder in (parent, root) if not folder.exists()]
         try:
+            made = [folder for folder in (parent, root) if not folder.exists()]
             parent.mkdir(parents=True, exist_ok=True)
             path = _make_version(parent, version)
             lock = _acquire(path)

@@ -1,11 +1,13 @@
 """Run folders: one owner each, whoever starts at the same time, and nothing half-made."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
@@ -34,6 +36,15 @@ def test_runs_that_start_together_get_different_folders(tmp_path: Path) -> None:
     assert sorted(folder.path.name for folder in folders) == sorted(f"version_{n}" for n in range(24))
     for folder in folders:
         folder.__exit__()
+
+
+def test_a_root_that_cannot_be_looked_into_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **options: Any) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(UserError, match=r"run.root: cannot create a folder in .*/closed/name: Permission denied"):
+        RunFolder.create(tmp_path / "closed", "name")
 
 
 def test_a_folder_in_use_is_refused_with_its_user(tmp_path: Path) -> None:
