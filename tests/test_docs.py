@@ -32,6 +32,7 @@ SMALL = {
     "recipe:demo": "recipe:demo --config recipes/overlays/smoke.yaml",
     "--trainer.max_steps=20": "--trainer.max_steps=2",
     "runs/demo/version_0/checkpoints/step=240.ckpt": "runs/smoke/version_0/checkpoints/step=2.ckpt",
+    "--trainer.max_steps=300": "--trainer.max_steps=3",
     "--vocab_size=4096": "--vocab_size=300",
 }
 
