@@ -1,5 +1,6 @@
-"""What MuSe attention costs, from its options alone: query-key pairs per head, part by part."""
+"""What MuSe attention costs, from its options alone: query-key pairs per head, then FLOPs and bytes, part by part."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from muse_kernels.attention.options import MuseOptions
@@ -55,3 +56,98 @@ def muse_pairs(num_tokens: int, options: MuseOptions) -> MusePairs:
         retrieved += queries * min(options.top_k * options.key_cluster, far_keys)
     selection = summaries if options.selection == "query_mass" and options.top_k > 0 else 0.0
     return MusePairs(near, summaries, stage_1, retrieved, selection)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part has to do: floating-point operations of its matrix products, and bytes it reads and writes."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+NO_WORK = Work(0, 0)
+
+
+def muse_work(
+    lengths: Sequence[int],
+    options: MuseOptions,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    element_size: int,
+) -> dict[str, Work]:
+    """Work of one forward and backward pass over documents of these lengths, by part of the decomposition.
+
+    Matrix products alone are counted, those that the backward pass repeats included: 5 products for a near pair, 5 for
+    a summary, 3 for dq and 4 for dk, dv of a retrieved key, 6 in stage 1's backward pass, each 2 * head_dim FLOPs.
+    Bytes: every input read once and every output written once, whether they lie in device memory or, as summaries of a
+    small workspace do, in its cache.
+
+    Args:
+        lengths: tokens of the documents that are attended separately.
+        num_heads, num_kv_heads, head_dim: of q, and of k and v.
+        element_size: bytes of one element of q.
+    Returns:
+        Part -> work, in the order in which the parts run.
+    Source: docs/attention.md, "Kernel decomposition" and "Gradient".
+    """
+    product = 2 * head_dim * num_heads
+    tokens = sum(lengths)
+    all_pairs = [muse_pairs(length, options) for length in lengths]
+    exact_below = options.resolved(head_dim).exact_below
+    long_tokens = sum(length for length in lengths if length > exact_below)
+    near, summaries, centroid_keys, retrieved, selection = (
+        sum(getattr(pairs, name) for pairs in all_pairs) / per_pair
+        for name, per_pair in (("near", 1), ("summaries", 1), ("stage_1", 1.5), ("retrieved", 1), ("selection", 1))
+    )
+    # One tensor like q, like k, like a row of statistics; all kbar (or all vbar), all log-masses.
+    q, k = (long_tokens * heads * head_dim * element_size for heads in (num_heads, num_kv_heads))
+    statistics = 4 * long_tokens * num_heads
+    num_summaries = summaries / options.query_cluster * num_heads
+    vectors, masses = num_summaries * head_dim * element_size, 4 * num_summaries
+    indices = 4 * long_tokens * (num_heads + num_kv_heads)
+    all_q, all_k = (tokens * heads * head_dim * element_size for heads in (num_heads, num_kv_heads))
+    all_statistics = 4 * tokens * num_heads
+    work = {
+        "clustering": Work(0, q + k + indices),
+        "gather": Work(0, 4 * k),
+        "near": Work(2 * product * near, 2 * all_q + 2 * all_k + all_statistics),
+        "stage 1": Work(3 * product * centroid_keys, 2 * k + 2 * vectors + masses),
+        "scores": Work(2 * product * selection, (q + statistics + vectors + 2 * masses) if selection else 0),
+        # The near field's out and lse are read and the merged ones written.
+        "far": Work(2 * product * (summaries + retrieved), 3 * q + 2 * k + 2 * statistics + 2 * vectors + masses),
+        "near backward": Work(5 * product * near, 4 * all_q + 4 * all_k + 2 * all_statistics),
+        "far backward": Work(
+            product * (5 * summaries + 3 * retrieved), 4 * q + 2 * k + 2 * statistics + 4 * vectors + 2 * masses
+        ),
+        "retrieved backward": Work(product * 4 * retrieved, 2 * q + 4 * k + 2 * statistics),
+        "stage 1 backward": Work(product * 6 * centroid_keys, 4 * k + 4 * vectors + 2 * masses),
+        "scatter": Work(0, 4 * k),
+    }
+    return {part: each for part, each in work.items() if each.flops or each.bytes}
+
+
+def dense_work(
+    lengths: Sequence[int],
+    *,
+    causal: bool,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    element_size: int,
+) -> dict[str, Work]:
+    """Work of exact attention, as `muse_work` counts it: "near" and "near backward" alone."""
+    options = MuseOptions(exact_below=max(lengths), causal=causal)
+    return muse_work(
+        lengths,
+        options,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        element_size=element_size,
+    )

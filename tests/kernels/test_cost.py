@@ -5,7 +5,7 @@ import torch
 
 from muse_kernels import muse_clusters
 from muse_kernels.attention.options import MuseOptions
-from muse_kernels.cost import muse_pairs
+from muse_kernels.cost import NO_WORK, dense_work, muse_pairs, muse_work
 
 SIZES = {"chunk": 16, "query_cluster": 4, "key_cluster": 2}
 
@@ -53,3 +53,42 @@ def test_the_design_point_costs_a_tenth_of_dense() -> None:
 def test_an_exact_document_costs_what_dense_attention_costs(num_tokens: int) -> None:
     pairs = muse_pairs(num_tokens, MuseOptions(**SIZES))
     assert pairs.forward == pairs.training == num_tokens * (num_tokens + 1) / 2
+
+
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "element_size": 2}
+
+
+class TestWork:
+    def test_flops_are_products_times_pairs(self) -> None:
+        options = MuseOptions(**SIZES, top_k=3, exact_below=0)
+        pairs, work = muse_pairs(75, options), muse_work([75], options, **HEADS)
+        product = 2 * 8 * 4
+        assert work["near"].flops == 2 * product * pairs.near
+        assert work["near backward"].flops == 2.5 * work["near"].flops
+        assert work["stage 1"].flops == 2 * product * pairs.stage_1
+        assert work["scores"].flops == 2 * product * pairs.selection
+        assert work["far"].flops == 2 * product * (pairs.summaries + pairs.retrieved)
+        assert work["far backward"].flops == product * (5 * pairs.summaries + 3 * pairs.retrieved)
+        assert work["retrieved backward"].flops == 4 * product * pairs.retrieved
+        assert work["stage 1 backward"].flops == 2 * work["stage 1"].flops
+        forward = ("near", "stage 1", "scores", "far")
+        assert sum(work[part].flops for part in forward) == 2 * product * pairs.forward
+
+    def test_bytes_by_hand(self) -> None:
+        # Two chunks of 16: each of the second's 4 query clusters sees 8 summaries.
+        work = muse_work([32], MuseOptions(**SIZES, top_k=3, exact_below=0), **HEADS)
+        q, k, vectors, masses = 32 * 4 * 8 * 2, 32 * 2 * 8 * 2, 4 * 32 * 8 * 2, 4 * 32 * 4
+        assert work["stage 1"].bytes == 2 * k + 2 * vectors + masses
+        assert work["clustering"].bytes == q + k + 4 * 32 * 6
+        assert work["near"].bytes == 2 * q + 2 * k + 4 * 32 * 4
+
+    def test_documents_add_up_and_an_exact_one_has_a_near_field_alone(self) -> None:
+        options = MuseOptions(**SIZES, exact_below=20)
+        parts = [muse_work([length], options, **HEADS) for length in (75, 20)]
+        both = muse_work([75, 20], options, **HEADS)
+        assert list(parts[1]) == ["near", "near backward"]
+        assert both == {part: parts[0][part] + parts[1].get(part, NO_WORK) for part in parts[0]}
+        assert muse_work([20], options, **HEADS) == dense_work([20], causal=True, **HEADS)
+
+    def test_without_query_mass_there_are_no_scores(self) -> None:
+        assert "scores" not in muse_work([75], MuseOptions(**SIZES, exact_below=0, selection="centroid"), **HEADS)
