@@ -185,7 +185,11 @@ def _cluster_shapes(
     """Shape and dtype of each field of MuseClusters; static, whatever the documents' lengths."""
     batch, num_heads, num_tokens, head_dim = q.shape
     chunk = options.chunk
-    rows = -(-num_tokens // chunk) if cu_seqlens is None else num_tokens // chunk + cu_seqlens.shape[0] - 1
+    most_documents = num_tokens // (options.exact_below + 1)  # that are long enough to have clusters
+    if cu_seqlens is None:
+        rows = -(-num_tokens // chunk) if most_documents > 0 else 0
+    else:
+        rows = num_tokens // chunk + min(cu_seqlens.shape[0] - 1, most_documents)
     return [
         ((batch, num_heads, rows, chunk), torch.int32),
         ((batch, k.shape[1], rows, chunk), torch.int32),
@@ -200,7 +204,7 @@ def _cluster_shapes(
 class _DocumentSpan(NamedTuple):
     tokens: slice
     rows: slice
-    """Its rows in the chunk table of MuseClusters."""
+    """Its rows in the chunk table of MuseClusters; none if it is exact."""
     is_exact: bool
 
 
@@ -212,8 +216,9 @@ def _documents(q: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions) -
     start, row = 0, 0
     for end in ends:
         if end > start:
-            next_row = row - (start - end) // options.chunk
-            yield _DocumentSpan(slice(start, end), slice(row, next_row), end - start <= options.exact_below)
+            is_exact = end - start <= options.exact_below
+            next_row = row if is_exact else row - (start - end) // options.chunk
+            yield _DocumentSpan(slice(start, end), slice(row, next_row), is_exact)
             start, row = end, next_row
 
 
@@ -269,7 +274,9 @@ def attention_forward(
             )
         else:
             fixed = None if given[0] is None else _document_clusters(made, document, options)
-            document_out, document_lse, clusters = document_forward(document_q, document_k, document_v, options, fixed)
+            document_out, document_lse, clusters = document_forward(
+                document_q, document_k, document_v, options, fixed, mu_dtype=q.dtype
+            )
             if fixed is None:
                 made.query_order[:, :, rows] = _shifted(clusters.query_order, tokens.start)
                 made.key_order[:, :, rows] = _shifted(clusters.key_order, tokens.start)

@@ -17,22 +17,26 @@ from torch import Tensor
 
 from muse_kernels.attention.options import Clustering, ResolvedOptions
 
-POWER_ITERATIONS = 6
+POWER_ITERATIONS = 4
+"""Of a bisection, after its start vector, the covariance times the mean."""
 
 
 class MuseClusters(NamedTuple):
     """Everything MuSe attention decides before it attends: held fixed, the output is a smooth function of q, k and v.
 
-    C is the number of chunks: ceil(N / chunk) without documents, N // chunk + number of documents with `cu_seqlens`,
-    where every document takes ceil(length / chunk) rows in order and the rows of documents that are exact stay empty.
+    Documents that are exact have no clusters. Of the C rows, every other document takes ceil(length / chunk) in order;
+    rows left over come last. C depends on sizes alone: without documents it is ceil(N / chunk), or 0 if N is at most
+    `exact_below`; with `cu_seqlens` of S documents N // chunk + min(S, N // (exact_below + 1)).
     """
 
     query_order: Tensor
-    """int32 [B, H, C, chunk]: token index of each member, cluster after cluster; -1 is an empty place."""
+    """int32 [B, H, C, chunk]: token index of each member, cluster after cluster, ascending inside a cluster; -1 is an
+    empty place, after the members."""
     key_order: Tensor
     """int32 [B, H_kv, C, chunk]: the same for keys."""
     mu: Tensor
-    """float32 (float64) [B, H, C, chunk / query_cluster, D]: expansion points, of q before scaling."""
+    """float32 (float64) [B, H, C, chunk / query_cluster, D]: expansion points, of q before scaling, rounded to q's
+    dtype: matrix units then multiply the very point around which logits are expanded."""
     selected: Tensor
     """int32 [B, H, C, chunk / query_cluster, top_k]: retrieved key clusters, ascending, then -1. A key cluster's number
     is its chunk's times (chunk / key_cluster) plus its leaf."""
@@ -99,6 +103,11 @@ def spatial_order(x: Tensor, chunk: int) -> Tensor:
     return order.expand(batch, heads, -1, -1).contiguous()
 
 
+def normalised(direction: Tensor) -> Tensor:
+    """Vectors [..., D, 1] at length 1; 0 stays 0."""
+    return direction / direction.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(direction.dtype).tiny)
+
+
 def main_direction_projection(members: Tensor, is_member: Tensor) -> Tensor:
     """Project each node's members on their main direction of variance.
 
@@ -107,21 +116,29 @@ def main_direction_projection(members: Tensor, is_member: Tensor) -> Tensor:
     Returns:
         [..., size]; +inf at places without a member, so that they sort last.
     """
+    tiny = torch.finfo(members.dtype).tiny
     weight = is_member.to(members.dtype).unsqueeze(-1)
     mean = (members * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp(min=1)
     centred = (members - mean) * weight
     # One common factor per node changes no direction and keeps the squares of very large vectors finite.
-    centred = centred / centred.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(members.dtype).tiny)
-    farthest = centred.square().sum(-1).argmax(-1)[..., None, None]
-    direction = centred.take_along_dim(farthest, dim=-2).transpose(-1, -2)  # [..., D, 1]
+    centred = centred / centred.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
+    covariance = centred.mT @ centred  # [..., D, D], times the number of members
+    direction = covariance @ (mean / mean.abs().amax(-1, keepdim=True).clamp(min=tiny)).mT  # [..., D, 1]
+    # A mean that varies nowhere leads nowhere; the column of the coordinate that varies most always does.
+    widest = covariance.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    is_zero = (direction == 0).all(-2, keepdim=True)
+    direction = torch.where(is_zero, covariance.take_along_dim(widest, dim=-1), direction)
     for _ in range(POWER_ITERATIONS):
-        direction = centred.transpose(-1, -2) @ (centred @ direction)
-        direction = direction / direction.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(members.dtype).tiny)
+        direction = covariance @ normalised(direction)
+    direction = normalised(direction)
     return (centred @ direction).squeeze(-1).nan_to_num().masked_fill(~is_member, math.inf)
 
 
 def bisection_order(x: Tensor, chunk: int, cluster: int) -> Tensor:
     """Balanced clusters by recursive bisection: split at the median along the main direction until `cluster` remain.
+
+    A split is a stable partition: of equal projections the earlier token goes first, and either half keeps the order of
+    its tokens.
 
     Args:
         x: [B, H, N, D], float32 or float64.
@@ -135,7 +152,8 @@ def bisection_order(x: Tensor, chunk: int, cluster: int) -> Tensor:
     while size > cluster:
         nodes = order.view(batch, heads, num_chunks, chunk // size, size)
         projection = main_direction_projection(gather_tokens(x, nodes), nodes >= 0)
-        order = nodes.take_along_dim(projection.argsort(dim=-1, stable=True), dim=-1)
+        halves = projection.argsort(dim=-1, stable=True).unflatten(-1, (2, size // 2)).sort(dim=-1).values
+        order = nodes.take_along_dim(halves.flatten(-2), dim=-1)
         size //= 2
     return order.view(batch, heads, num_chunks, chunk)
 

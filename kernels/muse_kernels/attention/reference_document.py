@@ -139,15 +139,15 @@ class Document:
         return step.far_keys(group.q, k, v, is_key, group.logits, selected), selected
 
 
-def make_clusters(q: Tensor, k: Tensor, options: ResolvedOptions) -> MuseClusters:
+def make_clusters(q: Tensor, k: Tensor, options: ResolvedOptions, mu_dtype: torch.dtype) -> MuseClusters:
     """Orders and expansion points of one document; `selected` is all -1 until the forward pass fills it.
 
     Args:
-        q: [B, H, N, D], not scaled. k: [B, T, N, D].
+        q: [B, H, N, D], not scaled. k: [B, T, N, D]. mu_dtype: what the values of mu are rounded to.
     """
     query_order = step.cluster_order(q, options.chunk, options.query_cluster, options.query_clustering)
     key_order = step.cluster_order(k, options.chunk, options.key_cluster, options.key_clustering)
-    mu = step.cluster_means(q, query_order, options.query_cluster)
+    mu = step.cluster_means(q, query_order, options.query_cluster).to(mu_dtype).to(q.dtype)
     if options.expansion == "zero":
         mu = torch.zeros_like(mu)
     selected = query_order.new_full((*mu.shape[:-1], options.top_k), -1)
@@ -155,18 +155,24 @@ def make_clusters(q: Tensor, k: Tensor, options: ResolvedOptions) -> MuseCluster
 
 
 def document_forward(
-    q: Tensor, k: Tensor, v: Tensor, options: ResolvedOptions, clusters: MuseClusters | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: ResolvedOptions,
+    clusters: MuseClusters | None = None,
+    mu_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, MuseClusters]:
     """MuSe attention of one document.
 
     Args:
         q: [B, H, N, D], not scaled. k, v: [B, T, N, D]. float32 or float64.
         clusters: reuse these; None chooses them.
+        mu_dtype: what the values of a chosen mu are rounded to, the dtype that q had; None is q's.
     Returns:
         out [B, H, N, D]; lse [B, H, N]; the clusters used.
     """
     is_given = clusters is not None
-    clusters = clusters if clusters is not None else make_clusters(q, k, options)
+    clusters = clusters if clusters is not None else make_clusters(q, k, options, mu_dtype or q.dtype)
     document = Document(q * options.softmax_scale, k, v, clusters, options)
     out, lse = step.near_field(document.q, k, v, options)
     spread = step.key_spread(document.k, document.is_key)

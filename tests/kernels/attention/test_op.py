@@ -147,6 +147,8 @@ def test_clusters_are_reused_bit_for_bit_and_have_a_static_shape(causal: bool, c
     for order in (clusters.query_order, clusters.key_order):
         for head in order.flatten(2)[0]:
             assert head[head >= 0].sort().values.tolist() == list(range(45))
+        first, second = order.unflatten(-1, (-1, 2)).unbind(-1)  # key clusters: halves of query clusters
+        assert ((first < second) | (second == -1)).all()
     chunk_of_row = torch.full((rows * 4,), -1)
     filled = (clusters.key_order[0, 0] >= 0).view(rows * 4, 2).any(-1)
     chunk_of_row[filled] = filled.nonzero().flatten() // 4
@@ -181,11 +183,50 @@ def test_enormous_inputs_stay_finite(order: int) -> None:
         assert gradient.isfinite().all()
 
 
-def test_mu_is_the_mean_of_its_clusters_queries() -> None:
-    q, k, _ = random_qkv(16)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_mu_is_the_mean_of_its_clusters_queries_as_their_dtype_holds_it(dtype: torch.dtype) -> None:
+    q, k, _ = (x.detach() for x in random_qkv(16, dtype=dtype))
     clusters = muse_clusters(q, k, **SMALL)
     members = q[0, 0, clusters.query_order[0, 0, 1, :4].long()]
-    torch.testing.assert_close(clusters.mu[0, 0, 1, 0], members.mean(0).detach())
+    mean = members.to(clusters.mu.dtype).mean(0)
+    assert clusters.mu.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(clusters.mu[0, 0, 1, 0], mean.to(dtype).to(mean.dtype))
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "exact_below", "rows", "lengths"),
+    [
+        (None, 45, 0, []),
+        (None, 44, 6, [8, 8, 8, 8, 8, 5]),
+        (CU_SEQLENS, 15, 5 + 2, [8, 8, 4, 8, 8]),  # documents of 20 and 16 tokens
+        (CU_SEQLENS, 8, 5 + 5, [8, 8, 4, 8, 8]),
+        (CU_SEQLENS, 7, 5 + 5, [8, 8, 4, 8, 8, 8]),
+        (CU_SEQLENS, 45, 5, []),
+        (CU_SEQLENS, 0, 5 + 8, [8, 8, 4, 1, 8, 8, 8]),
+    ],
+)
+def test_exact_documents_have_no_clusters(
+    cu_seqlens: Tensor | None, exact_below: int, rows: int, lengths: list[int]
+) -> None:
+    q, k, _ = random_qkv(45, heads=4, kv_heads=2)
+    clusters = muse_clusters(q, k, cu_seqlens=cu_seqlens, **{**SMALL, "exact_below": exact_below})
+    for x in clusters:
+        assert x.shape[2] == rows
+    found = (clusters.query_order[0, 0] >= 0).sum(-1).tolist()
+    assert found == lengths + [0] * (rows - len(lengths))
+    for unused in (clusters.query_order, clusters.key_order, clusters.selected):
+        assert (unused[:, :, len(lengths) :] == -1).all()
+    assert (clusters.mu[:, :, len(lengths) :] == 0).all()
+
+
+def test_as_many_long_documents_as_there_can_be_find_room() -> None:
+    cu_seqlens = torch.arange(0, 46, 9, dtype=torch.int32)  # five documents of 9 tokens, two chunks each
+    qkv = random_qkv(45, kv_heads=2)
+    options = {**SMALL, "exact_below": 8}
+    assert muse_clusters(*qkv[:2], cu_seqlens=cu_seqlens, **options).mu.shape[2] == 10
+    packed = muse_attention(*qkv, cu_seqlens=cu_seqlens, **options)
+    apart = torch.cat([muse_attention(*(x[:, :, i : i + 9] for x in qkv), **options) for i in range(0, 45, 9)], dim=2)
+    torch.testing.assert_close(packed, apart)
 
 
 def test_lse_is_that_of_exact_attention_or_less() -> None:
@@ -301,7 +342,11 @@ Q, KV = torch.zeros(1, 4, 16, 8), torch.zeros(1, 2, 16, 8)
         ((Q, KV, KV), {"cu_seqlens": torch.tensor([0, 9, 8, 16], dtype=torch.int32)}, "must rise from 0 to"),
         ((Q, KV, KV), {"cu_seqlens": torch.tensor([0, 15], dtype=torch.int32)}, "must rise from 0 to .* 16, got"),
         ((Q.repeat(2, 1, 1, 1),) + (KV.repeat(2, 1, 1, 1),) * 2, {"cu_seqlens": CU_SEQLENS}, "the batch must be 1"),
-        ((Q, KV, KV), {"clusters": (Q, Q, Q, Q)}, r"clusters.query_order must be torch.int32 \[1, 4, 1, 2048\]"),
+        (
+            (Q, KV, KV),
+            {"clusters": (Q, Q, Q, Q), "exact_below": 0},
+            r"clusters.query_order must be torch.int32 \[1, 4, 1, 2048\]",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: tuple[Tensor, ...], options: dict[str, Any], message: str) -> None:

@@ -88,6 +88,47 @@ def test_bisection_separates_what_is_apart() -> None:
     assert (clusters == clusters[:, :1]).all()
 
 
+@pytest.mark.parametrize("length", [32, 27])
+def test_bisection_splits_at_the_median_and_keeps_the_order_of_tokens(length: int) -> None:
+    x = 0.1 * torch.randn(1, 1, length, 5)
+    x[..., 3] = torch.randperm(length).float()
+    order = step.bisection_order(x, chunk=32, cluster=8)[0, 0, 0]
+    main = x[0, 0, :, 3]
+    direction = 1 if main[order[0]] < length / 2 else -1
+    first, second = (half[half >= 0].long() for half in (order[:16], order[16:]))
+    assert (direction * main[first]).max() < (direction * main[second]).min()
+    assert len(first) == 16
+    for cluster in order.view(4, 8):
+        members = cluster[cluster >= 0]
+        assert (members.diff() > 0).all()
+        assert (cluster[len(members) :] == -1).all()
+
+
+def test_the_direction_is_that_of_greatest_variance() -> None:
+    scale = torch.tensor([1.0, 3.0, 0.5, 2.0])
+    rotation = torch.linalg.qr(torch.randn(4, 4)).Q
+    x = (torch.randn(512, 4) * scale) @ rotation.T + 5
+    projection = step.main_direction_projection(x, torch.ones(512, dtype=torch.bool))
+    along = (x - x.mean(0)) @ torch.linalg.eigh(x.T.cov()).eigenvectors[:, -1]
+    assert torch.corrcoef(torch.stack([projection, along]))[0, 1].abs() > 0.999
+
+
+@pytest.mark.parametrize("coordinate", range(4))
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_a_direction_is_found_whichever_coordinate_varies(coordinate: int, mean: float) -> None:
+    """Also where the mean is 0 and gives the power iteration nothing to start from."""
+    x = torch.zeros(16, 4)
+    x[:, coordinate] = torch.tensor([-1.5, -0.5, 0.5, 1.5])[torch.randperm(16) % 4] + mean
+    projection = step.main_direction_projection(x, torch.ones(16, dtype=torch.bool))
+    assert torch.corrcoef(torch.stack([projection, x[:, coordinate]]))[0, 1] > 0.999
+
+
+def test_bisection_of_nan_is_still_a_permutation() -> None:
+    x = torch.randn(1, 1, 32, 4)
+    x[0, 0, 5] = math.nan
+    assert step.bisection_order(x, 16, 4).flatten().sort().values.tolist() == list(range(32))
+
+
 @pytest.mark.parametrize("x", [torch.ones(1, 1, 16, 4), torch.zeros(1, 1, 16, 4)], ids=["all equal", "all zero"])
 def test_bisection_keeps_the_order_of_what_does_not_differ(x: torch.Tensor) -> None:
     torch.testing.assert_close(step.bisection_order(x, 8, 2), step.spatial_order(x, 8))
