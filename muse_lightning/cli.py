@@ -32,8 +32,11 @@ VERBS = {
     "test": Verb("evaluate a checkpoint on the held-out test documents", "muse_lightning.commands.run_trainer"),
     "predict": Verb("write the log-likelihood of every token", "muse_lightning.commands.run_trainer"),
     "prepare": Verb("build the dataset of a recipe", "muse_lightning.commands.prepare"),
-    "data inspect": Verb("decode blocks of a prepared dataset", "muse_lightning.data_commands.run_function"),
-    "tokenizer train": Verb("train a byte-level BPE tokenizer", "muse_lightning.data_commands.run_function"),
+    "data inspect": Verb("decode blocks of a prepared dataset", "muse_lightning.function_commands.run_function"),
+    "tokenizer train": Verb("train a byte-level BPE tokenizer", "muse_lightning.function_commands.run_function"),
+    "bench attention": Verb(
+        "check MuSe attention, then time it beside others", "muse_lightning.function_commands.run_function"
+    ),
     "info": Verb("versions, devices and kernels; with --config, what a recipe takes", "muse_lightning.commands.info"),
 }
 

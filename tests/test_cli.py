@@ -59,7 +59,7 @@ class TestWithoutTorch:
     def test_help_lists_every_verb(self, muse: Muse) -> None:
         code, out, _ = muse("--help")
         assert code == 0
-        assert len(VERBS) == 8
+        assert len(VERBS) == 9
         for name, verb in VERBS.items():
             assert f"  {name} " in out
             assert verb.description in out
@@ -94,6 +94,7 @@ class TestWithoutTorch:
         ("info", ["--config"]),
         ("data inspect", ["dataset", "--block"]),
         ("tokenizer train", ["--sources", "--vocab_size"]),
+        ("bench attention", ["--lengths", "--muse.top_k", "--peers", "--check_only"]),
     ],
 )
 def test_help_of_a_verb(muse: Muse, verb: str, keys: list[str]) -> None:

@@ -17,7 +17,7 @@ SOURCES = {"muse_lightning": ROOT / "muse_lightning", "muse_kernels": ROOT / "ke
 OPEN_TO_ALL = {"errors", "files"}
 OPERATORS = {"muse_kernels", "collectives"}
 TRAINING = {"training", "model", "attention", "data", "parallelize", "measure", *OPERATORS}
-CLI = {"cli", "commands", "data_commands", "configuration", "libraries"}
+CLI = {"cli", "commands", "function_commands", "configuration", "libraries"}
 MAY_IMPORT: dict[str, set[str]] = {
     "muse_kernels": set(),
     "collectives": set(),
@@ -43,7 +43,7 @@ EXTERNAL: dict[str, set[str]] = {
 }
 # Imports inside functions: the command line starts quickly by them, and a package that need not be there needs them.
 LAZY_UNITS = CLI
-LAZY_PACKAGES = {"transformers", "triton"}
+LAZY_PACKAGES = {"transformers", "triton", "fla"}
 NOT_FOR_PACKAGES = {"tests", "benchmarks", "tools", "recipes"}
 
 

@@ -1,6 +1,7 @@
 """The verbs of `muse` that are one function each: their flags are its parameters, their help its docstring."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
@@ -9,15 +10,14 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 import muse_lightning.data.sources  # noqa: F401
 from muse_lightning.configuration.check import ConfigCheck, explain
 from muse_lightning.configuration.layers import read_layers
-from muse_lightning.data.inspection import inspect
-from muse_lightning.data.tokenizer_training import train_tokenizer
 from muse_lightning.errors import UserError
 
-FUNCTIONS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
-    "data inspect": (inspect, ("dataset",)),
-    "tokenizer train": (train_tokenizer, ()),
+FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "data inspect": ("muse_lightning.data.inspection.inspect", ("dataset",)),
+    "tokenizer train": ("muse_lightning.data.tokenizer_training.train_tokenizer", ()),
+    "bench attention": ("muse_lightning.measure.bench.command.bench_attention", ()),
 }
-"""Verb -> its function, and the parameters that are given without a flag."""
+"""Verb -> its function, imported when the verb is used, and the parameters that are given without a flag."""
 
 
 def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
@@ -26,7 +26,9 @@ def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequ
     Raises:
         UserError: a mistake in the flags, or what the function says.
     """
-    function, positional = FUNCTIONS[verb]
+    path, positional = FUNCTIONS[verb]
+    module, _, name = path.rpartition(".")
+    function: Callable[..., None] = getattr(import_module(module), name)
     parser = ArgumentParser(prog=f"muse {verb}", description=description, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with these keys; may be repeated.")
     parser.add_function_arguments(function, as_positional=bool(positional))
@@ -38,6 +40,9 @@ def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequ
         config = parser.parse_args(args)
     except ArgumentError as error:
         raise UserError(explain(error, check)) from error
-    values: dict[str, Any] = parser.instantiate(config).as_dict()
+    try:
+        values: dict[str, Any] = parser.instantiate(config).as_dict()
+    except ValueError as error:  # A record of options checks its own values.
+        raise UserError(str(error)) from error
     values.pop("config", None)
     function(**values)
