@@ -137,25 +137,29 @@ def main_direction_projection(members: Tensor, is_member: Tensor) -> Tensor:
 def bisection_order(x: Tensor, chunk: int, cluster: int) -> Tensor:
     """Balanced clusters by recursive bisection: split at the median along the main direction until `cluster` remain.
 
-    A split is a stable partition: of equal projections the earlier token goes first, and either half keeps the order of
-    its tokens.
-
     Args:
         x: [B, H, N, D], float32 or float64.
     Returns:
         int32 [B, H, C, chunk] as in MuseClusters. A partial last chunk fills its clusters from the first on.
     Source: docs/attention.md, "Clustering".
     """
-    order = spatial_order(x, chunk)
-    batch, heads, num_chunks, _ = order.shape
-    size = chunk
+    return bisected(x, spatial_order(x, chunk), cluster)
+
+
+def bisected(x: Tensor, order: Tensor, cluster: int) -> Tensor:
+    """Members of each chunk, in `order` [B, H, C, chunk], put into clusters.
+
+    A split is a stable partition: of equal projections the earlier member goes first, and either half keeps the order
+    of its members.
+    """
+    size = chunk = order.shape[-1]
     while size > cluster:
-        nodes = order.view(batch, heads, num_chunks, chunk // size, size)
+        nodes = order.unflatten(-1, (chunk // size, size))
         projection = main_direction_projection(gather_tokens(x, nodes), nodes >= 0)
         halves = projection.argsort(dim=-1, stable=True).unflatten(-1, (2, size // 2)).sort(dim=-1).values
-        order = nodes.take_along_dim(halves.flatten(-2), dim=-1)
+        order = nodes.take_along_dim(halves.flatten(-2), dim=-1).flatten(-2)
         size //= 2
-    return order.view(batch, heads, num_chunks, chunk)
+    return order
 
 
 def cluster_order(x: Tensor, chunk: int, cluster: int, clustering: Clustering) -> Tensor:

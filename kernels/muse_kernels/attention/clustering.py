@@ -1,0 +1,276 @@
+"""Clusters by recursive bisection, and their means (docs/attention.md, "Clustering").
+
+One launch per level, one program per node, a run of n members that has to be split into two of n / 2:
+
+    C = sum_i x_i x_i^T / n - m m^T              m = sum_i x_i / n
+    u_0 = C m  (C e_j, j the coordinate of largest variance, if that is 0)        u_{t+1} = C u_t
+    first half = the n / 2 members with the smallest u . x_i; of equal ones the earlier token goes first
+
+Members stay in ascending token order in either half, so that a split is a stable partition and needs no sort: the
+median is found bit by bit in an integer that orders as the projection does. A pass over the members gathers C, a
+second one the projections; both read x by token index, and a node that fits into one tile is read once.
+
+Shape letters: B batch, H heads, N tokens, C rows of the chunk table, D head size.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from muse_kernels.attention.chunks import ChunkTable
+from muse_kernels.attention.common import operand, padded_head_dim, rows_contiguous
+from muse_kernels.attention.options import Clustering
+from muse_kernels.attention.reference import POWER_ITERATIONS, bisected
+
+LARGEST_HEAD_DIM = 128
+"""Registers hold the covariance of no larger head; those few models are left to plain PyTorch."""
+
+NUM_PRODUCTS = tl.constexpr(POWER_ITERATIONS)
+LEAST_KEY = tl.constexpr(-(2**31))
+GREATEST_KEY = tl.constexpr(2**31 - 1)
+TINY = tl.constexpr(1e-37)
+
+
+@triton.jit
+def _member_rows(x_ptr, tokens, is_member, stride_xn, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of x by token index, [TILE, BLOCK_D]; zeros where there is no member."""
+    d = tl.arange(0, BLOCK_D)
+    row_ptr = x_ptr + tokens.to(tl.int64) * stride_xn
+    mask = is_member[:, None] & (d < HEAD_DIM)[None, :]
+    return operand(tl.load(row_ptr[:, None] + d[None, :], mask=mask, other=0.0))
+
+
+@triton.jit
+def _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL: tl.constexpr):
+    """Token indices at these places of a node, -1 where there is no member. Before the first level none are stored."""
+    return tl.where(places < count, start + places, -1) if IS_FIRST_LEVEL else tl.load(order_ptr + places)
+
+
+@triton.jit
+def _scaled(direction):
+    """To a largest element of 1: without squares, which could overflow."""
+    return direction / tl.maximum(tl.max(tl.abs(direction)), TINY)
+
+
+@triton.jit
+def _main_direction(gram, total, count, BLOCK_D: tl.constexpr):
+    """Direction of greatest variance, from the sums over the members of x x^T and of x.
+
+    The covariance is symmetric: products alternate between its two axes, so that each leaves the direction in the
+    layout in which the next one needs it.
+    """
+    mean = total / count
+    covariance = gram - total[:, None] * mean[None, :]  # times the number of members
+    direction = tl.sum(covariance * _scaled(mean)[None, :], axis=1)
+    if tl.max(tl.abs(direction)) == 0:
+        i = tl.arange(0, BLOCK_D)
+        variance = tl.sum(tl.where(i[:, None] == i[None, :], covariance, 0.0), axis=0)
+        widest = i == tl.argmax(variance, axis=0)
+        direction = tl.sum(tl.where(widest[None, :], covariance, 0.0), axis=1)
+    for product in tl.static_range(NUM_PRODUCTS):
+        direction = _scaled(direction)
+        if product % 2 == 0:
+            direction = tl.sum(covariance * direction[:, None], axis=0)
+        else:
+            direction = tl.sum(covariance * direction[None, :], axis=1)
+    return _scaled(direction)
+
+
+@triton.jit
+def _goes_first(projection, is_member, HALF: tl.constexpr):
+    """Whether a member is one of the HALF smallest, of equal ones the earlier. NaN counts as 0."""
+    projection = tl.where((projection == projection) & (projection != 0), projection, 0.0)  # no -0.0 either
+    bits = projection.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ GREATEST_KEY, bits)
+    key = tl.where(is_member, key, GREATEST_KEY)
+    # The largest key that has fewer than HALF keys below it, from the sign down to the last bit.
+    threshold = tl.where(tl.sum((key < 0).to(tl.int32)) < HALF, 0, LEAST_KEY)
+    for bit in range(31):
+        candidate = threshold + (1 << (30 - bit))
+        threshold = tl.where(tl.sum((key < candidate).to(tl.int32)) < HALF, candidate, threshold)
+    is_below = key < threshold
+    is_equal = key == threshold
+    missing = HALF - tl.sum(is_below.to(tl.int32))
+    return is_below | (is_equal & (tl.cumsum(is_equal.to(tl.int32), axis=0) <= missing))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def muse_cluster_split(
+    x_ptr,
+    order_ptr,
+    projection_ptr,
+    start_ptr,
+    length_ptr,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    num_heads,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Split every node of SIZE members in place: order [B, H, C, CHUNK / SIZE, SIZE], one program each."""
+    HALF: tl.constexpr = SIZE // 2
+    IS_FIRST_LEVEL: tl.constexpr = SIZE == CHUNK
+    node = tl.program_id(0).to(tl.int64)
+    row = node // (CHUNK // SIZE) % num_rows
+    head = node // (CHUNK // SIZE) // num_rows
+    start = tl.load(start_ptr + row)
+    count = tl.load(length_ptr + row) - (node % (CHUNK // SIZE)).to(tl.int32) * SIZE
+    count = tl.minimum(tl.maximum(count, 0), SIZE)
+    x_ptr += head // num_heads * stride_xb + head % num_heads * stride_xh
+    order_ptr += node * SIZE
+    projection_ptr += node * SIZE
+    places = tl.arange(0, SIZE)
+    if count > HALF:
+        if SIZE == TILE:
+            tokens = _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL)
+            x = _member_rows(x_ptr, tokens, places < count, stride_xn, HEAD_DIM, BLOCK_D)  # [TILE, BLOCK_D]
+            gram = tl.dot(tl.trans(x), x, input_precision="ieee")  # [BLOCK_D, BLOCK_D]
+            direction = _main_direction(gram, tl.sum(x.to(tl.float32), axis=0), count, BLOCK_D)
+            projection = tl.sum(x.to(tl.float32) * direction[None, :], axis=1)
+        else:
+            gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+            total = tl.zeros([BLOCK_D], tl.float32)
+            for first in range(0, count, TILE):
+                some = first + tl.arange(0, TILE)
+                tokens = _node_tokens(order_ptr, start, some, count, IS_FIRST_LEVEL)
+                x = _member_rows(x_ptr, tokens, some < count, stride_xn, HEAD_DIM, BLOCK_D)
+                gram = tl.dot(tl.trans(x), x, gram, input_precision="ieee")
+                total += tl.sum(x.to(tl.float32), axis=0)
+            direction = _main_direction(gram, total, count, BLOCK_D)
+            for first in range(0, count, TILE):
+                some = first + tl.arange(0, TILE)
+                tokens = _node_tokens(order_ptr, start, some, count, IS_FIRST_LEVEL)
+                x = _member_rows(x_ptr, tokens, some < count, stride_xn, HEAD_DIM, BLOCK_D)
+                tl.store(projection_ptr + some, tl.sum(x.to(tl.float32) * direction[None, :], axis=1))
+            tl.debug_barrier()
+            projection = tl.load(projection_ptr + places, mask=places < count, other=0.0)
+            tokens = _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL)
+        goes_first = _goes_first(projection, places < count, HALF)
+        rank = tl.cumsum(goes_first.to(tl.int32), axis=0)
+        place = tl.where(goes_first, rank - 1, HALF + places - rank)
+        # Every token is loaded before one is stored.
+        tl.debug_barrier()
+        tl.store(order_ptr + place, tokens)
+    elif IS_FIRST_LEVEL:
+        tl.store(order_ptr + places, _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL))
+
+
+@triton.jit(do_not_specialize=["clusters_per_head"])
+def muse_cluster_means(
+    x_ptr,
+    order_ptr,
+    mean_ptr,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    num_heads,
+    clusters_per_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CLUSTER: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Mean of each cluster's members, one program each: order [B, H, clusters, CLUSTER] -> mean [B, H, clusters, D]."""
+    cluster = tl.program_id(0).to(tl.int64)
+    head = cluster // clusters_per_head
+    x_ptr += head // num_heads * stride_xb + head % num_heads * stride_xh
+    total = tl.zeros([BLOCK_D], tl.float32)
+    count = 0
+    for first in range(0, CLUSTER, TILE):
+        tokens = tl.load(order_ptr + cluster * CLUSTER + first + tl.arange(0, TILE))
+        x = _member_rows(x_ptr, tokens, tokens >= 0, stride_xn, HEAD_DIM, BLOCK_D)  # [TILE, BLOCK_D]
+        total += tl.sum(x.to(tl.float32), axis=0)
+        count += tl.sum((tokens >= 0).to(tl.int32))
+    d = tl.arange(0, BLOCK_D)
+    tl.store(mean_ptr + cluster * HEAD_DIM + d, total / tl.maximum(count, 1), mask=d < HEAD_DIM)
+
+
+def _tile(size: int, x: Tensor) -> int:
+    """Rows of a tile: as many as registers hold beside the covariance."""
+    elements = 2**14 if x.element_size() == 2 else 2**12
+    return min(size, max(16, elements // padded_head_dim(x.shape[-1])))
+
+
+def spatial_order(x: Tensor, table: ChunkTable, chunk: int) -> Tensor:
+    """Contiguous runs as clusters: int32 [B, H, C, chunk] for x [B, H, N, D], -1 after a row's last token."""
+    places = torch.arange(chunk, dtype=torch.int32, device=x.device)
+    order = torch.where(places < table.length[:, None], table.start[:, None] + places, -1)
+    return order.expand(*x.shape[:2], -1, -1).contiguous()
+
+
+def bisection_order(x: Tensor, table: ChunkTable, chunk: int, cluster: int) -> Tensor:
+    """Balanced clusters by recursive bisection in every row of the chunk table.
+
+    Args:
+        x: [B, H, N, D], float32, bfloat16 or float16, any strides.
+        chunk, cluster: powers of two, cluster at least 16.
+    Returns:
+        int32 [B, H, C, chunk] as in MuseClusters.
+    """
+    batch, heads, _, head_dim = x.shape
+    if chunk == cluster:
+        return spatial_order(x, table, chunk)
+    if head_dim > LARGEST_HEAD_DIM:
+        return bisected(x.float(), spatial_order(x, table, chunk), cluster)
+    x = rows_contiguous(x)
+    num_rows = table.start.shape[0]
+    order = torch.empty(batch, heads, num_rows, chunk, dtype=torch.int32, device=x.device)
+    projection = torch.empty(order.shape, dtype=torch.float32, device=x.device)
+    size = chunk
+    while size > cluster and num_rows > 0:
+        muse_cluster_split[(order.numel() // size,)](
+            x_ptr=x,
+            order_ptr=order,
+            projection_ptr=projection,
+            start_ptr=table.start,
+            length_ptr=table.length,
+            stride_xb=x.stride(0),
+            stride_xh=x.stride(1),
+            stride_xn=x.stride(2),
+            num_heads=heads,
+            num_rows=num_rows,
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            CHUNK=chunk,
+            SIZE=size,
+            TILE=_tile(size, x),
+            num_warps=4,
+        )
+        size //= 2
+    return order
+
+
+def cluster_order(x: Tensor, table: ChunkTable, chunk: int, cluster: int, clustering: Clustering) -> Tensor:
+    """Token order that makes clusters of x [B, H, N, D]: int32 [B, H, C, chunk]."""
+    return bisection_order(x, table, chunk, cluster) if clustering == "semantic" else spatial_order(x, table, chunk)
+
+
+def cluster_means(x: Tensor, order: Tensor, cluster: int) -> Tensor:
+    """Mean of each cluster's members, 0 for an empty one: float32 [B, H, C, chunk / cluster, D], rounded as x is."""
+    x = rows_contiguous(x)
+    batch, heads, _, head_dim = x.shape
+    num_rows, chunk = order.shape[2:]
+    mean = torch.empty(batch, heads, num_rows, chunk // cluster, head_dim, dtype=torch.float32, device=x.device)
+    if mean.numel() > 0:
+        muse_cluster_means[(order.numel() // cluster,)](
+            x_ptr=x,
+            order_ptr=order,
+            mean_ptr=mean,
+            stride_xb=x.stride(0),
+            stride_xh=x.stride(1),
+            stride_xn=x.stride(2),
+            num_heads=heads,
+            clusters_per_head=num_rows * (chunk // cluster),
+            HEAD_DIM=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            CLUSTER=cluster,
+            TILE=_tile(cluster, x),
+            num_warps=4,
+        )
+    return mean.to(x.dtype).float()
