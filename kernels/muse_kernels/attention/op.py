@@ -5,7 +5,10 @@ backward pass uses the very clusters of the forward pass. Definition: docs/atten
 """
 
 import functools
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +24,14 @@ from muse_kernels.attention.options import (
 )
 from muse_kernels.attention.reference import Merged, MuseClusters, exact_attention, exact_attention_backward
 from muse_kernels.attention.reference_document import document_backward, document_forward
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from muse_kernels.attention import streaming
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_CLUSTERS = (16, 32, 64, 128)
+MAX_HEAD_DIM = 256
 
 
 def muse_attention(
@@ -66,7 +77,8 @@ def muse_attention(
         clusters: reuse these (from `muse_clusters`) and choose nothing.
         workspace_mib: bound on intermediate results, MiB; at least one query chunk is worked on at a time.
         return_lse: also return the log-sum-exp.
-        implementation: "auto" (the fastest for the device) or "reference" (plain PyTorch, any device and dtype).
+        implementation: "triton" (kernels; never falls back), "reference" (plain PyTorch: any device, dtype, sizes) or
+            "auto": kernels on a GPU for what they accept, else plain PyTorch.
     Returns:
         out [B, H, N, D], dtype of q. With `return_lse` also lse [B, H, N], natural log, float32 (float64 for float64
         inputs), not differentiable.
@@ -115,16 +127,46 @@ def _attend(
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype != torch.float64 else x for x in (q, k, v))
     _check_tensors(q, k, v, cu_seqlens)
-    resolved = options.resolved(q.shape[-1])
+    resolved = replace(options.resolved(q.shape[-1]), implementation=_implementation(q, options))
     given: tuple[Tensor | None, ...] = (None, None, None, None)
     if clusters is not None:
         _check_clusters(clusters, q, k, cu_seqlens, resolved)
         given = tuple(clusters)
-    out, lse, *made = torch.ops.muse.attention_forward(q, k, v, cu_seqlens, *given, *resolved.as_arguments())
+    out, lse, *made = torch.ops.muse.attention_forward(q, k, v, cu_seqlens, *given, resolved.encoded())
     return out, lse, MuseClusters(*made)
 
 
 # --------------------------------------------------------------------------------------------------------- checks
+
+
+def _implementation(q: Tensor, options: MuseOptions) -> Implementation:
+    """The implementation that "auto" stands for; "triton" is refused where kernels cannot do what is asked."""
+    if options.implementation == "reference":
+        return "reference"
+    obstacle = _obstacle_to_kernels(q, options)
+    if options.implementation == "triton" and obstacle is not None:
+        raise ValueError(f'implementation="triton" {obstacle}')
+    return "reference" if obstacle is not None else "triton"
+
+
+def _obstacle_to_kernels(q: Tensor, options: MuseOptions) -> str | None:
+    """Why the kernels cannot be used, None if they can."""
+    if not HAS_TRITON:
+        return "needs the package triton, which is not installed"
+    if q.device.type != "cuda":
+        if options.implementation == "auto" or q.device.type != "cpu":
+            return f"needs a CUDA device, got {q.device}"
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "needs a CUDA device (or TRITON_INTERPRET=1, to interpret kernels slowly on a CPU), got cpu"
+    if q.dtype not in KERNEL_DTYPES:
+        return f"accepts float32, float16 and bfloat16, got {q.dtype}"
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
+        return f"accepts head_dim up to {MAX_HEAD_DIM}, got {q.shape[-1]}"
+    for name in ("query_cluster", "key_cluster"):
+        size = getattr(options, name)
+        if size not in KERNEL_CLUSTERS:
+            return f"accepts {name} {', '.join(map(str, KERNEL_CLUSTERS))}, got {size}"
+    return None
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -230,7 +272,6 @@ def _shifted(order: Tensor, offset: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ operators
 
 
-_OPTIONS = ResolvedOptions.schema()
 _CLUSTERS = "Tensor{0} query_order, Tensor{0} key_order, Tensor{0} mu, Tensor{0} selected"
 
 
@@ -248,7 +289,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 @torch.library.custom_op(
     "muse::attention_forward",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {_CLUSTERS.format('?')}, {_OPTIONS})"
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {_CLUSTERS.format('?')}, str options)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 @_without_autocast
@@ -256,7 +297,11 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *clusters_and_options: Any
 ) -> tuple[Tensor, ...]:
     """out, lse, then the fields of MuseClusters: those given, or chosen where None was given."""
-    given, options = clusters_and_options[:4], ResolvedOptions.from_arguments(clusters_and_options[4:])
+    given, options = clusters_and_options[:4], ResolvedOptions.decoded(clusters_and_options[4])
+    if options.implementation == "triton":
+        fixed = None if given[0] is None else MuseClusters(*(x.clone() for x in given))
+        out, lse, made = streaming.attention_forward(q, k, v, cu_seqlens, fixed, options)
+        return out, lse, *made
     dtype = _statistics_dtype(q)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:-1], dtype=dtype)
     if given[0] is None:
@@ -299,7 +344,7 @@ def _document_clusters(clusters: MuseClusters, document: _DocumentSpan, options:
 
 @attention_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *clusters_and_options: Any) -> tuple[Tensor, ...]:
-    shapes = _cluster_shapes(q, k, cu_seqlens, ResolvedOptions.from_arguments(clusters_and_options[4:]))
+    shapes = _cluster_shapes(q, k, cu_seqlens, ResolvedOptions.decoded(clusters_and_options[4]))
     lse = q.new_empty(q.shape[:-1], dtype=_statistics_dtype(q))
     made = (q.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse, *made
@@ -309,7 +354,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *clusters_and_
     "muse::attention_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
-    f"{_CLUSTERS.format('')}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"{_CLUSTERS.format('')}, str options) -> (Tensor, Tensor, Tensor)",
 )
 @_without_autocast
 def attention_backward(
@@ -325,8 +370,10 @@ def attention_backward(
     """dq, dk, dv. `out` and `lse` may be a merged result over more keys than k."""
     clusters, options = (
         MuseClusters(*clusters_and_options[:4]),
-        ResolvedOptions.from_arguments(clusters_and_options[4:]),
+        ResolvedOptions.decoded(clusters_and_options[4]),
     )
+    if options.implementation == "triton":
+        return streaming.attention_backward(dout, q, k, v, out, lse, cu_seqlens, clusters, options)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for document in _documents(q, cu_seqlens, options):
         tokens = document.tokens
@@ -357,13 +404,13 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, .
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, cu_seqlens, *_ = inputs
     ctx.save_for_backward(q, k, v, *output[:2], cu_seqlens, *output[2:])
-    ctx.options = inputs[8:]
+    ctx.options = inputs[8]
 
 
 def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens, *clusters = ctx.saved_tensors
-    gradients = torch.ops.muse.attention_backward(dout, q, k, v, out, lse, cu_seqlens, *clusters, *ctx.options)
-    return *gradients, *(None for _ in range(5 + len(ctx.options)))
+    gradients = torch.ops.muse.attention_backward(dout, q, k, v, out, lse, cu_seqlens, *clusters, ctx.options)
+    return *gradients, *(None for _ in range(6))
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

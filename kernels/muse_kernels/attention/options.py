@@ -1,13 +1,14 @@
 """What MuSe attention is asked to compute: one immutable record of the options of `muse_attention`, checked."""
 
-from collections.abc import Iterable
+import ast
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Literal, get_args, get_origin, get_type_hints
 
 Selection = Literal["query_mass", "centroid"]
 Expansion = Literal["centroid", "zero"]
 Clustering = Literal["semantic", "spatial"]
-Implementation = Literal["auto", "reference"]
+Implementation = Literal["auto", "triton", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +52,13 @@ class MuseOptions:
 
     def resolved(self, head_dim: int) -> "ResolvedOptions":
         """The options with numbers in place of the defaults that depend on other values."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: getattr(self, name) for name in _FIELDS}
         values["softmax_scale"] = head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
         values["exact_below"] = 4 * self.chunk if self.exact_below is None else self.exact_below
         return ResolvedOptions(**values)
 
 
+_FIELDS = tuple(field.name for field in fields(MuseOptions))
 # Read from the annotations once: torch.compile cannot trace get_type_hints.
 _CHOICES = {
     name: get_args(annotation)
@@ -67,7 +69,7 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions(MuseOptions):
-    """MuseOptions in which every value is known; what the custom operators take, field by field."""
+    """MuseOptions in which every value is known; what everything below the public function is given."""
 
     softmax_scale: float
     exact_below: int
@@ -82,18 +84,12 @@ class ResolvedOptions(MuseOptions):
         """Key clusters per chunk."""
         return self.chunk // self.key_cluster
 
-    def as_arguments(self) -> tuple[Any, ...]:
-        """The fields in order: the custom operators take plain numbers and strings."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+    def encoded(self) -> str:
+        """The options as one text, exact, which is how the custom operators take them."""
+        return ", ".join([f"{name}={getattr(self, name)!r}" for name in _FIELDS])
 
     @classmethod
-    def from_arguments(cls, arguments: Iterable[Any]) -> "ResolvedOptions":
-        """Inverse of `as_arguments`."""
-        return cls(**dict(zip((field.name for field in fields(cls)), arguments, strict=True)))
-
-    @classmethod
-    def schema(cls) -> str:
-        """The fields as arguments in a custom operator's schema."""
-        hints = get_type_hints(cls)
-        names = {bool: "bool", int: "int", float: "float"}
-        return ", ".join(f"{names.get(hints[field.name], 'str')} {field.name}" for field in fields(cls))
+    @cache
+    def decoded(cls, text: str) -> "ResolvedOptions":
+        """Inverse of `encoded`."""
+        return cls(**{name: ast.literal_eval(value) for name, value in (item.split("=") for item in text.split(", "))})

@@ -293,13 +293,13 @@ def test_inputs_are_not_changed_and_repeats_are_equal() -> None:
 @pytest.mark.parametrize("cu_seqlens", [None, CU_SEQLENS], ids=["one document", "documents"])
 def test_the_operator_is_registered_soundly(cu_seqlens: Tensor | None) -> None:
     q, k, v = random_qkv(45)
-    options = MuseOptions(**SMALL).resolved(head_dim=4).as_arguments()
-    torch.library.opcheck(torch.ops.muse.attention_forward, (q, k, v, cu_seqlens, None, None, None, None, *options))
+    options = MuseOptions(**SMALL).resolved(head_dim=4).encoded()
+    torch.library.opcheck(torch.ops.muse.attention_forward, (q, k, v, cu_seqlens, None, None, None, None, options))
     clusters = muse_clusters(q, k, cu_seqlens=cu_seqlens, **SMALL)
-    torch.library.opcheck(torch.ops.muse.attention_forward, (q, k, v, cu_seqlens, *clusters, *options))
+    torch.library.opcheck(torch.ops.muse.attention_forward, (q, k, v, cu_seqlens, *clusters, options))
     out, lse = muse_attention(q, k, v, cu_seqlens=cu_seqlens, return_lse=True, **SMALL)
     detached = [x.detach() for x in (out, q, k, v, out)]
-    torch.library.opcheck(torch.ops.muse.attention_backward, (*detached, lse, cu_seqlens, *clusters, *options))
+    torch.library.opcheck(torch.ops.muse.attention_backward, (*detached, lse, cu_seqlens, *clusters, options))
 
 
 def test_torch_compile_sees_one_graph() -> None:
@@ -337,7 +337,7 @@ Q, KV = torch.zeros(1, 4, 16, 8), torch.zeros(1, 2, 16, 8)
         ((Q, KV, KV), {"workspace_mib": 0}, "workspace_mib must be at least 1, got 0"),
         ((Q, KV, KV), {"order": 2}, "order must be 0 or 1, got 2"),
         ((Q, KV, KV), {"selection": "best"}, "selection must be one of query_mass, centroid, got 'best'"),
-        ((Q, KV, KV), {"implementation": "cuda"}, "implementation must be one of auto, reference, got 'cuda'"),
+        ((Q, KV, KV), {"implementation": "cuda"}, "implementation must be one of auto, triton, reference, got 'cuda'"),
         ((Q, KV, KV), {"cu_seqlens": torch.tensor([0, 16])}, r"cu_seqlens must be int32 \[S \+ 1\], got torch.int64"),
         ((Q, KV, KV), {"cu_seqlens": torch.tensor([0, 9, 8, 16], dtype=torch.int32)}, "must rise from 0 to"),
         ((Q, KV, KV), {"cu_seqlens": torch.tensor([0, 15], dtype=torch.int32)}, "must rise from 0 to .* 16, got"),

@@ -1,0 +1,392 @@
+"""The far field of a query cluster: summaries, then retrieved keys, in one online softmax begun by the near field.
+
+    logit_ab(q) = scale q . kbar_ab + bias_ab    value vbar_ab     for clusters not retrieved (bias -inf switches off)
+    logit_j(q)  = scale q . k_j                  value v_j         for keys j of the retrieved clusters
+
+The running maximum, sum and output start as the near field's lse, 1 and output, so that what is left at the end is the
+merged result; queries are read, and results written, in token order. Backward, with the merged o and lse L:
+
+    P = exp(logit - L)      dlogit = P (do . value - do . o)      dq = scale sum dlogit key
+    dA = sum_q dlogit       dkbar = scale sum_q dlogit (q - mu_a)      dvbar = sum_q P do
+
+dkbar and dvbar replace kbar and vbar in the workspace, tile by tile.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from muse_kernels.attention.common import LOG2E, operand, padded_head_dim, rows_contiguous
+from muse_kernels.attention.key_gradients import ClusteredQueries
+from muse_kernels.attention.options import ResolvedOptions
+from muse_kernels.attention.summaries import Summaries, SummaryLayout
+from muse_kernels.attention.tiles import tile_of
+
+
+@triton.jit
+def _attend(q, k, v, bias, largest, mass, out, scale_log2, HAS_QK: tl.constexpr):
+    """One tile of keys [columns, D] in the online softmax of queries [Q, D]."""
+    if HAS_QK:
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
+    else:
+        logits = tl.zeros([q.shape[0], v.shape[0]], tl.float32) + bias[None, :]
+    new_largest = tl.maximum(largest, tl.max(logits, 1))
+    weights = tl.exp2(logits - new_largest[:, None])
+    rescale = tl.exp2(largest - new_largest)
+    mass = mass * rescale + tl.sum(weights, 1)
+    out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
+    return new_largest, mass, out
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_row", "first_head", "num_heads", "num_tokens", "capacity", "top_k"])
+def muse_far(
+    q,
+    out,
+    lse,
+    query_order,
+    selected,
+    kbar,
+    vbar,
+    bias,
+    clustered_k,
+    clustered_v,
+    first_cluster,
+    num_far,
+    offset,
+    length,
+    q_stride_batch,
+    q_stride_head,
+    q_stride_token,
+    num_rows,
+    first_row,
+    first_head,
+    num_heads,
+    num_tokens,
+    capacity,
+    top_k,
+    scale_log2,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    QUERY_CLUSTERS: tl.constexpr,
+    KEY_CLUSTERS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """One program for each query cluster; adds the far field to its rows of out and lse."""
+    a, local_head = tl.program_id(0), tl.program_id(1)
+    row = first_row + a // QUERY_CLUSTERS
+    columns = tl.load(num_far + row)
+    head = (first_head * G + local_head).to(tl.int64)
+    query_cluster = (head * num_rows + first_row) * QUERY_CLUSTERS + a
+    token = tl.load(query_order + query_cluster * Q + tl.arange(0, Q)).to(tl.int64)
+    is_query = token >= 0
+    if (columns == 0) | (tl.sum(is_query.to(tl.int32)) == 0):
+        return
+
+    d = tl.arange(0, BLOCK_D)
+    mask = is_query[:, None] & (d < D)[None, :]
+    q_head = q + (head // num_heads) * q_stride_batch + (head % num_heads) * q_stride_head
+    q_rows = operand(tl.load(q_head + token[:, None] * q_stride_token + d[None, :], mask=mask, other=0.0))
+    out_rows = out + (head * num_tokens + token)[:, None] * D + d[None, :]
+    total = tl.load(out_rows, mask=mask, other=0.0).to(tl.float32)
+    largest = tl.load(lse + head * num_tokens + token, mask=is_query, other=0.0) * LOG2E
+    mass = tl.full([Q], 1.0, tl.float32)
+
+    base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
+    base += (a % QUERY_CLUSTERS) * columns
+    kbar, vbar, bias = kbar + base * BLOCK_D, vbar + base * BLOCK_D, bias + base
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        is_column = column < columns
+        place = column[:, None] * BLOCK_D + d[None, :]
+        key_mean = operand(tl.load(kbar + place, mask=is_column[:, None], other=0.0))
+        value_mean = operand(tl.load(vbar + place, mask=is_column[:, None], other=0.0))
+        log_mass = tl.load(bias + column, mask=is_column, other=float("-inf"))
+        largest, mass, total = _attend(
+            q_rows, key_mean, value_mean, log_mass, largest, mass, total, scale_log2, ORDER == 1
+        )
+
+    key = tl.arange(0, K)
+    first_key = (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS * K * BLOCK_D
+    clustered_k, clustered_v = clustered_k + first_key, clustered_v + first_key
+    num_retrieved = top_k if top_k < columns else columns
+    for entry in range(num_retrieved):
+        cluster = tl.load(selected + query_cluster * top_k + entry)
+        # Given clusters may leave places empty (-1): cluster 0 with no key in it.
+        num_keys = tl.where(cluster < 0, 0, K)
+        cluster = tl.maximum(cluster, 0)
+        if not CAUSAL:
+            num_keys = tl.minimum(num_keys, tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K)
+        keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
+        k = operand(tl.load(clustered_k + keys))
+        v = operand(tl.load(clustered_v + keys))
+        no_key = tl.where(key < num_keys, 0.0, float("-inf"))
+        largest, mass, total = _attend(q_rows, k, v, no_key, largest, mass, total, scale_log2, True)
+
+    tl.store(out_rows, (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + head * num_tokens + token, (largest + tl.log2(mass)) / LOG2E, mask=is_query)
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_row", "first_head", "num_heads", "num_tokens", "capacity", "top_k"])
+def muse_far_backward(
+    q,
+    out,
+    dout,
+    lse,
+    dq,
+    query_order,
+    selected,
+    mu,
+    kbar,
+    vbar,
+    bias,
+    clustered_k,
+    clustered_v,
+    clustered_q,
+    clustered_dout,
+    clustered_lse,
+    clustered_delta,
+    dmass,
+    first_cluster,
+    num_far,
+    offset,
+    length,
+    q_stride_batch,
+    q_stride_head,
+    q_stride_token,
+    dout_stride_batch,
+    dout_stride_head,
+    dout_stride_token,
+    num_rows,
+    first_row,
+    first_head,
+    num_heads,
+    num_tokens,
+    capacity,
+    top_k,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    QUERY_CLUSTERS: tl.constexpr,
+    KEY_CLUSTERS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """One program for each query cluster; adds to its rows of dq, replaces kbar, vbar by their gradients."""
+    a, local_head = tl.program_id(0), tl.program_id(1)
+    row = first_row + a // QUERY_CLUSTERS
+    columns = tl.load(num_far + row)
+    head = (first_head * G + local_head).to(tl.int64)
+    batch, head_of_batch = head // num_heads, head % num_heads
+    query_cluster = (head * num_rows + first_row) * QUERY_CLUSTERS + a
+    token = tl.load(query_order + query_cluster * Q + tl.arange(0, Q)).to(tl.int64)
+    is_query = token >= 0
+    d = tl.arange(0, BLOCK_D)
+    base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
+    base += (a % QUERY_CLUSTERS) * columns
+    if columns == 0:
+        return
+
+    mask = is_query[:, None] & (d < D)[None, :]
+    q_head = q + batch * q_stride_batch + head_of_batch * q_stride_head
+    dout_head = dout + batch * dout_stride_batch + head_of_batch * dout_stride_head
+    token_rows = (head * num_tokens + token)[:, None] * D + d[None, :]
+    q_rows = tl.load(q_head + token[:, None] * q_stride_token + d[None, :], mask=mask, other=0.0)
+    dout_rows = tl.load(dout_head + token[:, None] * dout_stride_token + d[None, :], mask=mask, other=0.0)
+    out_rows = tl.load(out + token_rows, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(dout_rows.to(tl.float32) * out_rows, 1)
+    # An empty place has weight 0 everywhere.
+    lse_rows = tl.load(lse + head * num_tokens + token, mask=is_query, other=float("inf")) * LOG2E
+    local = (local_head.to(tl.int64) * tl.num_programs(0) + a) * Q + tl.arange(0, Q)
+    tl.store(clustered_q + local[:, None] * BLOCK_D + d[None, :], q_rows)
+    tl.store(clustered_dout + local[:, None] * BLOCK_D + d[None, :], dout_rows)
+    tl.store(clustered_lse + local, lse_rows)
+    tl.store(clustered_delta + local, delta)
+    q_rows, dout_rows = operand(q_rows), operand(dout_rows)
+    total = tl.zeros([Q, BLOCK_D], tl.float32)
+
+    scale_log2 = scale * LOG2E
+    kbar, vbar, bias, dmass = kbar + base * BLOCK_D, vbar + base * BLOCK_D, bias + base, dmass + base
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        is_column = column < columns
+        place = column[:, None] * BLOCK_D + d[None, :]
+        key_mean = operand(tl.load(kbar + place, mask=is_column[:, None], other=0.0))
+        value_mean = operand(tl.load(vbar + place, mask=is_column[:, None], other=0.0))
+        log_mass = tl.load(bias + column, mask=is_column, other=float("-inf"))
+        if ORDER == 1:
+            logits = tl.dot(q_rows, tl.trans(key_mean), input_precision="ieee") * scale_log2 + log_mass[None, :]
+        else:
+            logits = tl.zeros([Q, COLUMNS], tl.float32) + log_mass[None, :]
+        weights = tl.exp2(logits - lse_rows[:, None])
+        dweights = tl.dot(dout_rows, tl.trans(value_mean), input_precision="ieee")
+        dlogits = weights * (dweights - delta[:, None])
+        tl.store(dmass + column, tl.sum(dlogits, 0), mask=is_column)
+        dvalue_mean = tl.dot(tl.trans(weights.to(q_rows.dtype)), dout_rows, input_precision="ieee")
+        tl.store(vbar + place, dvalue_mean.to(vbar.dtype.element_ty), mask=is_column[:, None])
+        if ORDER == 1:
+            dlogits = (dlogits * scale).to(q_rows.dtype)
+            total = tl.dot(dlogits, key_mean, total, input_precision="ieee")
+            # Summed as rounded for the product, or mu, larger than q - mu, would not cancel.
+            rounded_sum = tl.sum(dlogits.to(tl.float32), 0)
+            dkey_mean = tl.dot(tl.trans(dlogits), q_rows, input_precision="ieee")
+            # Read here: kept over the loop it would take registers that nothing else leaves free.
+            point = tl.load(mu + query_cluster * D + d, mask=d < D, other=0.0)
+            dkey_mean -= rounded_sum[:, None] * point[None, :]
+        else:
+            dkey_mean = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
+        tl.store(kbar + place, dkey_mean.to(kbar.dtype.element_ty), mask=is_column[:, None])
+
+    key = tl.arange(0, K)
+    first_key = (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS * K * BLOCK_D
+    clustered_k, clustered_v = clustered_k + first_key, clustered_v + first_key
+    num_retrieved = top_k if top_k < columns else columns
+    for entry in range(num_retrieved):
+        cluster = tl.load(selected + query_cluster * top_k + entry)
+        num_keys = tl.where(cluster < 0, 0, K)
+        cluster = tl.maximum(cluster, 0)
+        if not CAUSAL:
+            num_keys = tl.minimum(num_keys, tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K)
+        keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
+        k = operand(tl.load(clustered_k + keys))
+        v = operand(tl.load(clustered_v + keys))
+        logits = tl.dot(q_rows, tl.trans(k), input_precision="ieee") * scale_log2
+        weights = tl.exp2(logits - lse_rows[:, None])
+        weights = tl.where((key < num_keys)[None, :], weights, 0.0)
+        dweights = tl.dot(dout_rows, tl.trans(v), input_precision="ieee")
+        dlogits = (weights * (dweights - delta[:, None]) * scale).to(q_rows.dtype)
+        total = tl.dot(dlogits, k, total, input_precision="ieee")
+
+    near_dq = tl.load(dq + token_rows, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dq + token_rows, (near_dq + total).to(dq.dtype.element_ty), mask=mask)
+
+
+def far_field(
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query_order: Tensor,
+    selected: Tensor,
+    summary: Summaries,
+    clustered_k: Tensor,
+    clustered_v: Tensor,
+    layout: SummaryLayout,
+    rows: slice,
+    heads: slice,
+    options: ResolvedOptions,
+) -> None:
+    """Merge the far field of a group of rows and heads into the near field's `out` and `lse`, in place.
+
+    Args:
+        q: [B, H, N, D]. out: [B, H, N, D] contiguous, dtype of q. lse: float32 [B, H, N], natural log.
+        selected: int32 [B, H, C, chunk / query_cluster, top_k].
+        summary: of these rows and heads, retrieved clusters switched off.
+        clustered_k, clustered_v: [heads, C * chunk, padded D].
+        heads: key-value heads, counted over batch and heads together.
+    """
+    q = rows_contiguous(q)
+    head_dim, num_rows = q.shape[-1], layout.num_far.shape[0]
+    muse_far[((rows.stop - rows.start) * options.query_clusters, summary.kbar.shape[0])](
+        q,
+        out,
+        lse,
+        query_order,
+        selected,
+        *summary,
+        clustered_k,
+        clustered_v,
+        *layout[:4],
+        *q.stride()[:3],
+        num_rows,
+        rows.start,
+        heads.start,
+        q.shape[1],
+        q.shape[2],
+        summary.bias.shape[1],
+        options.top_k,
+        options.softmax_scale * LOG2E.value,
+        G=summary.kbar.shape[0] // (heads.stop - heads.start),
+        D=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+        Q=options.query_cluster,
+        K=options.key_cluster,
+        QUERY_CLUSTERS=options.query_clusters,
+        KEY_CLUSTERS=options.key_clusters,
+        CAUSAL=options.causal,
+        ORDER=options.order,
+        **tile_of("far", q),
+    )
+
+
+def far_field_backward(
+    dout: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    query_order: Tensor,
+    selected: Tensor,
+    mu: Tensor,
+    summary: Summaries,
+    clustered_k: Tensor,
+    clustered_v: Tensor,
+    clustered: ClusteredQueries,
+    dmass: Tensor,
+    layout: SummaryLayout,
+    rows: slice,
+    heads: slice,
+    options: ResolvedOptions,
+) -> None:
+    """Add the far field's dq to `dq` in place; write dkbar and dvbar over the summaries, dA into `dmass`.
+
+    Args:
+        dout, q: [B, H, N, D]. out, dq: the same, contiguous. lse: float32 [B, H, N]. out and lse: merged.
+        clustered: buffers that this fills for `key_gradients`.
+        dmass: float32, shape of `summary.bias`.
+    """
+    q, dout = rows_contiguous(q), rows_contiguous(dout)
+    head_dim, num_rows = q.shape[-1], layout.num_far.shape[0]
+    muse_far_backward[((rows.stop - rows.start) * options.query_clusters, summary.kbar.shape[0])](
+        q,
+        out,
+        dout,
+        lse,
+        dq,
+        query_order,
+        selected,
+        mu,
+        *summary,
+        clustered_k,
+        clustered_v,
+        *clustered,
+        dmass,
+        *layout[:4],
+        *q.stride()[:3],
+        *dout.stride()[:3],
+        num_rows,
+        rows.start,
+        heads.start,
+        q.shape[1],
+        q.shape[2],
+        summary.bias.shape[1],
+        options.top_k,
+        options.softmax_scale,
+        G=summary.kbar.shape[0] // (heads.stop - heads.start),
+        D=head_dim,
+        BLOCK_D=padded_head_dim(head_dim),
+        Q=options.query_cluster,
+        K=options.key_cluster,
+        QUERY_CLUSTERS=options.query_clusters,
+        KEY_CLUSTERS=options.key_clusters,
+        CAUSAL=options.causal,
+        ORDER=options.order,
+        **tile_of("far_backward", q),
+    )

@@ -1,0 +1,397 @@
+"""dk and dv of far keys: one key cluster at a time against all that attends to it, then back to token order.
+
+Retrieved: over the query clusters of its inverted list (`selection.py`), with the merged L and Delta = do . o,
+
+    P = exp(scale q . k_j - L)    dlogit = P (do . v_j - Delta)    dk_j += scale sum_q dlogit q    dv_j += sum_q P do
+
+Summarised: over the query clusters of later chunks, with t_j = dkbar . k_j + dvbar . v_j and p_j as in `summaries.py`,
+
+    g_j = p_j (dA + t_j - sum_i p_i t_i)          dk_j += scale g_j mu_a + p_j dkbar        dv_j += p_j dvbar
+
+A list is cut after ENTRIES_PER_ITEM entries, so that a cluster that everybody retrieves does not keep one program busy
+for all the others: what is left of it goes, in pieces of that length, to programs of their own that write partial
+results, which are added in order. Nothing is atomic.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from muse_kernels.attention.common import LOG2E, operand, padded_head_dim
+from muse_kernels.attention.options import ResolvedOptions
+from muse_kernels.attention.selection import ENTRIES_PER_ITEM, InvertedLists
+from muse_kernels.attention.summaries import Summaries, SummaryLayout, cluster_softmax
+from muse_kernels.attention.tiles import tile_of
+
+
+class ClusteredQueries(NamedTuple):
+    """What keys need to know of queries, in query-cluster order, as `far_field_backward` leaves it."""
+
+    q: Tensor
+    """[query heads, rows * chunk, padded D]"""
+    dout: Tensor
+    """[query heads, rows * chunk, padded D]"""
+    lse: Tensor
+    """float32 [query heads, rows * chunk], base 2; infinite at empty places."""
+    delta: Tensor
+    """float32 [query heads, rows * chunk]: dout . out."""
+
+
+@triton.jit
+def _retrieved(
+    k,
+    v,
+    dk,
+    dv,
+    num_keys,
+    first_entry,
+    end_entry,
+    queries,
+    clustered_q,
+    clustered_dout,
+    clustered_lse,
+    clustered_delta,
+    scale,
+    BLOCK_D: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """dk and dv [K, D] with the queries of some entries of the key cluster's list added."""
+    d = tl.arange(0, BLOCK_D)
+    PARTS: tl.constexpr = Q // QUERIES
+    for step in range(first_entry * PARTS, end_entry * PARTS):
+        query_cluster = tl.load(queries + step // PARTS).to(tl.int64)
+        place = query_cluster * Q + (step % PARTS) * QUERIES + tl.arange(0, QUERIES)
+        rows = place[:, None] * BLOCK_D + d[None, :]
+        q = operand(tl.load(clustered_q + rows))
+        dout = operand(tl.load(clustered_dout + rows))
+        lse = tl.load(clustered_lse + place)
+        delta = tl.load(clustered_delta + place)
+        logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+        weights = tl.exp2(logits - lse[None, :])
+        if not CAUSAL:
+            weights = tl.where((tl.arange(0, K) < num_keys)[:, None], weights, 0.0)
+        dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        dlogits = weights * (dweights - delta[None, :]) * scale
+        dv = tl.dot(weights.to(k.dtype), dout, dv, input_precision="ieee")
+        dk = tl.dot(dlogits.to(k.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["num_key_clusters", "clusters_per_head"])
+def muse_retrieved_partials(
+    clustered_k,
+    clustered_v,
+    clustered_q,
+    clustered_dout,
+    clustered_lse,
+    clustered_delta,
+    queries,
+    list_start,
+    partial_start,
+    partial_owner,
+    length,
+    partial_dk,
+    partial_dv,
+    num_key_clusters,
+    clusters_per_head,
+    scale,
+    BLOCK_D: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    KEY_CLUSTERS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """One program for each piece of a list after the first ENTRIES entries; most have none to do."""
+    partial = tl.program_id(0)
+    owner = tl.load(partial_owner + partial)
+    if owner >= num_key_clusters:
+        return
+    piece = partial - tl.load(partial_start + owner) + 1
+    first_entry = tl.load(list_start + owner) + piece * ENTRIES
+    end_entry = tl.minimum(tl.load(list_start + owner + 1), first_entry + ENTRIES)
+    block = tl.arange(0, K)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    keys = owner.to(tl.int64) * (K * BLOCK_D) + block
+    cluster = owner % clusters_per_head
+    num_keys = tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K
+    dk, dv = _retrieved(
+        operand(tl.load(clustered_k + keys)),
+        operand(tl.load(clustered_v + keys)),
+        tl.zeros([K, BLOCK_D], tl.float32),
+        tl.zeros([K, BLOCK_D], tl.float32),
+        num_keys,
+        first_entry,
+        end_entry,
+        queries,
+        clustered_q,
+        clustered_dout,
+        clustered_lse,
+        clustered_delta,
+        scale,
+        BLOCK_D,
+        Q,
+        K,
+        QUERIES,
+        CAUSAL,
+    )
+    tl.store(partial_dk + partial.to(tl.int64) * (K * BLOCK_D) + block, dk)
+    tl.store(partial_dv + partial.to(tl.int64) * (K * BLOCK_D) + block, dv)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_row",
+        "end_row",
+        "num_rows",
+        "first_head",
+        "num_tokens",
+        "capacity",
+        "is_first",
+        "is_last",
+    ]
+)
+def muse_key_gradients(
+    mu,
+    clustered_k,
+    clustered_v,
+    clustered_q,
+    clustered_dout,
+    clustered_lse,
+    clustered_delta,
+    dkbar,
+    dvbar,
+    dmass,
+    queries,
+    list_start,
+    partial_start,
+    partial_dk,
+    partial_dv,
+    far_dk,
+    far_dv,
+    dk_out,
+    dv_out,
+    key_order,
+    first_cluster,
+    num_far,
+    offset,
+    length,
+    end,
+    first_row,
+    end_row,
+    num_rows,
+    first_head,
+    num_tokens,
+    capacity,
+    is_first,
+    is_last,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    QUERY_CLUSTERS: tl.constexpr,
+    KEY_CLUSTERS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    A: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_RETRIEVED: tl.constexpr,
+):
+    """One program for each key cluster: adds to far_dk, far_dv, and in the last group of rows to dk, dv in place."""
+    cluster, local_kv_head = tl.program_id(0), tl.program_id(1)
+    key_row = cluster // KEY_CLUSTERS
+    num_keys = tl.load(length + key_row) - (cluster % KEY_CLUSTERS) * K
+    if num_keys <= 0:
+        return
+    d = tl.arange(0, BLOCK_D)
+    key = tl.arange(0, K)
+    owner = local_kv_head * num_rows * KEY_CLUSTERS + cluster
+    keys = owner.to(tl.int64) * (K * BLOCK_D) + key[:, None] * BLOCK_D + d[None, :]
+    dk = tl.load(far_dk + keys, mask=is_first == 0, other=0.0)
+    dv = tl.load(far_dv + keys, mask=is_first == 0, other=0.0)
+    k = operand(tl.load(clustered_k + keys))
+    v = operand(tl.load(clustered_v + keys))
+
+    if HAS_RETRIEVED:
+        first_entry, end_entry = tl.load(list_start + owner), tl.load(list_start + owner + 1)
+        dk, dv = _retrieved(
+            k,
+            v,
+            dk,
+            dv,
+            num_keys,
+            first_entry,
+            tl.minimum(end_entry, first_entry + ENTRIES),
+            queries,
+            clustered_q,
+            clustered_dout,
+            clustered_lse,
+            clustered_delta,
+            scale,
+            BLOCK_D,
+            Q,
+            K,
+            QUERIES,
+            CAUSAL,
+        )
+        for partial in range(tl.load(partial_start + owner), tl.load(partial_start + owner + 1)):
+            place = (tl.full([K], partial, tl.int64) * K + key)[:, None] * BLOCK_D + d[None, :]
+            dk += tl.load(partial_dk + place)
+            dv += tl.load(partial_dv + place)
+
+    # Rows of the group that see this cluster: later ones of its document, or any (its own holds zero gradients).
+    seen_from = key_row + 1 if CAUSAL else tl.load(first_cluster + key_row) // KEY_CLUSTERS
+    start = tl.maximum(seen_from, first_row) * QUERY_CLUSTERS
+    stop = tl.minimum(tl.load(end + key_row), end_row) * QUERY_CLUSTERS
+    group_offset = tl.load(offset + first_row)
+    for g in range(G):
+        local_head = local_kv_head * G + g
+        head = (first_head * G + local_head).to(tl.int64)
+        for first_a in range(start, stop, A):
+            a = first_a + tl.arange(0, A)
+            is_query_cluster = a < stop
+            row = tl.where(is_query_cluster, a // QUERY_CLUSTERS, end_row - 1)
+            place = (
+                tl.load(offset + row)
+                - group_offset
+                + (a % QUERY_CLUSTERS) * tl.load(num_far + row)
+                - tl.load(first_cluster + row)
+                + cluster
+                + local_head.to(tl.int64) * capacity
+            )
+            mask = is_query_cluster[:, None]
+            mu_rows = tl.load(
+                mu + (head * num_rows * QUERY_CLUSTERS + a)[:, None] * D + d[None, :],
+                mask=mask & (d < D)[None, :],
+                other=0.0,
+            )
+            mu_rows = operand(mu_rows.to(clustered_k.dtype.element_ty))
+            dkey_mean = operand(tl.load(dkbar + place[:, None] * BLOCK_D + d[None, :], mask=mask, other=0.0))
+            dvalue_mean = operand(tl.load(dvbar + place[:, None] * BLOCK_D + d[None, :], mask=mask, other=0.0))
+            dlog_mass = tl.load(dmass + place, mask=is_query_cluster, other=0.0)
+            weights, _ = cluster_softmax(mu_rows, k, num_keys, scale * LOG2E, K, CAUSAL)
+            t = tl.dot(dkey_mean, tl.trans(k), input_precision="ieee")
+            t = tl.dot(dvalue_mean, tl.trans(v), t, input_precision="ieee")
+            dlogits = weights * (dlog_mass[:, None] + t - tl.sum(weights * t, 1)[:, None]) * scale
+            weights = weights.to(k.dtype)
+            dk = tl.dot(tl.trans(dlogits.to(k.dtype)), mu_rows, dk, input_precision="ieee")
+            dk = tl.dot(tl.trans(weights), dkey_mean, dk, input_precision="ieee")
+            dv = tl.dot(tl.trans(weights), dvalue_mean, dv, input_precision="ieee")
+
+    if is_last == 0:
+        tl.store(far_dk + keys, dk)
+        tl.store(far_dv + keys, dv)
+    else:
+        kv_head = (first_head + local_kv_head).to(tl.int64)
+        token = tl.load(key_order + (kv_head * num_rows * KEY_CLUSTERS + cluster) * K + key).to(tl.int64)
+        mask = (token >= 0)[:, None] & (d < D)[None, :]
+        rows = (kv_head * num_tokens + token)[:, None] * D + d[None, :]
+        dk += tl.load(dk_out + rows, mask=mask, other=0.0).to(tl.float32)
+        dv += tl.load(dv_out + rows, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dk_out + rows, dk.to(dk_out.dtype.element_ty), mask=mask)
+        tl.store(dv_out + rows, dv.to(dv_out.dtype.element_ty), mask=mask)
+
+
+def key_gradients(
+    mu: Tensor,
+    clustered_k: Tensor,
+    clustered_v: Tensor,
+    clustered: ClusteredQueries,
+    gradient: Summaries,
+    lists: InvertedLists | None,
+    far: tuple[Tensor, Tensor] | None,
+    dk: Tensor,
+    dv: Tensor,
+    key_order: Tensor,
+    layout: SummaryLayout,
+    rows: slice,
+    heads: slice,
+    options: ResolvedOptions,
+    *,
+    is_first: bool,
+    is_last: bool,
+) -> None:
+    """Gradients of far keys from the queries of a group of rows, added to dk and dv once the last group is done.
+
+    Args:
+        mu: float32 [B, H, C, chunk / query_cluster, D]. key_order: int32 [B, H_kv, C, chunk].
+        clustered_k, clustered_v: [heads, C * chunk, padded D].
+        gradient: dkbar, dvbar and dA (in place of the bias), as `far_field_backward` leaves them.
+        lists: of this group; None if nothing is retrieved.
+        far: float32 [heads, C * chunk, padded D] each, what groups of rows hand on; None if there is one group.
+        dk, dv: [B, H_kv, N, D], contiguous: the near field's.
+        heads: key-value heads, counted over batch and heads together.
+    """
+    head_dim, num_rows, num_heads = mu.shape[-1], layout.num_far.shape[0], heads.stop - heads.start
+    block_d = padded_head_dim(head_dim)
+    tile = tile_of("key_gradients", clustered_k)
+    tile["QUERIES"] = min(tile["QUERIES"], options.query_cluster)
+    device = clustered_k.device
+    if lists is not None:
+        num_partials = lists.partial_owner.shape[0]
+        shape = (num_partials, options.key_cluster, block_d)
+        partial_dk, partial_dv = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+        if num_partials > 0:
+            muse_retrieved_partials[(num_partials,)](
+                clustered_k,
+                clustered_v,
+                *clustered,
+                *lists,
+                layout.length,
+                partial_dk,
+                partial_dv,
+                lists.start.shape[0] - 1,
+                num_rows * options.key_clusters,
+                options.softmax_scale,
+                BLOCK_D=block_d,
+                Q=options.query_cluster,
+                K=options.key_cluster,
+                KEY_CLUSTERS=options.key_clusters,
+                ENTRIES=ENTRIES_PER_ITEM,
+                CAUSAL=options.causal,
+                **{name: size for name, size in tile.items() if name != "A"},
+            )
+        list_arguments = (lists.queries, lists.start, lists.partial_start, partial_dk, partial_dv)
+    else:
+        list_arguments = (layout.num_far, layout.num_far, layout.num_far, gradient.bias, gradient.bias)
+    muse_key_gradients[(num_rows * options.key_clusters, num_heads)](
+        mu,
+        clustered_k,
+        clustered_v,
+        *clustered,
+        *gradient,
+        *list_arguments,
+        *(far or (gradient.bias, gradient.bias)),
+        dk,
+        dv,
+        key_order,
+        *layout,
+        rows.start,
+        rows.stop,
+        num_rows,
+        heads.start,
+        dk.shape[2],
+        gradient.bias.shape[1],
+        int(is_first),
+        int(is_last),
+        options.softmax_scale,
+        G=gradient.kbar.shape[0] // num_heads,
+        D=head_dim,
+        BLOCK_D=block_d,
+        Q=options.query_cluster,
+        K=options.key_cluster,
+        QUERY_CLUSTERS=options.query_clusters,
+        KEY_CLUSTERS=options.key_clusters,
+        ENTRIES=ENTRIES_PER_ITEM,
+        CAUSAL=options.causal,
+        HAS_RETRIEVED=lists is not None,
+        **tile,
+    )

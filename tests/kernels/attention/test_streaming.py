@@ -1,0 +1,127 @@
+"""The operator by kernels, held to the reference with the same clusters: interpreted on a CPU, compiled on a GPU.
+
+The reference in float64 is exact. What the kernels may miss it by is stated per dtype: they round each intermediate
+tile (weights, summaries) to the dtype that matrix units multiply, where the reference rounds its result alone.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from muse_kernels import muse_attention, muse_clusters
+from tests.assertions import relative_error
+
+SMALL = {"chunk": 64, "query_cluster": 16, "key_cluster": 16, "top_k": 2, "exact_below": 0}
+"""The least that kernels accept, so that a few hundred tokens are several chunks of several clusters."""
+
+CU_SEQLENS = [0, 0, 70, 71, 71, 100, 228, 230, 300, 300]
+"""Empty documents, one of one token, one of exactly two chunks, ragged ones, padding at the end."""
+
+# Relative error in the Frobenius norm, over float64. float32: sums of some hundred terms. float16 and bfloat16: about
+# two roundings of eps / 2, in quadrature, on top of the result's own.
+LIMITS = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+"""The interpreter's bfloat16 truncates instead of rounding (triton issue 11584)."""
+
+
+def name(value: Any) -> str:
+    return " ".join(f"{key}={item}" for key, item in value.items()) or "default"
+
+
+def make_qkv(
+    num_tokens: int,
+    device: torch.device,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    kv_heads: int = 1,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of a spread of about 2, so that some clusters matter and others do not."""
+    shapes = [(batch, n, num_tokens, head_dim) for n in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(shape) for shape in shapes)
+    return (2 * q).to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def results(
+    qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, lse, dq, dk, dv."""
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out, lse = muse_attention(*leaves, return_lse=True, **options)
+    return out.detach(), lse, *torch.autograd.grad(out, leaves, dout)  # type: ignore[return-value]
+
+
+def assert_kernels_agree(qkv: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor | None = None, **options: Any) -> None:
+    """Clusters are the reference's, chosen in the inputs' dtype, for both."""
+    options = {**SMALL, **options, "cu_seqlens": cu_seqlens}
+    clusters = muse_clusters(*qkv[:2], implementation="reference", **options)
+    dout = torch.randn_like(qkv[0])
+    wide = clusters._replace(mu=clusters.mu.double())
+    expected = results(
+        tuple(x.double() for x in qkv),  # type: ignore[arg-type]
+        dout.double(),
+        clusters=wide,
+        implementation="reference",
+        **options,
+    )
+    actual = results(qkv, dout, clusters=clusters, implementation="triton", **options)
+    limit = LIMITS[qkv[0].dtype]
+    errors = {
+        label: relative_error(found, wanted)
+        for label, found, wanted in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True)
+    }
+    assert all(error <= limit for error in errors.values()), f"{errors}, accepted up to {limit}"
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"causal": False},
+    {"order": 0},
+    {"order": 0, "causal": False},
+    {"top_k": 0},
+    {"top_k": 1000},
+    {"top_k": 5, "causal": False},
+    {"expansion": "zero"},
+    {"query_cluster": 32, "key_cluster": 64},
+    {"query_cluster": 64, "key_cluster": 32, "top_k": 3},
+    {"query_clustering": "spatial", "key_clustering": "spatial"},
+    {"softmax_scale": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name)
+def test_forward_and_gradients(options: dict[str, Any], device: torch.device) -> None:
+    assert_kernels_agree(make_qkv(200, device), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"order": 0, "causal": False}], ids=name)
+def test_dtypes(options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    assert_kernels_agree(make_qkv(200, device, dtype=dtype, head_dim=32), **options)
+
+
+@pytest.mark.parametrize("num_tokens", [65, 64, 128, 129, 191])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_lengths(causal: bool, num_tokens: int, device: torch.device) -> None:
+    assert_kernels_agree(make_qkv(num_tokens, device), causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 96, 128, 256])
+def test_head_dims(head_dim: int, device: torch.device) -> None:
+    assert_kernels_agree(make_qkv(140, device, head_dim=head_dim, heads=1))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (4, 2), (8, 1)])
+def test_grouped_heads_and_batch(heads: int, kv_heads: int, device: torch.device) -> None:
+    assert_kernels_agree(make_qkv(140, device, batch=2, heads=heads, kv_heads=kv_heads))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"exact_below": 64}, {"exact_below": 80}], ids=name)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_documents(kv_heads: int, options: dict[str, Any], device: torch.device) -> None:
+    cu_seqlens = torch.tensor(CU_SEQLENS, dtype=torch.int32, device=device)
+    assert_kernels_agree(make_qkv(300, device, kv_heads=kv_heads), cu_seqlens, **options)
