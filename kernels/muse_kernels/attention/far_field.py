@@ -239,7 +239,7 @@ def muse_far_backward(
             rounded_sum = tl.sum(dlogits.to(tl.float32), 0)
             dkey_mean = tl.dot(tl.trans(dlogits), q_rows, input_precision="ieee")
             # Read here: kept over the loop it would take registers that nothing else leaves free.
-            point = tl.load(mu + query_cluster * D + d, mask=d < D, other=0.0)
+            point = tl.load(mu + query_cluster * D + d, mask=d < D, other=0.0).to(tl.float32)
             dkey_mean -= rounded_sum[:, None] * point[None, :]
         else:
             dkey_mean = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
@@ -349,6 +349,7 @@ def far_field_backward(
 
     Args:
         dout, q: [B, H, N, D]. out, dq: the same, contiguous. lse: float32 [B, H, N]. out and lse: merged.
+        mu: dtype of q [B, H, C, chunk / query_cluster, D].
         clustered: buffers that this fills for `key_gradients`.
         dmass: float32, shape of `summary.bias`.
     """

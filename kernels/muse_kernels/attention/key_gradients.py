@@ -201,6 +201,7 @@ def muse_key_gradients(
     KEY_CLUSTERS: tl.constexpr,
     QUERIES: tl.constexpr,
     A: tl.constexpr,
+    SUMMARY_STAGES: tl.constexpr,
     ENTRIES: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_RETRIEVED: tl.constexpr,
@@ -255,7 +256,7 @@ def muse_key_gradients(
     for g in range(G):
         local_head = local_kv_head * G + g
         head = (first_head * G + local_head).to(tl.int64)
-        for first_a in range(start, stop, A):
+        for first_a in tl.range(start, stop, A, num_stages=SUMMARY_STAGES):
             a = first_a + tl.arange(0, A)
             is_query_cluster = a < stop
             row = tl.where(is_query_cluster, a // QUERY_CLUSTERS, end_row - 1)
@@ -268,16 +269,12 @@ def muse_key_gradients(
                 + local_head.to(tl.int64) * capacity
             )
             mask = is_query_cluster[:, None]
-            mu_rows = tl.load(
-                mu + (head * num_rows * QUERY_CLUSTERS + a)[:, None] * D + d[None, :],
-                mask=mask & (d < D)[None, :],
-                other=0.0,
-            )
-            mu_rows = operand(mu_rows.to(clustered_k.dtype.element_ty))
+            mu_rows = mu + (head * num_rows * QUERY_CLUSTERS + a)[:, None] * D + d[None, :]
+            mu_rows = operand(tl.load(mu_rows, mask=mask & (d < D)[None, :], other=0.0))
             dkey_mean = operand(tl.load(dkbar + place[:, None] * BLOCK_D + d[None, :], mask=mask, other=0.0))
             dvalue_mean = operand(tl.load(dvbar + place[:, None] * BLOCK_D + d[None, :], mask=mask, other=0.0))
             dlog_mass = tl.load(dmass + place, mask=is_query_cluster, other=0.0)
-            weights, _ = cluster_softmax(mu_rows, k, num_keys, scale * LOG2E, K, CAUSAL)
+            weights, _, _ = cluster_softmax(mu_rows, k, num_keys, scale * LOG2E, K, CAUSAL)
             t = tl.dot(dkey_mean, tl.trans(k), input_precision="ieee")
             t = tl.dot(dvalue_mean, tl.trans(v), t, input_precision="ieee")
             dlogits = weights * (dlog_mass[:, None] + t - tl.sum(weights * t, 1)[:, None]) * scale
@@ -322,7 +319,7 @@ def key_gradients(
     """Gradients of far keys from the queries of a group of rows, added to dk and dv once the last group is done.
 
     Args:
-        mu: float32 [B, H, C, chunk / query_cluster, D]. key_order: int32 [B, H_kv, C, chunk].
+        mu: dtype of k [B, H, C, chunk / query_cluster, D]. key_order: int32 [B, H_kv, C, chunk].
         clustered_k, clustered_v: [heads, C * chunk, padded D].
         gradient: dkbar, dvbar and dA (in place of the bias), as `far_field_backward` leaves them.
         lists: of this group; None if nothing is retrieved.
@@ -357,7 +354,7 @@ def key_gradients(
                 KEY_CLUSTERS=options.key_clusters,
                 ENTRIES=ENTRIES_PER_ITEM,
                 CAUSAL=options.causal,
-                **{name: size for name, size in tile.items() if name != "A"},
+                **{name: size for name, size in tile.items() if name not in ("A", "SUMMARY_STAGES")},
             )
         list_arguments = (lists.queries, lists.start, lists.partial_start, partial_dk, partial_dv)
     else:

@@ -88,7 +88,7 @@ def muse_scores(
         point = tl.sum(q_rows.to(tl.float32), 0) / num_queries
         if ORDER == 0:
             mu_rows = mu + ((head * num_rows + first_row) * QUERY_CLUSTERS + a) * D + d
-            point -= tl.load(mu_rows, mask=d < D, other=0.0)
+            point -= tl.load(mu_rows, mask=d < D, other=0.0).to(tl.float32)
         for first in range(0, columns, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             is_column = column < columns

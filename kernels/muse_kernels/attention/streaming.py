@@ -168,18 +168,19 @@ def attention_forward(
     out, lse = near_field(q, k, v, cu_seqlens, table, options)
     clusters = given if given is not None else make_clusters(q, k, row_count, table, options)
     workspace = Workspace(q, k, row_count, options, backward=False)
+    mu = clusters.mu.to(q.dtype)
     for group in workspace.groups():
         rows, heads = group.rows, group.heads
         if group.is_first:
             clustered_k, clustered_v, log_spread = _keys(workspace, group, k, v, clusters)
-        summary = _summaries(workspace, group, clusters, clustered_k, clustered_v, layout)
+        summary = _summaries(workspace, group, mu, clustered_k, clustered_v, layout)
         if given is None and options.top_k > 0:
             scores = torch.empty_like(summary.bias)
             select_clusters(
                 q,
                 lse,
                 clusters.query_order,
-                clusters.mu,
+                mu,
                 summary,
                 log_spread,
                 scores,
@@ -223,12 +224,13 @@ def attention_backward(
     row_count = table.start.shape[0]
     dq, dk, dv = near_field_backward(dout, q, k, v, out, lse, cu_seqlens, table, options)
     workspace = Workspace(q, k, row_count, options, backward=True)
+    mu = clusters.mu.to(q.dtype)
     for group in workspace.groups():
         rows, heads = group.rows, group.heads
         if group.is_first:
             clustered_k, clustered_v, _ = _keys(workspace, group, k, v, clusters)
             far = None if group.is_last else workspace.key_sums(group)
-        summary = _summaries(workspace, group, clusters, clustered_k, clustered_v, layout)
+        summary = _summaries(workspace, group, mu, clustered_k, clustered_v, layout)
         switch_off_retrieved(summary, clusters.selected, layout, rows, heads, options)
         clustered, dmass = workspace.queries(group), torch.empty_like(summary.bias)
         far_field_backward(
@@ -239,7 +241,7 @@ def attention_backward(
             dq,
             clusters.query_order,
             clusters.selected,
-            clusters.mu,
+            mu,
             summary,
             clustered_k,
             clustered_v,
@@ -255,7 +257,7 @@ def attention_backward(
             selected = _group_of(clusters.selected, workspace, group)
             lists = inverted_lists(selected, row_count * options.key_clusters)
         key_gradients(
-            clusters.mu,
+            mu,
             clustered_k,
             clustered_v,
             clustered,
@@ -312,13 +314,13 @@ def _keys(
 def _summaries(
     workspace: Workspace,
     group: Group,
-    clusters: MuseClusters,
+    mu: Tensor,
     clustered_k: Tensor,
     clustered_v: Tensor,
     layout: SummaryLayout,
 ) -> Summaries:
     summary = workspace.summaries(group)
-    summaries(clusters.mu, clustered_k, clustered_v, summary, layout, group.rows, group.heads, workspace.options)
+    summaries(mu, clustered_k, clustered_v, summary, layout, group.rows, group.heads, workspace.options)
     return summary
 
 

@@ -4,7 +4,8 @@
     kbar_ab = sum_j p_j k_j                         vbar_ab = sum_j p_j v_j
     bias_ab = A_ab - scale mu_a . kbar_ab           so that logit_ab(q) = scale q . kbar_ab + bias_ab
 
-with kbar as stored, rounded; order 0: bias_ab = A_ab, the whole logit. The bias of what a may not see is -inf.
+with mu . kbar_ab = sum_j p_j (mu . k_j), for p as rounded for the products; order 0: bias_ab = A_ab, the whole logit.
+The bias of what a may not see is -inf.
 The kernel holds the matrix of one key cluster against a tile of query clusters, however many chunks it spans. The way
 back to the keys is in `key_gradients.py`.
 """
@@ -74,7 +75,7 @@ class Summaries(NamedTuple):
 
 @triton.jit
 def cluster_softmax(mu, k, num_keys, scale_log2, K: tl.constexpr, CAUSAL: tl.constexpr):
-    """Weights p [A, K] and log-mass [A], base 2, of one key cluster; only a causal far chunk is sure to be full."""
+    """Weights p [A, K], log-mass [A] and logits [A, K], base 2. Only the key clusters of a causal far chunk are full."""
     logits = tl.dot(mu, tl.trans(k), input_precision="ieee") * scale_log2
     if not CAUSAL:
         logits = tl.where((tl.arange(0, K) < num_keys)[None, :], logits, float("-inf"))
@@ -82,7 +83,7 @@ def cluster_softmax(mu, k, num_keys, scale_log2, K: tl.constexpr, CAUSAL: tl.con
     weights = tl.exp2(logits - largest[:, None])
     mass = tl.sum(weights, 1)
     weights = weights / tl.where(mass > 0.0, mass, 1.0)[:, None]
-    return weights, largest + tl.log2(mass)
+    return weights, largest + tl.log2(mass), logits
 
 
 @triton.jit(do_not_specialize=["first_row", "end_row", "num_rows", "first_head", "capacity"])
@@ -129,12 +130,13 @@ def muse_summaries(
 
     d = tl.arange(0, BLOCK_D)
     head = (first_head * G + local_head).to(tl.int64)
-    mu_rows = tl.load(
-        mu + (head * num_rows * QUERY_CLUSTERS + a)[:, None] * D + d[None, :],
-        mask=is_query_cluster[:, None] & (d < D)[None, :],
-        other=0.0,
+    mu_rows = operand(
+        tl.load(
+            mu + (head * num_rows * QUERY_CLUSTERS + a)[:, None] * D + d[None, :],
+            mask=is_query_cluster[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
     )
-    mu_operand = operand(mu_rows.to(clustered_k.dtype.element_ty))
     first_key = (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS * K * BLOCK_D
     clustered_k, clustered_v = clustered_k + first_key, clustered_v + first_key
     summaries = local_head.to(tl.int64) * capacity + base
@@ -143,12 +145,13 @@ def muse_summaries(
         k = operand(tl.load(clustered_k + keys))
         v = operand(tl.load(clustered_v + keys))
         num_keys = tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K
-        weights, log_mass = cluster_softmax(mu_operand, k, num_keys, scale_log2, K, CAUSAL)
+        weights, log_mass, logits = cluster_softmax(mu_rows, k, num_keys, scale_log2, K, CAUSAL)
         weights = weights.to(k.dtype)
         key_mean = tl.dot(weights, k, input_precision="ieee").to(kbar.dtype.element_ty)
         value_mean = tl.dot(weights, v, input_precision="ieee").to(vbar.dtype.element_ty)
         if ORDER == 1:
-            log_mass -= tl.sum(mu_rows * key_mean.to(tl.float32), 1) * scale_log2
+            at_mu = weights.to(tl.float32) * logits  # sums to scale mu . kbar
+            log_mass -= tl.sum(at_mu if CAUSAL else tl.where(weights > 0.0, at_mu, 0.0), 1)
         if not CAUSAL:
             is_far = (cluster // KEY_CLUSTERS != row) & (num_keys > 0)
             log_mass = tl.where(is_far, log_mass, float("-inf"))
@@ -172,7 +175,7 @@ def summaries(
     """Write the summaries that a group of rows and key-value heads needs.
 
     Args:
-        mu: float32 [B, H, C, chunk / query_cluster, D], not scaled.
+        mu: [B, H, C, chunk / query_cluster, D], dtype of k, not scaled.
         clustered_k, clustered_v: [heads, C * chunk, padded D], of these key-value heads alone.
         summary: buffers of at least the capacity that `summaries_per_row` gives for these rows.
         heads: key-value heads, counted over batch and heads together.

@@ -11,7 +11,7 @@ _TILES: dict[str, dict[str, int]] = {
     "select": {"BLOCK": 512, "num_warps": 2},
     "far": {"COLUMNS": 64, "num_warps": 4, "num_stages": 2},
     "far_backward": {"COLUMNS": 64, "num_warps": 8, "num_stages": 3},
-    "key_gradients": {"QUERIES": 64, "A": 64, "num_warps": 4, "num_stages": 2},
+    "key_gradients": {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 4, "num_stages": 2},
 }
 
 
