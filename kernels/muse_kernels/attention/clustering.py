@@ -7,8 +7,8 @@ One launch per level, one program per node, a run of n members that has to be sp
     first half = the n / 2 members with the smallest u . x_i; of equal ones the earlier token goes first
 
 Members stay in ascending token order in either half, so that a split is a stable partition and needs no sort: the
-median is found bit by bit in an integer that orders as the projection does. A pass over the members gathers C, a
-second one the projections; both read x by token index, and a node that fits into one tile is read once.
+median is found in an integer that orders as the projection does. A pass over the members gathers C, a second one the
+projections; both read x by token index.
 
 Shape letters: B batch, H heads, N tokens, C rows of the chunk table, D head size.
 """
@@ -30,6 +30,8 @@ NUM_PRODUCTS = tl.constexpr(POWER_ITERATIONS)
 LEAST_KEY = tl.constexpr(-(2**31))
 GREATEST_KEY = tl.constexpr(2**31 - 1)
 TINY = tl.constexpr(1e-37)
+MOST_COMPARED = tl.constexpr(128)
+"""Members of so many are compared all with all: less time than a search with a barrier for each bit."""
 
 
 @triton.jit
@@ -48,47 +50,50 @@ def _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL: tl.constexpr):
 
 
 @triton.jit
-def _scaled(direction):
-    """To a largest element of 1: without squares, which could overflow."""
-    return direction / tl.maximum(tl.max(tl.abs(direction)), TINY)
+def _largest(direction):
+    return tl.maximum(tl.max(tl.abs(direction)), TINY)
 
 
 @triton.jit
 def _main_direction(gram, total, count, BLOCK_D: tl.constexpr):
     """Direction of greatest variance, from the sums over the members of x x^T and of x.
 
-    The covariance is symmetric: products alternate between its two axes, so that each leaves the direction in the
-    layout in which the next one needs it.
+    Scaled by largest elements: squares could overflow, and work on the whole covariance costs most here.
     """
     mean = total / count
-    covariance = gram - total[:, None] * mean[None, :]  # times the number of members
-    direction = tl.sum(covariance * _scaled(mean)[None, :], axis=1)
+    covariance = gram - total[:, None] * mean[None, :]  # [BLOCK_D, BLOCK_D], times the number of members
+    direction = tl.sum(covariance * (mean / _largest(mean))[None, :], axis=1)
     if tl.max(tl.abs(direction)) == 0:
         i = tl.arange(0, BLOCK_D)
         variance = tl.sum(tl.where(i[:, None] == i[None, :], covariance, 0.0), axis=0)
         widest = i == tl.argmax(variance, axis=0)
         direction = tl.sum(tl.where(widest[None, :], covariance, 0.0), axis=1)
+    scale = 1 / _largest(direction)
+    direction *= scale
     for product in tl.static_range(NUM_PRODUCTS):
-        direction = _scaled(direction)
-        if product % 2 == 0:
-            direction = tl.sum(covariance * direction[:, None], axis=0)
-        else:
-            direction = tl.sum(covariance * direction[None, :], axis=1)
-    return _scaled(direction)
+        direction = tl.sum(covariance * direction[None, :], axis=1) * scale
+        if product % 2 == 1:
+            direction /= _largest(direction)
+    return direction
 
 
 @triton.jit
-def _goes_first(projection, is_member, HALF: tl.constexpr):
-    """Whether a member is one of the HALF smallest, of equal ones the earlier. NaN counts as 0."""
+def _goes_first(projection, is_member, SIZE: tl.constexpr):
+    """Whether a member is in the half with the smallest projections, of equal ones the earlier. NaN counts as 0."""
+    HALF: tl.constexpr = SIZE // 2
     projection = tl.where((projection == projection) & (projection != 0), projection, 0.0)  # no -0.0 either
     bits = projection.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ GREATEST_KEY, bits)
     key = tl.where(is_member, key, GREATEST_KEY)
-    # The largest key that has fewer than HALF keys below it, from the sign down to the last bit.
-    threshold = tl.where(tl.sum((key < 0).to(tl.int32)) < HALF, 0, LEAST_KEY)
-    for bit in range(31):
-        candidate = threshold + (1 << (30 - bit))
-        threshold = tl.where(tl.sum((key < candidate).to(tl.int32)) < HALF, candidate, threshold)
+    # The largest key that has fewer than HALF keys below it.
+    if SIZE <= MOST_COMPARED:
+        num_below = tl.sum((key[:, None] < key[None, :]).to(tl.int32), axis=0)
+        threshold = tl.max(tl.where(num_below < HALF, key, LEAST_KEY))
+    else:  # from the sign down to the last bit
+        threshold = tl.where(tl.sum((key < 0).to(tl.int32)) < HALF, 0, LEAST_KEY)
+        for bit in range(31):
+            candidate = threshold + (1 << (30 - bit))
+            threshold = tl.where(tl.sum((key < candidate).to(tl.int32)) < HALF, candidate, threshold)
     is_below = key < threshold
     is_equal = key == threshold
     missing = HALF - tl.sum(is_below.to(tl.int32))
@@ -127,31 +132,24 @@ def muse_cluster_split(
     projection_ptr += node * SIZE
     places = tl.arange(0, SIZE)
     if count > HALF:
-        if SIZE == TILE:
-            tokens = _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL)
-            x = _member_rows(x_ptr, tokens, places < count, stride_xn, HEAD_DIM, BLOCK_D)  # [TILE, BLOCK_D]
-            gram = tl.dot(tl.trans(x), x, input_precision="ieee")  # [BLOCK_D, BLOCK_D]
-            direction = _main_direction(gram, tl.sum(x.to(tl.float32), axis=0), count, BLOCK_D)
-            projection = tl.sum(x.to(tl.float32) * direction[None, :], axis=1)
-        else:
-            gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-            total = tl.zeros([BLOCK_D], tl.float32)
-            for first in range(0, count, TILE):
-                some = first + tl.arange(0, TILE)
-                tokens = _node_tokens(order_ptr, start, some, count, IS_FIRST_LEVEL)
-                x = _member_rows(x_ptr, tokens, some < count, stride_xn, HEAD_DIM, BLOCK_D)
-                gram = tl.dot(tl.trans(x), x, gram, input_precision="ieee")
-                total += tl.sum(x.to(tl.float32), axis=0)
-            direction = _main_direction(gram, total, count, BLOCK_D)
-            for first in range(0, count, TILE):
-                some = first + tl.arange(0, TILE)
-                tokens = _node_tokens(order_ptr, start, some, count, IS_FIRST_LEVEL)
-                x = _member_rows(x_ptr, tokens, some < count, stride_xn, HEAD_DIM, BLOCK_D)
-                tl.store(projection_ptr + some, tl.sum(x.to(tl.float32) * direction[None, :], axis=1))
-            tl.debug_barrier()
-            projection = tl.load(projection_ptr + places, mask=places < count, other=0.0)
-            tokens = _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL)
-        goes_first = _goes_first(projection, places < count, HALF)
+        gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+        total = tl.zeros([BLOCK_D], tl.float32)
+        for first in range(0, count, TILE):
+            some = first + tl.arange(0, TILE)
+            tokens = _node_tokens(order_ptr, start, some, count, IS_FIRST_LEVEL)
+            x = _member_rows(x_ptr, tokens, some < count, stride_xn, HEAD_DIM, BLOCK_D)  # [TILE, BLOCK_D]
+            gram = tl.dot(tl.trans(x), x, gram, input_precision="ieee")
+            total += tl.sum(x.to(tl.float32), axis=0)
+        direction = _main_direction(gram, total, count, BLOCK_D)
+        for first in range(0, count, TILE):
+            some = first + tl.arange(0, TILE)
+            tokens = _node_tokens(order_ptr, start, some, count, IS_FIRST_LEVEL)
+            x = _member_rows(x_ptr, tokens, some < count, stride_xn, HEAD_DIM, BLOCK_D)
+            tl.store(projection_ptr + some, tl.sum(x.to(tl.float32) * direction[None, :], axis=1))
+        tl.debug_barrier()
+        projection = tl.load(projection_ptr + places, mask=places < count, other=0.0)
+        tokens = _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL)
+        goes_first = _goes_first(projection, places < count, SIZE)
         rank = tl.cumsum(goes_first.to(tl.int32), axis=0)
         place = tl.where(goes_first, rank - 1, HALF + places - rank)
         # Every token is loaded before one is stored.
@@ -192,9 +190,9 @@ def muse_cluster_means(
 
 
 def _tile(size: int, x: Tensor) -> int:
-    """Rows of a tile: as many as registers hold beside the covariance."""
-    elements = 2**14 if x.element_size() == 2 else 2**12
-    return min(size, max(16, elements // padded_head_dim(x.shape[-1])))
+    """Rows of a tile, from what an H100 was fastest with; fewer where the covariance leaves no registers for more."""
+    most = 128 if x.element_size() == 2 else 2**12 // padded_head_dim(x.shape[-1])
+    return max(16, min(size // 2, most))
 
 
 def spatial_order(x: Tensor, table: ChunkTable, chunk: int) -> Tensor:
