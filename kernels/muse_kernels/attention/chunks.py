@@ -34,8 +34,10 @@ def num_rows(num_tokens: int, num_documents: int | None, options: ResolvedOption
 
 
 def document_bounds(num_tokens: int, cu_seqlens: Tensor) -> Tensor:
-    """`cu_seqlens` within 0 and the number of tokens and non-decreasing, whatever its values are."""
-    return cu_seqlens.clamp(0, num_tokens).cummax(0).values
+    """`cu_seqlens`, rising from 0 to the number of tokens whatever its values are: every token has one document."""
+    bounds = cu_seqlens.clamp(0, num_tokens).cummax(0).values
+    bounds[0], bounds[-1] = 0, num_tokens
+    return bounds
 
 
 def chunk_table(
