@@ -27,13 +27,15 @@ class Muse(AttentionStrategy):
         key_cluster: tokens per key cluster; smaller is more exact and dearer.
         top_k: key clusters that each query cluster attends exactly. The cost of doubling it is that of `top_k` keys.
         order: 1 (dipole) or 0 (monopole) expansion of a far cluster's log-mass.
-        selection: rank clusters by the "query_mass" of all queries or by the mass at the "centroid" alone.
+        candidates: key clusters that selection by "peak_mass" looks at key by key.
+        selection: rank clusters by the "peak_mass" of their largest keys, by the "query_mass" of their summaries, or by
+            the mass at the "centroid" alone.
         expansion: expand around the query cluster's "centroid" or around "zero" (plain means).
         query_clustering: "semantic" or "spatial" (contiguous runs).
         key_clustering: "semantic" or "spatial" (contiguous runs).
         exact_below: documents of at most so many tokens are attended exactly; null is 4 * chunk.
         workspace_mib: bound on intermediate results, MiB.
-        implementation: "auto" or "reference" (plain PyTorch).
+        implementation: "triton" (kernels), "reference" (plain PyTorch), or "auto": kernels wherever they can be used.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class Muse(AttentionStrategy):
         chunk: int = 2048,
         query_cluster: int = 128,
         key_cluster: int = 64,
-        top_k: int = 16,
+        top_k: int = 12,
+        candidates: int = 32,
         order: int = 1,
-        selection: Selection = "query_mass",
+        selection: Selection = "peak_mass",
         expansion: Expansion = "centroid",
         query_clustering: Clustering = "semantic",
         key_clustering: Clustering = "semantic",
@@ -58,6 +61,7 @@ class Muse(AttentionStrategy):
             "query_cluster": query_cluster,
             "key_cluster": key_cluster,
             "top_k": top_k,
+            "candidates": candidates,
             "order": order,
             "selection": selection,
             "expansion": expansion,

@@ -34,6 +34,7 @@ class SpatialBlocks(Muse):
             query_cluster=query_cluster,
             key_cluster=key_cluster,
             top_k=top_k,
+            selection="query_mass",
             expansion="zero",
             query_clustering="spatial",
             key_clustering="spatial",

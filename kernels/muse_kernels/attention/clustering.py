@@ -66,7 +66,8 @@ def _main_direction(gram, total, count, BLOCK_D: tl.constexpr):
     if tl.max(tl.abs(direction)) == 0:
         i = tl.arange(0, BLOCK_D)
         variance = tl.sum(tl.where(i[:, None] == i[None, :], covariance, 0.0), axis=0)
-        widest = i == tl.argmax(variance, axis=0)
+        # Not argmax: for sm_100, Triton 3.6 and 3.7 fail on a reduction over a named axis of what a reduction gave.
+        widest = i == tl.min(tl.where(variance == tl.max(variance), i, BLOCK_D))
         direction = tl.sum(tl.where(widest[None, :], covariance, 0.0), axis=1)
     scale = 1 / _largest(direction)
     direction *= scale
@@ -164,6 +165,7 @@ def muse_cluster_means(
     x_ptr,
     order_ptr,
     mean_ptr,
+    mean_square_ptr,
     stride_xb,
     stride_xh,
     stride_xn,
@@ -174,19 +176,22 @@ def muse_cluster_means(
     CLUSTER: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Mean of each cluster's members, one program each: order [B, H, clusters, CLUSTER] -> mean [B, H, clusters, D]."""
+    """Mean of each cluster's members and of their |x|^2, one program each: order [B, H, clusters, CLUSTER]."""
     cluster = tl.program_id(0).to(tl.int64)
     head = cluster // clusters_per_head
     x_ptr += head // num_heads * stride_xb + head % num_heads * stride_xh
     total = tl.zeros([BLOCK_D], tl.float32)
+    square = tl.zeros([BLOCK_D], tl.float32)
     count = 0
     for first in range(0, CLUSTER, TILE):
         tokens = tl.load(order_ptr + cluster * CLUSTER + first + tl.arange(0, TILE))
         x = _member_rows(x_ptr, tokens, tokens >= 0, stride_xn, HEAD_DIM, BLOCK_D)  # [TILE, BLOCK_D]
         total += tl.sum(x.to(tl.float32), axis=0)
+        square += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=0)
         count += tl.sum((tokens >= 0).to(tl.int32))
     d = tl.arange(0, BLOCK_D)
     tl.store(mean_ptr + cluster * HEAD_DIM + d, total / tl.maximum(count, 1), mask=d < HEAD_DIM)
+    tl.store(mean_square_ptr + cluster, tl.sum(square) / tl.maximum(count, 1))
 
 
 def _tile(size: int, x: Tensor) -> int:
@@ -249,17 +254,21 @@ def cluster_order(x: Tensor, table: ChunkTable, chunk: int, cluster: int, cluste
     return bisection_order(x, table, chunk, cluster) if clustering == "semantic" else spatial_order(x, table, chunk)
 
 
-def cluster_means(x: Tensor, order: Tensor, cluster: int) -> Tensor:
-    """Mean of each cluster's members, 0 for an empty one: float32 [B, H, C, chunk / cluster, D], rounded as x is."""
+def cluster_means(x: Tensor, order: Tensor, cluster: int) -> tuple[Tensor, Tensor]:
+    """Mean of each cluster's members, float32 [B, H, C, chunk / cluster, D], rounded as x is, and mean of their |x|^2,
+    float32 [B, H, C, chunk / cluster]; 0 for an empty cluster.
+    """
     x = rows_contiguous(x)
     batch, heads, _, head_dim = x.shape
     num_rows, chunk = order.shape[2:]
     mean = torch.empty(batch, heads, num_rows, chunk // cluster, head_dim, dtype=torch.float32, device=x.device)
+    mean_square = torch.empty(mean.shape[:-1], dtype=torch.float32, device=x.device)
     if mean.numel() > 0:
         muse_cluster_means[(order.numel() // cluster,)](
             x_ptr=x,
             order_ptr=order,
             mean_ptr=mean,
+            mean_square_ptr=mean_square,
             stride_xb=x.stride(0),
             stride_xh=x.stride(1),
             stride_xn=x.stride(2),
@@ -271,4 +280,4 @@ def cluster_means(x: Tensor, order: Tensor, cluster: int) -> Tensor:
             TILE=_tile(cluster, x),
             num_warps=4,
         )
-    return mean.to(x.dtype).float()
+    return mean.to(x.dtype).float(), mean_square

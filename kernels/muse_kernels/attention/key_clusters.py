@@ -20,7 +20,7 @@ def muse_gather(
     order,
     clustered_k,
     clustered_v,
-    log_spread,
+    spread,
     k_stride_batch,
     k_stride_head,
     k_stride_token,
@@ -60,9 +60,7 @@ def muse_gather(
     count = tl.maximum(tl.sum(is_key.to(tl.float32)), 1.0)
     wide = k_rows.to(tl.float32)
     centred = tl.where(mask, wide - (tl.sum(wide, 0) / count)[None, :], 0.0)
-    spread = tl.sum(tl.sum(centred * centred, 1)) / count
-    # The smallest normal number: a spread of 0 ranks last, but still before a cluster out of sight.
-    tl.store(log_spread + local_head * num_clusters + cluster, tl.log2(tl.maximum(spread, 1.1754944e-38)))
+    tl.store(spread + local_head * num_clusters + cluster, tl.sum(tl.sum(centred * centred, 1)) / count)
 
 
 def gather_keys(
@@ -74,14 +72,14 @@ def gather_keys(
     key_cluster: int,
     clustered_k: Tensor,
     clustered_v: Tensor,
-    log_spread: Tensor,
+    spread: Tensor,
 ) -> None:
     """Write clusters of some key-value heads, counted over batch and heads together, into the given buffers.
 
     Args:
         k, v: [B, H_kv, N, D]. key_order: int32 [B, H_kv, C, chunk].
         clustered_k, clustered_v: [heads, C * chunk, padded D], dtype of k.
-        log_spread: float32 [heads, C * chunk / key_cluster], base 2.
+        spread: float32 [heads, C * chunk / key_cluster].
     """
     k, v = rows_contiguous(k), rows_contiguous(v)
     head_dim, num_kv_heads = k.shape[-1], k.shape[1]
@@ -92,7 +90,7 @@ def gather_keys(
         key_order,
         clustered_k,
         clustered_v,
-        log_spread,
+        spread,
         *k.stride()[:3],
         *v.stride()[:3],
         num_clusters,

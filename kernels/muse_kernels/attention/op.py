@@ -45,9 +45,10 @@ def muse_attention(
     chunk: int = 2048,
     query_cluster: int = 128,
     key_cluster: int = 64,
-    top_k: int = 16,
+    top_k: int = 12,
+    candidates: int = 32,
     order: int = 1,
-    selection: Selection = "query_mass",
+    selection: Selection = "peak_mass",
     expansion: Expansion = "centroid",
     query_clustering: Clustering = "semantic",
     key_clustering: Clustering = "semantic",
@@ -70,7 +71,9 @@ def muse_attention(
         query_cluster, key_cluster: tokens per cluster; chunk divided by either is a power of two.
         top_k: key clusters that every query cluster attends exactly; more than there are means all.
         order: 1 expands a far cluster's log-mass to first order around the query cluster, 0 keeps the constant.
-        selection: how the top_k are ranked: "query_mass" by what all queries see, "centroid" by their mean alone.
+        candidates: clusters that selection by "peak_mass" looks at key by key.
+        selection: how the top_k are ranked: "peak_mass" by the share that all queries give to a cluster's largest key,
+            among the candidates; "query_mass" by the share they give to its summary; "centroid" by their mean alone.
         expansion: expand around the query cluster's "centroid", or around "zero" (plain means of keys and values).
         query_clustering, key_clustering: "semantic" by recursive bisection, "spatial" contiguous runs.
         exact_below: documents of at most so many tokens are attended exactly; None is 4 * chunk.
@@ -93,6 +96,7 @@ def muse_attention(
         query_cluster=query_cluster,
         key_cluster=key_cluster,
         top_k=top_k,
+        candidates=candidates,
         order=order,
         selection=selection,
         expansion=expansion,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Literal, get_args, get_origin, get_type_hints
 
-Selection = Literal["query_mass", "centroid"]
+Selection = Literal["peak_mass", "query_mass", "centroid"]
 Expansion = Literal["centroid", "zero"]
 Clustering = Literal["semantic", "spatial"]
 Implementation = Literal["auto", "triton", "reference"]
@@ -24,9 +24,10 @@ class MuseOptions:
     chunk: int = 2048
     query_cluster: int = 128
     key_cluster: int = 64
-    top_k: int = 16
+    top_k: int = 12
+    candidates: int = 32
     order: int = 1
-    selection: Selection = "query_mass"
+    selection: Selection = "peak_mass"
     expansion: Expansion = "centroid"
     query_clustering: Clustering = "semantic"
     key_clustering: Clustering = "semantic"
@@ -40,7 +41,7 @@ class MuseOptions:
             ratio = self.chunk // size if size > 0 else 0
             if ratio < 1 or ratio * size != self.chunk or ratio & (ratio - 1):
                 raise ValueError(f"chunk / {name} must be a power of two, got chunk={self.chunk}, {name}={size}")
-        for name, least in (("top_k", 0), ("exact_below", 0), ("workspace_mib", 1)):
+        for name, least in (("top_k", 0), ("candidates", 1), ("exact_below", 0), ("workspace_mib", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -83,6 +84,11 @@ class ResolvedOptions(MuseOptions):
     def key_clusters(self) -> int:
         """Key clusters per chunk."""
         return self.chunk // self.key_cluster
+
+    @property
+    def first_choice(self) -> int:
+        """Key clusters that selection by "peak_mass" chooses at first."""
+        return max(self.top_k, self.candidates)
 
     def encoded(self) -> str:
         """The options as one text, exact, which is how the custom operators take them."""

@@ -328,6 +328,31 @@ def query_mass(logits: Tensor, near_lse: Tensor, is_query: Tensor) -> Tensor:
     return share.masked_fill(~is_query[..., None], -math.inf).logsumexp(-2)
 
 
+def coarse_score(log_mass: Tensor, q: Tensor, spread: Tensor, is_query: Tensor) -> Tensor:
+    """Log-mass for the mean query plus what the spread of keys adds to it on average: [B, T, A, M].
+
+    The second-order term of the log-mass, 1/2 q^T Cov_b q, with half of the covariance's trace spread over all
+    directions alike: A + |q|^2 spread_b / (4 D), |q|^2 the mean over the cluster's queries.
+
+    Args:
+        log_mass: [B, T, A, M]. q: [B, T, A, S, D]. spread: [B, T, 1, M]. is_query: bool [A, S].
+    """
+    count = is_query.sum(-1).clamp(min=1)
+    return log_mass + spread * (q.square().sum((-2, -1)) / (count * 4 * q.shape[-1])).unsqueeze(-1)
+
+
+def cluster_peaks(q: Tensor, k: Tensor, is_key: Tensor, candidates: Tensor) -> Tensor:
+    """Largest logit of each candidate's keys: [B, T, A, S, M'], -inf for no candidate.
+
+    Args:
+        q: [B, T, A, S, D]. k: [B, T, M, K, D]. is_key: bool [M, K]. candidates: [B, T, A, M'], -1 for none.
+    """
+    index = candidates.long().clamp(min=0)
+    has_key = (is_key[index] & (candidates >= 0).unsqueeze(-1)).flatten(3)
+    logits = (q @ _take_clusters(k, index).mT).masked_fill_(~has_key.unsqueeze(3), -math.inf)
+    return logits.unflatten(-1, (-1, k.shape[3])).amax(-1)
+
+
 def select(scores: Tensor, in_sight: Tensor, top_k: int) -> Tensor:
     """The `top_k` key clusters with the largest scores [..., A, M] among those `in_sight` [A, M].
 

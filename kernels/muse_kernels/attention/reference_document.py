@@ -120,17 +120,34 @@ class Document:
         Args:
             near_lse: [B, T, A, S]. spread: [B, T, C * key_clusters].
         """
-        if self.options.selection == "query_mass":
-            mass = step.query_mass(group.logits, near_lse, group.is_query)
+        options, spread = self.options, spread[:, :, None, : group.num_far]
+        log_spread = spread.clamp(min=torch.finfo(spread.dtype).tiny).log()
+        is_choice = group.in_sight & group.is_query.any(-1, keepdim=True)
+        if options.selection == "query_mass":
+            scores = step.query_mass(group.logits, near_lse, group.is_query) + log_spread
+            selected = step.select(scores, is_choice, options.top_k)
         else:
             count = group.is_query.sum(-1, keepdim=True).clamp(min=1)
             from_mu = group.q.sum(3) / count - group.mu  # 0 unless expansion is "zero"
             mass = group.summary.log_mass + (group.summary.kbar @ from_mu.unsqueeze(-1)).squeeze(-1)
-        spread = spread[:, :, None, : group.num_far]
-        scores = mass + spread.clamp(min=torch.finfo(spread.dtype).tiny).log()
-        is_choice = group.in_sight & group.is_query.any(-1, keepdim=True)
-        selected = self.ungrouped(step.select(scores, is_choice, self.options.top_k))
+            if options.selection == "centroid":
+                selected = step.select(mass + log_spread, is_choice, options.top_k)
+            else:
+                scores = step.coarse_score(mass, group.q, spread, group.is_query)
+                selected = self._by_peaks(group, near_lse, step.select(scores, is_choice, options.first_choice))
+        selected = self.ungrouped(selected)
         self.clusters.selected[:, :, group.chunks] = selected.unflatten(2, (-1, self.options.query_clusters))
+
+    def _by_peaks(self, group: QueryGroup, near_lse: Tensor, candidates: Tensor) -> Tensor:
+        """The top_k of the candidates [B, T, A, candidates] by the mass of their largest keys."""
+        top_k = self.options.top_k
+        if candidates.shape[-1] <= top_k:
+            return candidates
+        k, is_key = self.k[:, :, : group.num_far], self.is_key[: group.num_far]
+        peaks = step.cluster_peaks(group.q, k, is_key, candidates)
+        scores = step.query_mass(peaks, near_lse, group.is_query)
+        place = step.select(scores, candidates >= 0, top_k)
+        return candidates.gather(-1, place.long().clamp(min=0)).masked_fill(place < 0, -1)
 
     def far_keys(self, group: QueryGroup) -> tuple[FarField, Tensor]:
         """What the group's queries attend to far away, and the retrieved clusters [B, T, A, R]."""

@@ -1,13 +1,18 @@
 """Which far key clusters a query cluster attends exactly, and who attends each of them.
 
-    L'_q = log( exp(near lse_q) + sum_b exp(logit_ab(q)) )
-    score_ab = log sum_{q in a} exp(logit_ab(q) - L'_q) + log spread_b      (selection "query_mass")
-    score_ab = logit_ab(mean of q) + log spread_b                           (selection "centroid")
     R(a) = the top_k clusters with the largest score, ties to the earlier one
 
-The two passes over the summaries of one query cluster are one kernel: the second reads them from the cache. The top_k
-are found by bisecting the bits of the score, so that neither top_k nor the number of clusters is built into the kernel.
-The inverted lists that the backward pass needs are a stable sort of (key cluster, query cluster) pairs.
+"centroid" scores come from stage 1. By "query_mass", with L'_q over the near field and all summaries,
+
+    score_ab = log sum_{q in a} exp(logit_ab(q) - L'_q) + log spread_b
+
+in two passes over the summaries of one query cluster, the second from the cache. By "peak_mass" stage 1's scores choose
+candidates, which are then looked at key by key, with L'_q over the near field and the candidates' peaks:
+
+    peak_b(q) = max_{j in b} scale q . k_j          score_ab = log sum_{q in a} exp(peak_b(q) - L'_q)
+
+The best are found by bisecting the bits of the score, so that neither top_k nor the number of clusters is built into
+the kernel. The inverted lists that the backward pass needs are a stable sort of (key cluster, query cluster) pairs.
 """
 
 from typing import NamedTuple
@@ -19,7 +24,7 @@ from torch import Tensor
 
 from muse_kernels.attention.common import LOG2E, operand, padded_head_dim, rows_contiguous
 from muse_kernels.attention.options import ResolvedOptions
-from muse_kernels.attention.summaries import Summaries, SummaryLayout
+from muse_kernels.attention.summaries import Summaries, SummaryLayout, log2_of_spread
 from muse_kernels.attention.tiles import tile_of
 
 
@@ -28,10 +33,9 @@ def muse_scores(
     q,
     near_lse,
     query_order,
-    mu,
     kbar,
     bias,
-    log_spread,
+    spread,
     scores,
     first_cluster,
     num_far,
@@ -54,7 +58,6 @@ def muse_scores(
     KEY_CLUSTERS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ORDER: tl.constexpr,
-    BY_CENTROID: tl.constexpr,
 ):
     """One program for each query cluster: the scores of all its far key clusters."""
     a, local_head = tl.program_id(0), tl.program_id(1)
@@ -82,52 +85,38 @@ def muse_scores(
     base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
     base += (a % QUERY_CLUSTERS) * columns
     kbar, bias, scores = kbar + base * BLOCK_D, bias + base, scores + base
-    spread = log_spread + (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS + tl.load(first_cluster + row)
+    spread += (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS + tl.load(first_cluster + row)
 
-    if BY_CENTROID:
-        point = tl.sum(q_rows.to(tl.float32), 0) / num_queries
-        if ORDER == 0:
-            mu_rows = mu + ((head * num_rows + first_row) * QUERY_CLUSTERS + a) * D + d
-            point -= tl.load(mu_rows, mask=d < D, other=0.0).to(tl.float32)
-        for first in range(0, columns, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            is_column = column < columns
+    # An empty place gets an infinite normaliser: no share.
+    largest = tl.load(near_lse + head * num_tokens + token, mask=is_query, other=float("inf")) * LOG2E
+    mass = tl.full([Q], 1.0, tl.float32)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        is_column = column < columns
+        logits = tl.load(bias + column, mask=is_column, other=float("-inf"))[None, :]
+        if ORDER == 1:
             key_mean = tl.load(kbar + column[:, None] * BLOCK_D + d[None, :], mask=is_column[:, None], other=0.0)
-            logit = tl.sum(key_mean.to(tl.float32) * point[None, :], 1) * scale_log2
-            logit += tl.load(bias + column, mask=is_column, other=float("-inf"))
-            logit += tl.load(spread + column, mask=is_column, other=0.0)
-            tl.store(scores + column, logit, mask=is_column)
-    else:
-        # An empty place gets an infinite normaliser: no share.
-        largest = tl.load(near_lse + head * num_tokens + token, mask=is_query, other=float("inf")) * LOG2E
-        mass = tl.full([Q], 1.0, tl.float32)
-        for first in range(0, columns, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            is_column = column < columns
-            logits = tl.load(bias + column, mask=is_column, other=float("-inf"))[None, :]
-            if ORDER == 1:
-                key_mean = tl.load(kbar + column[:, None] * BLOCK_D + d[None, :], mask=is_column[:, None], other=0.0)
-                logits += tl.dot(q_rows, tl.trans(operand(key_mean)), input_precision="ieee") * scale_log2
-            else:
-                logits += tl.zeros([Q, COLUMNS], tl.float32)
-            new_largest = tl.maximum(largest, tl.max(logits, 1))
-            rescale = tl.where(is_query, tl.exp2(largest - new_largest), 1.0)
-            mass = mass * rescale + tl.sum(tl.exp2(logits - new_largest[:, None]), 1)
-            largest = new_largest
-        normaliser = largest + tl.log2(mass)
-        for first in range(0, columns, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            is_column = column < columns
-            log_mass = tl.load(bias + column, mask=is_column, other=float("-inf"))
-            logits = log_mass[None, :]
-            if ORDER == 1:
-                key_mean = tl.load(kbar + column[:, None] * BLOCK_D + d[None, :], mask=is_column[:, None], other=0.0)
-                logits += tl.dot(q_rows, tl.trans(operand(key_mean)), input_precision="ieee") * scale_log2
-            share = tl.sum(tl.exp2(logits - normaliser[:, None]), 0)
-            # A share too small for a float is still a choice, before a cluster out of sight.
-            score = tl.log2(tl.maximum(share, 1.1754944e-38))
-            score += tl.load(spread + column, mask=is_column, other=0.0)
-            tl.store(scores + column, tl.where(log_mass > float("-inf"), score, float("-inf")), mask=is_column)
+            logits += tl.dot(q_rows, tl.trans(operand(key_mean)), input_precision="ieee") * scale_log2
+        else:
+            logits += tl.zeros([Q, COLUMNS], tl.float32)
+        new_largest = tl.maximum(largest, tl.max(logits, 1))
+        rescale = tl.where(is_query, tl.exp2(largest - new_largest), 1.0)
+        mass = mass * rescale + tl.sum(tl.exp2(logits - new_largest[:, None]), 1)
+        largest = new_largest
+    normaliser = largest + tl.log2(mass)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        is_column = column < columns
+        log_mass = tl.load(bias + column, mask=is_column, other=float("-inf"))
+        logits = log_mass[None, :]
+        if ORDER == 1:
+            key_mean = tl.load(kbar + column[:, None] * BLOCK_D + d[None, :], mask=is_column[:, None], other=0.0)
+            logits += tl.dot(q_rows, tl.trans(operand(key_mean)), input_precision="ieee") * scale_log2
+        share = tl.sum(tl.exp2(logits - normaliser[:, None]), 0)
+        # A share too small for a float is still a choice, before a cluster out of sight.
+        score = tl.log2(tl.maximum(share, 1.1754944e-38))
+        score += log2_of_spread(tl.load(spread + column, mask=is_column, other=0.0))
+        tl.store(scores + column, tl.where(log_mass > float("-inf"), score, float("-inf")), mask=is_column)
 
 
 @triton.jit
@@ -197,6 +186,82 @@ def muse_select(
         num_selected += tl.sum(is_selected.to(tl.int32))
 
 
+@triton.jit(do_not_specialize=["num_rows", "first_row", "first_head", "num_heads", "num_tokens", "top_k"])
+def muse_select_by_peaks(
+    q,
+    near_lse,
+    query_order,
+    clustered_k,
+    candidates,
+    selected,
+    num_far,
+    length,
+    q_stride_batch,
+    q_stride_head,
+    q_stride_token,
+    num_rows,
+    first_row,
+    first_head,
+    num_heads,
+    num_tokens,
+    top_k,
+    scale_log2,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    QUERY_CLUSTERS: tl.constexpr,
+    KEY_CLUSTERS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """One program for each query cluster: the best of its candidates, ascending."""
+    a, local_head = tl.program_id(0), tl.program_id(1)
+    row = first_row + a // QUERY_CLUSTERS
+    columns = tl.load(num_far + row)
+    head = (first_head * G + local_head).to(tl.int64)
+    query_cluster = (head * num_rows + first_row) * QUERY_CLUSTERS + a
+    token = tl.load(query_order + query_cluster * Q + tl.arange(0, Q)).to(tl.int64)
+    is_query = token >= 0
+    if (columns == 0) | (tl.sum(is_query.to(tl.int32)) == 0):
+        return
+
+    d = tl.arange(0, BLOCK_D)
+    q_head = q + (head // num_heads) * q_stride_batch + (head % num_heads) * q_stride_head
+    q_rows = q_head + token[:, None] * q_stride_token + d[None, :]
+    q_rows = operand(tl.load(q_rows, mask=is_query[:, None] & (d < D)[None, :], other=0.0))
+    candidates += query_cluster * CANDIDATES
+    clustered_k += (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS * K * BLOCK_D
+    key, place = tl.arange(0, K), tl.arange(0, BLOCK)
+    peaks = tl.full([Q, BLOCK], float("-inf"), tl.float32)
+    for entry in range(tl.minimum(columns, CANDIDATES)):
+        cluster = tl.load(candidates + entry)
+        num_keys = tl.where(cluster < 0, 0, K)
+        cluster = tl.maximum(cluster, 0)
+        if not CAUSAL:
+            num_keys = tl.minimum(num_keys, tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K)
+        k = operand(tl.load(clustered_k + (cluster * K + key)[:, None] * BLOCK_D + d[None, :]))
+        logits = tl.dot(q_rows, tl.trans(k), input_precision="ieee") * scale_log2
+        peak = tl.max(tl.where((key < num_keys)[None, :], logits, float("-inf")), 1)
+        peaks = tl.where((place == entry)[None, :], peak[:, None], peaks)
+    # An empty place gets an infinite normaliser: no share.
+    largest = tl.load(near_lse + head * num_tokens + token, mask=is_query, other=float("inf")) * LOG2E
+    normaliser = tl.maximum(largest, tl.max(peaks, 1))
+    near_share = tl.where(is_query, tl.exp2(largest - normaliser), 1.0)
+    normaliser += tl.log2(near_share + tl.sum(tl.exp2(peaks - normaliser[:, None]), 1))
+    share = tl.sum(tl.exp2(peaks - normaliser[:, None]), 0)
+    number = tl.load(candidates + place, mask=place < CANDIDATES, other=-1)
+    share = tl.where(number >= 0, share, -1.0)
+    is_better = (share[None, :] > share[:, None]) | (
+        (share[None, :] == share[:, None]) & (place[None, :] < place[:, None])
+    )
+    is_selected = (tl.sum(is_better.to(tl.int32), 1) < top_k) & (number >= 0)
+    target = tl.cumsum(is_selected.to(tl.int32), 0) - 1
+    tl.store(selected + query_cluster * top_k + target, number, mask=is_selected)
+
+
 @triton.jit(do_not_specialize=["num_rows", "first_row", "first_head", "capacity", "top_k"])
 def muse_switch_off(
     bias,
@@ -251,10 +316,11 @@ def select_clusters(
     q: Tensor,
     near_lse: Tensor,
     query_order: Tensor,
-    mu: Tensor,
+    clustered_k: Tensor,
     summary: Summaries,
-    log_spread: Tensor,
+    spread: Tensor,
     scores: Tensor,
+    candidates: Tensor | None,
     selected: Tensor,
     layout: SummaryLayout,
     rows: slice,
@@ -265,58 +331,93 @@ def select_clusters(
 
     Args:
         q: [B, H, N, D]. near_lse: float32 [B, H, N], natural log. query_order: int32 [B, H, C, chunk].
+        clustered_k: [heads, C * chunk, padded D].
+        spread: float32 [heads, C * chunk / key_cluster].
+        scores: float32, shape of `summary.bias`: those of stage 1, or a buffer for those of "query_mass".
+        candidates: int32 [B, H, C, chunk / query_cluster, candidates], all -1, to be filled; None without candidates.
         selected: int32 [B, H, C, chunk / query_cluster, top_k].
-        log_spread: float32 [heads, C * chunk / key_cluster], base 2. scores: float32, shape of `summary.bias`.
         heads: key-value heads, counted over batch and heads together.
     """
     q = rows_contiguous(q)
     head_dim, num_rows = q.shape[-1], layout.num_far.shape[0]
-    group_size = summary.kbar.shape[0] // (heads.stop - heads.start)
-    grid = ((rows.stop - rows.start) * options.query_clusters, summary.kbar.shape[0])
+    query_heads = summary.kbar.shape[0]
+    group_size = query_heads // (heads.stop - heads.start)
+    grid = ((rows.stop - rows.start) * options.query_clusters, query_heads)
     capacity = summary.bias.shape[1]
-    muse_scores[grid](
-        q,
-        near_lse,
-        query_order,
-        mu,
-        summary.kbar,
-        summary.bias,
-        log_spread,
-        scores,
-        *layout[:3],
-        *q.stride()[:3],
-        num_rows,
-        rows.start,
-        heads.start,
-        q.shape[1],
-        q.shape[2],
-        capacity,
-        options.softmax_scale * LOG2E.value,
-        G=group_size,
-        D=head_dim,
-        BLOCK_D=padded_head_dim(head_dim),
-        Q=options.query_cluster,
-        QUERY_CLUSTERS=options.query_clusters,
-        KEY_CLUSTERS=options.key_clusters,
-        ORDER=options.order,
-        BY_CENTROID=options.selection == "centroid",
-        **tile_of("scores", q),
-    )
+    scale_log2 = options.softmax_scale * LOG2E.value
+    if options.selection == "query_mass":
+        muse_scores[grid](
+            q,
+            near_lse,
+            query_order,
+            summary.kbar,
+            summary.bias,
+            spread,
+            scores,
+            *layout[:3],
+            *q.stride()[:3],
+            num_rows,
+            rows.start,
+            heads.start,
+            q.shape[1],
+            q.shape[2],
+            capacity,
+            scale_log2,
+            G=group_size,
+            D=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            Q=options.query_cluster,
+            QUERY_CLUSTERS=options.query_clusters,
+            KEY_CLUSTERS=options.key_clusters,
+            ORDER=options.order,
+            **tile_of("scores", clustered_k),
+        )
+    chosen = selected if candidates is None else candidates
     muse_select[grid](
         scores,
         query_order,
-        selected,
+        chosen,
         *layout[:3],
         num_rows,
         rows.start,
         heads.start,
         capacity,
-        options.top_k,
+        chosen.shape[-1],
         G=group_size,
         Q=options.query_cluster,
         QUERY_CLUSTERS=options.query_clusters,
-        **tile_of("select", q),
+        **tile_of("select", clustered_k),
     )
+    if candidates is not None:
+        muse_select_by_peaks[grid](
+            q,
+            near_lse,
+            query_order,
+            clustered_k,
+            candidates,
+            selected,
+            layout.num_far,
+            layout.length,
+            *q.stride()[:3],
+            num_rows,
+            rows.start,
+            heads.start,
+            q.shape[1],
+            q.shape[2],
+            options.top_k,
+            scale_log2,
+            G=group_size,
+            D=head_dim,
+            BLOCK_D=padded_head_dim(head_dim),
+            Q=options.query_cluster,
+            K=options.key_cluster,
+            QUERY_CLUSTERS=options.query_clusters,
+            KEY_CLUSTERS=options.key_clusters,
+            CANDIDATES=options.candidates,
+            BLOCK=max(16, triton.next_power_of_2(options.candidates)),
+            CAUSAL=options.causal,
+            **tile_of("select_by_peaks", clustered_k),
+        )
 
 
 def switch_off_retrieved(

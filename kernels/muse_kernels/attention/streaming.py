@@ -23,6 +23,7 @@ from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.reference import MuseClusters
 from muse_kernels.attention.selection import inverted_lists, select_clusters, switch_off_retrieved
 from muse_kernels.attention.summaries import (
+    FirstChoice,
     Summaries,
     SummaryLayout,
     summaries,
@@ -106,8 +107,13 @@ class Workspace:
             self.empty(heads, group.capacity, dtype=torch.float32),
         )
 
+    def scores(self, group: Group) -> Tensor:
+        """A buffer for the scores of a group's far clusters."""
+        heads = (group.heads.stop - group.heads.start) * self.heads_per_kv_head
+        return self.empty(heads, group.capacity, dtype=torch.float32)
+
     def keys(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-        """Buffers for keys and values in cluster order and the keys' log-spread."""
+        """Buffers for keys and values in cluster order and the clusters' spread."""
         heads = group.heads.stop - group.heads.start
         shape = (heads, self.row_count * self.options.chunk, self.head_dim)
         spread = self.empty(heads, self.row_count * self.options.key_clusters, dtype=torch.float32)
@@ -141,17 +147,16 @@ def _split(sizes: list[int], budget: int) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def make_clusters(q: Tensor, k: Tensor, row_count: int, table: ChunkTable, options: ResolvedOptions) -> MuseClusters:
-    """Orders and expansion points; nothing is selected yet."""
+def make_clusters(
+    q: Tensor, k: Tensor, row_count: int, table: ChunkTable, options: ResolvedOptions
+) -> tuple[MuseClusters, tuple[Tensor, Tensor]]:
+    """Orders and expansion points, nothing selected yet; and each query cluster's mean and mean square."""
     query_order = cluster_order(q, table, options.chunk, options.query_cluster, options.query_clustering)
     key_order = cluster_order(k, table, options.chunk, options.key_cluster, options.key_clustering)
-    if options.expansion == "centroid":
-        mu = cluster_means(q, query_order, options.query_cluster)
-    else:
-        shape = (*q.shape[:2], row_count, options.query_clusters, q.shape[-1])
-        mu = torch.zeros(shape, dtype=torch.float32, device=q.device)
+    mean, mean_square = cluster_means(q, query_order, options.query_cluster)
+    mu = mean if options.expansion == "centroid" else torch.zeros_like(mean)
     selected = torch.full((*mu.shape[:-1], options.top_k), -1, dtype=torch.int32, device=q.device)
-    return MuseClusters(query_order, key_order, mu, selected)
+    return MuseClusters(query_order, key_order, mu, selected), (mean.to(q.dtype), mean_square)
 
 
 def attention_forward(
@@ -166,24 +171,30 @@ def attention_forward(
     table, layout = _layout(q, cu_seqlens, options)
     row_count = table.start.shape[0]
     out, lse = near_field(q, k, v, cu_seqlens, table, options)
-    clusters = given if given is not None else make_clusters(q, k, row_count, table, options)
+    clusters, means = (given, None) if given is not None else make_clusters(q, k, row_count, table, options)
+    if options.top_k == 0:
+        means = None
+    candidates = None if means is None else _candidates(clusters.selected, options)
     workspace = Workspace(q, k, row_count, options, backward=False)
     mu = clusters.mu.to(q.dtype)
     for group in workspace.groups():
         rows, heads = group.rows, group.heads
         if group.is_first:
-            clustered_k, clustered_v, log_spread = _keys(workspace, group, k, v, clusters)
-        summary = _summaries(workspace, group, mu, clustered_k, clustered_v, layout)
-        if given is None and options.top_k > 0:
-            scores = torch.empty_like(summary.bias)
+            clustered_k, clustered_v, spread = _keys(workspace, group, k, v, clusters)
+        scores, first_choice = workspace.scores(group), None
+        if means is not None and options.selection != "query_mass":
+            first_choice = FirstChoice(*means, spread, scores)
+        summary = _summaries(workspace, group, mu, clustered_k, clustered_v, layout, first_choice)
+        if means is not None:
             select_clusters(
                 q,
                 lse,
                 clusters.query_order,
-                mu,
+                clustered_k,
                 summary,
-                log_spread,
+                spread,
                 scores,
+                candidates,
                 clusters.selected,
                 layout,
                 rows,
@@ -277,6 +288,13 @@ def attention_backward(
     return dq, dk, dv
 
 
+def _candidates(selected: Tensor, options: ResolvedOptions) -> Tensor | None:
+    """A table for the first choice, where there is a second one."""
+    if options.selection != "peak_mass" or options.candidates <= options.top_k:
+        return None
+    return selected.new_full((*selected.shape[:-1], options.candidates), -1)
+
+
 def _layout(q: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions) -> tuple[ChunkTable, SummaryLayout]:
     if cu_seqlens is None and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _layout_without_documents(q.shape[2], options, q.device)
@@ -297,7 +315,7 @@ def _layout_without_documents(
 def _keys(
     workspace: Workspace, group: Group, k: Tensor, v: Tensor, clusters: MuseClusters
 ) -> tuple[Tensor, Tensor, Tensor]:
-    clustered_k, clustered_v, log_spread = workspace.keys(group)
+    clustered_k, clustered_v, spread = workspace.keys(group)
     gather_keys(
         k,
         v,
@@ -306,9 +324,9 @@ def _keys(
         key_cluster=workspace.options.key_cluster,
         clustered_k=clustered_k,
         clustered_v=clustered_v,
-        log_spread=log_spread,
+        spread=spread,
     )
-    return clustered_k, clustered_v, log_spread
+    return clustered_k, clustered_v, spread
 
 
 def _summaries(
@@ -318,9 +336,10 @@ def _summaries(
     clustered_k: Tensor,
     clustered_v: Tensor,
     layout: SummaryLayout,
+    first_choice: FirstChoice | None = None,
 ) -> Summaries:
     summary = workspace.summaries(group)
-    summaries(mu, clustered_k, clustered_v, summary, layout, group.rows, group.heads, workspace.options)
+    summaries(mu, clustered_k, clustered_v, summary, layout, group.rows, group.heads, workspace.options, first_choice)
     return summary
 
 

@@ -6,6 +6,11 @@
 
 with mu . kbar_ab = sum_j p_j (mu . k_j), for p as rounded for the products; order 0: bias_ab = A_ab, the whole logit.
 The bias of what a may not see is -inf.
+First choice of clusters to retrieve (`selection.py`), where it does not take all queries:
+
+    score_ab = scale mean_q . kbar_ab + bias_ab + log spread_b                      (selection "centroid")
+    score_ab = scale mean_q . kbar_ab + bias_ab + |scale q|^2 spread_b / (4 D)      (selection "peak_mass")
+
 The kernel holds the matrix of one key cluster against a tile of query clusters, however many chunks it spans. The way
 back to the keys is in `key_gradients.py`.
 """
@@ -73,9 +78,28 @@ class Summaries(NamedTuple):
     """float32 [heads, capacity], base 2."""
 
 
+class FirstChoice(NamedTuple):
+    """What scores are made of, and where they go."""
+
+    mean: Tensor
+    """Means of query clusters, [B, H, C, chunk / query_cluster, D], dtype of k."""
+    mean_square: Tensor
+    """float32 [B, H, C, chunk / query_cluster]: mean of |q|^2, before scaling."""
+    spread: Tensor
+    """float32 [heads, C * chunk / key_cluster]: trace of the covariance of each cluster's keys."""
+    scores: Tensor
+    """float32 [query heads, capacity], base 2; -inf for clusters out of sight."""
+
+
+@triton.jit
+def log2_of_spread(spread):
+    """A spread of 0 ranks last, but still before a cluster out of sight: it counts as the smallest normal number."""
+    return tl.log2(tl.maximum(spread, 1.1754944e-38))
+
+
 @triton.jit
 def cluster_softmax(mu, k, num_keys, scale_log2, K: tl.constexpr, CAUSAL: tl.constexpr):
-    """Weights p [A, K], log-mass [A] and logits [A, K], base 2. Only the key clusters of a causal far chunk are full."""
+    """Weights p [A, K], log-mass [A] and logits [A, K], base 2. Only key clusters of a causal far chunk are full."""
     logits = tl.dot(mu, tl.trans(k), input_precision="ieee") * scale_log2
     if not CAUSAL:
         logits = tl.where((tl.arange(0, K) < num_keys)[None, :], logits, float("-inf"))
@@ -89,6 +113,10 @@ def cluster_softmax(mu, k, num_keys, scale_log2, K: tl.constexpr, CAUSAL: tl.con
 @triton.jit(do_not_specialize=["first_row", "end_row", "num_rows", "first_head", "capacity"])
 def muse_summaries(
     mu,
+    mean,
+    mean_square,
+    spread,
+    scores,
     clustered_k,
     clustered_v,
     kbar,
@@ -114,6 +142,8 @@ def muse_summaries(
     CLUSTERS: tl.constexpr,
     CAUSAL: tl.constexpr,
     ORDER: tl.constexpr,
+    SCORE: tl.constexpr,
+    MEAN_IS_MU: tl.constexpr,
 ):
     """One program for each tile of A query clusters and run of CLUSTERS key clusters."""
     local_head = tl.program_id(2)
@@ -137,6 +167,9 @@ def muse_summaries(
             other=0.0,
         )
     )
+    if SCORE == "peak_mass":
+        square = tl.load(mean_square + head * num_rows * QUERY_CLUSTERS + a, mask=is_query_cluster, other=0.0)
+        square *= scale_log2 * scale_log2 / (4 * D * LOG2E)
     first_key = (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS * K * BLOCK_D
     clustered_k, clustered_v = clustered_k + first_key, clustered_v + first_key
     summaries = local_head.to(tl.int64) * capacity + base
@@ -149,17 +182,33 @@ def muse_summaries(
         weights = weights.to(k.dtype)
         key_mean = tl.dot(weights, k, input_precision="ieee").to(kbar.dtype.element_ty)
         value_mean = tl.dot(weights, v, input_precision="ieee").to(vbar.dtype.element_ty)
+        if SCORE != "none":
+            score = log_mass
+            if not MEAN_IS_MU:
+                means = mean + (head * num_rows * QUERY_CLUSTERS + a)[:, None] * D + d[None, :]
+                means = operand(tl.load(means, mask=is_query_cluster[:, None] & (d < D)[None, :], other=0.0))
+                from_mu = tl.dot(means - mu_rows, tl.trans(k), input_precision="ieee") * scale_log2
+                score += tl.sum(weights.to(tl.float32) * from_mu, 1)
+            key_spread = tl.load(spread + local_head // G * num_rows * KEY_CLUSTERS + cluster)
+            if SCORE == "centroid":
+                score += log2_of_spread(key_spread)
+            else:
+                score += square * key_spread
         if ORDER == 1:
             at_mu = weights.to(tl.float32) * logits  # sums to scale mu . kbar
             log_mass -= tl.sum(at_mu if CAUSAL else tl.where(weights > 0.0, at_mu, 0.0), 1)
         if not CAUSAL:
             is_far = (cluster // KEY_CLUSTERS != row) & (num_keys > 0)
             log_mass = tl.where(is_far, log_mass, float("-inf"))
+            if SCORE != "none":
+                score = tl.where(is_far, score, float("-inf"))
         is_stored = (cluster >= row_first) & (cluster < row_first + row_far)
         place = summaries + cluster
         tl.store(kbar + place[:, None] * BLOCK_D + d[None, :], key_mean, mask=is_stored[:, None])
         tl.store(vbar + place[:, None] * BLOCK_D + d[None, :], value_mean, mask=is_stored[:, None])
         tl.store(bias + place, log_mass, mask=is_stored)
+        if SCORE != "none":
+            tl.store(scores + place, score, mask=is_stored)
 
 
 def summaries(
@@ -171,6 +220,7 @@ def summaries(
     rows: slice,
     heads: slice,
     options: ResolvedOptions,
+    first_choice: FirstChoice | None = None,
 ) -> None:
     """Write the summaries that a group of rows and key-value heads needs.
 
@@ -179,6 +229,7 @@ def summaries(
         clustered_k, clustered_v: [heads, C * chunk, padded D], of these key-value heads alone.
         summary: buffers of at least the capacity that `summaries_per_row` gives for these rows.
         heads: key-value heads, counted over batch and heads together.
+        first_choice: also write scores; None if nobody needs them.
     """
     num_rows, head_dim = layout.num_far.shape[0], mu.shape[-1]
     group_size = summary.kbar.shape[0] // (heads.stop - heads.start)
@@ -191,6 +242,7 @@ def summaries(
     )
     muse_summaries[grid](
         mu,
+        *(first_choice or (mu, summary.bias, summary.bias, summary.bias)),
         clustered_k,
         clustered_v,
         *summary,
@@ -212,5 +264,7 @@ def summaries(
         KEY_CLUSTERS=options.key_clusters,
         CAUSAL=options.causal,
         ORDER=options.order,
+        SCORE="none" if first_choice is None else options.selection,
+        MEAN_IS_MU=options.expansion == "centroid",
         **tile,
     )

@@ -35,7 +35,7 @@ def outputs_that_change(qkv: list[Tensor], which: tuple[int, ...], **options: ob
         yield i, not torch.equal(before[:, :, : i + 1], after[:, :, : i + 1])
 
 
-@pytest.mark.parametrize("selection", ["query_mass", "centroid"])
+@pytest.mark.parametrize("selection", ["peak_mass", "query_mass", "centroid"])
 @pytest.mark.parametrize("order", [0, 1])
 def test_later_values_never_reach_an_output(selection: str, order: int) -> None:
     qkv, options = inputs(), {**OPTIONS, "selection": selection, "order": order}
@@ -45,7 +45,7 @@ def test_later_values_never_reach_an_output(selection: str, order: int) -> None:
         assert torch.equal(before[:, :, : i + 1], after[:, :, : i + 1]), i
 
 
-@pytest.mark.parametrize("selection", ["query_mass", "centroid"])
+@pytest.mark.parametrize("selection", ["peak_mass", "query_mass", "centroid"])
 @pytest.mark.parametrize("expansion", ["centroid", "zero"])
 def test_a_later_chunk_never_reaches_an_output(selection: str, expansion: str) -> None:
     qkv, options = inputs(), {**OPTIONS, "selection": selection, "expansion": expansion}
@@ -92,7 +92,7 @@ def test_later_keys_of_the_own_chunk_move_the_retrieved_clusters_alone() -> None
 
 
 @pytest.mark.parametrize("options", [{"selection": "centroid"}, {"top_k": 0}], ids=str)
-def test_but_not_without_query_mass(options: dict[str, object]) -> None:
+def test_but_not_by_centroids(options: dict[str, object]) -> None:
     assert not any(change for _, change in outputs_that_change(inputs(), (K,), **options))
 
 
