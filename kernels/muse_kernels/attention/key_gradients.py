@@ -8,9 +8,10 @@ Summarised: over the query clusters of later chunks, with t_j = dkbar . k_j + dv
 
     g_j = p_j (dA + t_j - sum_i p_i t_i)          dk_j += scale g_j mu_a + p_j dkbar        dv_j += p_j dvbar
 
-A list is cut after ENTRIES_PER_ITEM entries, so that a cluster that everybody retrieves does not keep one program busy
-for all the others: what is left of it goes, in pieces of that length, to programs of their own that write partial
-results, which are added in order. Nothing is atomic.
+A list is cut after LONGEST_PIECE pairs, so that a cluster that everybody retrieves does not keep one program busy for
+all the others: what is left of it goes, in pieces of that length, to programs of their own that write partial results,
+which are added in order. Piece i of a list that starts at pair s has the number s // LONGEST_PIECE + i, which no other
+piece has, and the pair at LONGEST_PIECE times that number lies in its list. Nothing is atomic.
 """
 
 from typing import NamedTuple
@@ -22,9 +23,12 @@ from torch import Tensor
 
 from muse_kernels.attention.common import LOG2E, operand, padded_head_dim
 from muse_kernels.attention.options import ResolvedOptions
-from muse_kernels.attention.selection import ENTRIES_PER_ITEM, InvertedLists
+from muse_kernels.attention.selection import InvertedLists
 from muse_kernels.attention.summaries import Summaries, SummaryLayout, cluster_softmax
 from muse_kernels.attention.tiles import tile_of
+
+LONGEST_PIECE = 32
+"""Query clusters that one program goes through for one key cluster."""
 
 
 class ClusteredQueries(NamedTuple):
@@ -47,9 +51,10 @@ def _retrieved(
     dk,
     dv,
     num_keys,
-    first_entry,
-    end_entry,
-    queries,
+    first_pair,
+    end_pair,
+    position,
+    top_k,
     clustered_q,
     clustered_dout,
     clustered_lse,
@@ -61,11 +66,11 @@ def _retrieved(
     QUERIES: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """dk and dv [K, D] with the queries of some entries of the key cluster's list added."""
+    """dk and dv [K, D] with the queries of some pairs of the key cluster's list added."""
     d = tl.arange(0, BLOCK_D)
     PARTS: tl.constexpr = Q // QUERIES
-    for step in range(first_entry * PARTS, end_entry * PARTS):
-        query_cluster = tl.load(queries + step // PARTS).to(tl.int64)
+    for step in range(first_pair * PARTS, end_pair * PARTS):
+        query_cluster = tl.load(position + step // PARTS) // top_k
         place = query_cluster * Q + (step % PARTS) * QUERIES + tl.arange(0, QUERIES)
         rows = place[:, None] * BLOCK_D + d[None, :]
         q = operand(tl.load(clustered_q + rows))
@@ -83,7 +88,7 @@ def _retrieved(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_key_clusters", "clusters_per_head"])
+@triton.jit(do_not_specialize=["num_key_clusters", "clusters_per_head", "top_k"])
 def muse_retrieved_partials(
     clustered_k,
     clustered_v,
@@ -91,32 +96,34 @@ def muse_retrieved_partials(
     clustered_dout,
     clustered_lse,
     clustered_delta,
-    queries,
+    owners,
+    position,
     list_start,
-    partial_start,
-    partial_owner,
     length,
     partial_dk,
     partial_dv,
     num_key_clusters,
     clusters_per_head,
+    top_k,
     scale,
     BLOCK_D: tl.constexpr,
     Q: tl.constexpr,
     K: tl.constexpr,
     KEY_CLUSTERS: tl.constexpr,
     QUERIES: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    PIECE: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """One program for each piece of a list after the first ENTRIES entries; most have none to do."""
-    partial = tl.program_id(0)
-    owner = tl.load(partial_owner + partial)
+    """One program for each piece that there may be after the first ones; most have nothing to do."""
+    number = tl.program_id(0)
+    owner = tl.load(owners + number * PIECE)
     if owner >= num_key_clusters:
         return
-    piece = partial - tl.load(partial_start + owner) + 1
-    first_entry = tl.load(list_start + owner) + piece * ENTRIES
-    end_entry = tl.minimum(tl.load(list_start + owner + 1), first_entry + ENTRIES)
+    list_first, list_end = tl.load(list_start + owner), tl.load(list_start + owner + 1)
+    first_pair = list_first + (number - list_first // PIECE) * PIECE
+    if (first_pair == list_first) | (first_pair >= list_end):
+        return
+    end_pair = tl.minimum(list_end, first_pair + PIECE)
     block = tl.arange(0, K)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     keys = owner.to(tl.int64) * (K * BLOCK_D) + block
     cluster = owner % clusters_per_head
@@ -127,9 +134,10 @@ def muse_retrieved_partials(
         tl.zeros([K, BLOCK_D], tl.float32),
         tl.zeros([K, BLOCK_D], tl.float32),
         num_keys,
-        first_entry,
-        end_entry,
-        queries,
+        first_pair,
+        end_pair,
+        position,
+        top_k,
         clustered_q,
         clustered_dout,
         clustered_lse,
@@ -141,8 +149,8 @@ def muse_retrieved_partials(
         QUERIES,
         CAUSAL,
     )
-    tl.store(partial_dk + partial.to(tl.int64) * (K * BLOCK_D) + block, dk)
-    tl.store(partial_dv + partial.to(tl.int64) * (K * BLOCK_D) + block, dv)
+    tl.store(partial_dk + number.to(tl.int64) * (K * BLOCK_D) + block, dk)
+    tl.store(partial_dv + number.to(tl.int64) * (K * BLOCK_D) + block, dv)
 
 
 @triton.jit(
@@ -168,9 +176,8 @@ def muse_key_gradients(
     dkbar,
     dvbar,
     dmass,
-    queries,
+    position,
     list_start,
-    partial_start,
     partial_dk,
     partial_dv,
     far_dk,
@@ -189,6 +196,7 @@ def muse_key_gradients(
     first_head,
     num_tokens,
     capacity,
+    top_k,
     is_first,
     is_last,
     scale,
@@ -202,7 +210,7 @@ def muse_key_gradients(
     QUERIES: tl.constexpr,
     A: tl.constexpr,
     SUMMARY_STAGES: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    PIECE: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_RETRIEVED: tl.constexpr,
 ):
@@ -222,16 +230,17 @@ def muse_key_gradients(
     v = operand(tl.load(clustered_v + keys))
 
     if HAS_RETRIEVED:
-        first_entry, end_entry = tl.load(list_start + owner), tl.load(list_start + owner + 1)
+        list_first, list_end = tl.load(list_start + owner), tl.load(list_start + owner + 1)
         dk, dv = _retrieved(
             k,
             v,
             dk,
             dv,
             num_keys,
-            first_entry,
-            tl.minimum(end_entry, first_entry + ENTRIES),
-            queries,
+            list_first,
+            tl.minimum(list_end, list_first + PIECE),
+            position,
+            top_k,
             clustered_q,
             clustered_dout,
             clustered_lse,
@@ -243,8 +252,9 @@ def muse_key_gradients(
             QUERIES,
             CAUSAL,
         )
-        for partial in range(tl.load(partial_start + owner), tl.load(partial_start + owner + 1)):
-            place = (tl.full([K], partial, tl.int64) * K + key)[:, None] * BLOCK_D + d[None, :]
+        for piece in range(1, tl.cdiv(list_end - list_first, PIECE)):
+            number = tl.full([K], list_first // PIECE + piece, tl.int64)
+            place = (number * K + key)[:, None] * BLOCK_D + d[None, :]
             dk += tl.load(partial_dk + place)
             dv += tl.load(partial_dv + place)
 
@@ -333,7 +343,7 @@ def key_gradients(
     tile["QUERIES"] = min(tile["QUERIES"], options.query_cluster)
     device = clustered_k.device
     if lists is not None:
-        num_partials = lists.partial_owner.shape[0]
+        num_partials = -(-lists.owner.shape[0] // LONGEST_PIECE)
         shape = (num_partials, options.key_cluster, block_d)
         partial_dk, partial_dv = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
         if num_partials > 0:
@@ -347,18 +357,19 @@ def key_gradients(
                 partial_dv,
                 lists.start.shape[0] - 1,
                 num_rows * options.key_clusters,
+                options.top_k,
                 options.softmax_scale,
                 BLOCK_D=block_d,
                 Q=options.query_cluster,
                 K=options.key_cluster,
                 KEY_CLUSTERS=options.key_clusters,
-                ENTRIES=ENTRIES_PER_ITEM,
+                PIECE=LONGEST_PIECE,
                 CAUSAL=options.causal,
                 **{name: size for name, size in tile.items() if name not in ("A", "SUMMARY_STAGES")},
             )
-        list_arguments = (lists.queries, lists.start, lists.partial_start, partial_dk, partial_dv)
+        list_arguments = (lists.position, lists.start, partial_dk, partial_dv)
     else:
-        list_arguments = (layout.num_far, layout.num_far, layout.num_far, gradient.bias, gradient.bias)
+        list_arguments = (layout.offset, layout.num_far, gradient.bias, gradient.bias)
     muse_key_gradients[(num_rows * options.key_clusters, num_heads)](
         mu,
         clustered_k,
@@ -377,6 +388,7 @@ def key_gradients(
         heads.start,
         dk.shape[2],
         gradient.bias.shape[1],
+        options.top_k,
         int(is_first),
         int(is_last),
         options.softmax_scale,
@@ -387,7 +399,7 @@ def key_gradients(
         K=options.key_cluster,
         QUERY_CLUSTERS=options.query_clusters,
         KEY_CLUSTERS=options.key_clusters,
-        ENTRIES=ENTRIES_PER_ITEM,
+        PIECE=LONGEST_PIECE,
         CAUSAL=options.causal,
         HAS_RETRIEVED=lists is not None,
         **tile,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from muse_kernels.attention.options import (
     Clustering,
@@ -32,6 +33,13 @@ if HAS_TRITON:
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_CLUSTERS = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
+
+_EXACT_BY_SPEED = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def muse_attention(
@@ -106,8 +114,24 @@ def muse_attention(
         workspace_mib=workspace_mib,
         implementation=implementation,
     )
+    if not return_lse and clusters is None and cu_seqlens is None:
+        exact = _exact_by_library(q, k, v, options)
+        if exact is not None:
+            return exact
     out, lse, _ = _attend(q, k, v, cu_seqlens, options, clusters)
     return (out, lse.detach()) if return_lse else out
+
+
+def _exact_by_library(q: Tensor, k: Tensor, v: Tensor, options: MuseOptions) -> Tensor | None:
+    """PyTorch's own attention, forward and backward, where kernels would do nothing but that; None elsewhere."""
+    _check_tensors(q, k, v, None)
+    resolved = options.resolved(q.shape[-1])
+    if q.shape[2] > resolved.exact_below or _implementation(q, options) != "triton" or not q.is_cuda:
+        return None
+    with sdpa_kernel(_EXACT_BY_SPEED, set_priority=True):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=options.causal, scale=resolved.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
 def muse_clusters(q: Tensor, k: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any) -> MuseClusters:

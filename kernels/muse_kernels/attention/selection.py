@@ -12,7 +12,7 @@ candidates, which are then looked at key by key, with L'_q over the near field a
     peak_b(q) = max_{j in b} scale q . k_j          score_ab = log sum_{q in a} exp(peak_b(q) - L'_q)
 
 The best are found by bisecting the bits of the score, so that neither top_k nor the number of clusters is built into
-the kernel. The inverted lists that the backward pass needs are a stable sort of (key cluster, query cluster) pairs.
+the kernel. The inverted lists that the backward pass needs are a stable sort of pairs.
 """
 
 from typing import NamedTuple
@@ -293,23 +293,14 @@ def muse_switch_off(
 
 
 class InvertedLists(NamedTuple):
-    """Who retrieves each key cluster of a group, cut into pieces of ENTRIES_PER_ITEM.
+    """Who retrieves each key cluster of a group: pairs of key cluster and query cluster, sorted by key cluster."""
 
-    The first piece of a list belongs to the key cluster's own program, every further one makes a partial result.
-    """
-
-    queries: Tensor
-    """int32 [entries]: query clusters, counted from the group's first head and row, sorted by the key cluster."""
+    owner: Tensor
+    """int32 [pairs]: key clusters, counted over the group's heads; their number where nothing is retrieved."""
+    position: Tensor
+    """int64 [pairs]: place of the pair in `selected`, that is query cluster * top_k + rank."""
     start: Tensor
-    """int32 [key clusters + 1]: where each key cluster's entries start; key clusters counted over the group's heads."""
-    partial_start: Tensor
-    """int32 [key clusters + 1]: how many partial results the key clusters before it have."""
-    partial_owner: Tensor
-    """int32 [partials]: the key cluster of each partial result; the number of key clusters where there is none."""
-
-
-ENTRIES_PER_ITEM = 32
-"""Query clusters that one program of `key_gradients` takes: what a cluster that everybody retrieves is cut into."""
+    """int32 [key clusters + 1]: where each key cluster's pairs start."""
 
 
 def select_clusters(
@@ -447,16 +438,10 @@ def inverted_lists(selected: Tensor, num_key_clusters: int) -> InvertedLists:
         selected: int32 [key-value heads, G, rows, query clusters, top_k], numbers of key clusters, -1 for none.
         num_key_clusters: of one key-value head.
     """
-    num_heads, top_k = selected.shape[0], selected.shape[-1]
-    total = num_heads * num_key_clusters
+    num_heads = selected.shape[0]
     first = torch.arange(num_heads, dtype=torch.int32, device=selected.device) * num_key_clusters
-    owner = selected + first.view(-1, 1, 1, 1, 1)
-    owner = torch.where(selected < 0, total, owner).flatten()
+    total = num_heads * num_key_clusters
+    owner = torch.where(selected < 0, total, selected + first.view(-1, 1, 1, 1, 1)).flatten()
     owner, position = torch.sort(owner, stable=True)
-    bounds = torch.arange(total + 1, dtype=torch.int32, device=selected.device)
-    start = torch.searchsorted(owner, bounds, out_int32=True)
-    further = ((start.diff() - 1).clamp(min=0) // ENTRIES_PER_ITEM).cumsum(0, dtype=torch.int32)
-    partials = torch.arange(owner.shape[0] // ENTRIES_PER_ITEM, dtype=torch.int32, device=selected.device)
-    partial_owner = torch.searchsorted(further, partials, right=True, out_int32=True)
-    partial_start = torch.nn.functional.pad(further, (1, 0))
-    return InvertedLists((position // top_k).to(torch.int32), start, partial_start, partial_owner)
+    clusters = torch.arange(total + 1, dtype=torch.int32, device=selected.device)
+    return InvertedLists(owner, position, torch.searchsorted(owner, clusters, out_int32=True))

@@ -17,7 +17,7 @@ from muse_kernels.attention.clustering import cluster_means, cluster_order
 from muse_kernels.attention.common import padded_head_dim
 from muse_kernels.attention.far_field import far_field, far_field_backward
 from muse_kernels.attention.key_clusters import gather_keys
-from muse_kernels.attention.key_gradients import ClusteredQueries, key_gradients
+from muse_kernels.attention.key_gradients import LONGEST_PIECE, ClusteredQueries, key_gradients
 from muse_kernels.attention.near_field import near_field, near_field_backward
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.reference import MuseClusters
@@ -90,8 +90,9 @@ class Workspace:
         per_query_head = capacity * (2 * self.head_dim * self.dtype.itemsize + 8)
         if self.backward:
             per_query_head += options.chunk * (2 * self.head_dim * self.dtype.itemsize + 8)
-            sorting = 40  # bytes for each pair of a query cluster and a key cluster that it retrieves
-            per_query_head += options.query_clusters * options.top_k * sorting
+            # For each pair of a query cluster and a key cluster that it retrieves: sorting, partial results.
+            per_pair = 40 + 8 * options.key_cluster * self.head_dim // LONGEST_PIECE
+            per_query_head += options.query_clusters * options.top_k * per_pair
         return per_query_head * self.heads_per_kv_head
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -216,6 +217,10 @@ def attention_forward(
             heads,
             options,
         )
+        # Freed before the next group's are made.
+        del summary, scores, first_choice
+        if group.is_last:
+            del clustered_k, clustered_v, spread
     return out, lse, clusters
 
 
@@ -285,6 +290,9 @@ def attention_backward(
             is_first=group.is_first,
             is_last=group.is_last,
         )
+        del summary, clustered, dmass, lists
+        if group.is_last:
+            del clustered_k, clustered_v, far
     return dq, dk, dv
 
 

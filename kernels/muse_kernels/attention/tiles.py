@@ -1,9 +1,9 @@
 """Tile sizes, warps, pipeline stages and registers of every kernel, in one place.
 
-A fixed table, no tuning at run time: the same shapes give the same launch, and nothing is compiled twice. A tile depends
-on the bytes of an operand's row and on the shared memory that the GPU gives one block. LARGE, rows of up to 256 bytes,
-was timed on an H100; the others are the largest that compile without, or with few, spilled registers
-(`tests/kernels/attention/test_compile.py` holds every one to the memory of sm_80, 89, 90 and 100).
+A fixed table, no tuning at run time: the same shapes give the same launch, and nothing is compiled twice. A tile
+depends on the bytes of an operand's row and on the shared memory that the GPU gives one block. LARGE, rows of up to 256
+bytes, was timed on an H100; the others were chosen by what compiles with few spilled registers.
+`tests/kernels/attention/test_compile.py` holds every one to the memory of sm_80, 89, 90 and 100.
 """
 
 import functools
@@ -104,7 +104,7 @@ def shared_memory(device_index: int) -> int:
     """Bytes of shared memory that one block may have; the interpreter (device -1) has no limit."""
     if device_index < 0:
         return LARGE
-    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+    return int(torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _row_bytes(operand: Tensor) -> int:
