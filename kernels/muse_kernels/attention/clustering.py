@@ -181,17 +181,17 @@ def muse_cluster_means(
     head = cluster // clusters_per_head
     x_ptr += head // num_heads * stride_xb + head % num_heads * stride_xh
     total = tl.zeros([BLOCK_D], tl.float32)
-    square = tl.zeros([BLOCK_D], tl.float32)
+    square = 0.0
     count = 0
     for first in range(0, CLUSTER, TILE):
         tokens = tl.load(order_ptr + cluster * CLUSTER + first + tl.arange(0, TILE))
         x = _member_rows(x_ptr, tokens, tokens >= 0, stride_xn, HEAD_DIM, BLOCK_D)  # [TILE, BLOCK_D]
         total += tl.sum(x.to(tl.float32), axis=0)
-        square += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=0)
+        square += tl.sum(x.to(tl.float32) * x.to(tl.float32))
         count += tl.sum((tokens >= 0).to(tl.int32))
     d = tl.arange(0, BLOCK_D)
     tl.store(mean_ptr + cluster * HEAD_DIM + d, total / tl.maximum(count, 1), mask=d < HEAD_DIM)
-    tl.store(mean_square_ptr + cluster, tl.sum(square) / tl.maximum(count, 1))
+    tl.store(mean_square_ptr + cluster, square / tl.maximum(count, 1))
 
 
 def _tile(size: int, x: Tensor) -> int:

@@ -67,16 +67,16 @@ def _retrieved(
     CAUSAL: tl.constexpr,
 ):
     """dk and dv [K, D] with the queries of some pairs of the key cluster's list added."""
-    d = tl.arange(0, BLOCK_D)
+    d, query = tl.arange(0, BLOCK_D), tl.arange(0, QUERIES)
     PARTS: tl.constexpr = Q // QUERIES
     for step in range(first_pair * PARTS, end_pair * PARTS):
         query_cluster = tl.load(position + step // PARTS) // top_k
-        place = query_cluster * Q + (step % PARTS) * QUERIES + tl.arange(0, QUERIES)
-        rows = place[:, None] * BLOCK_D + d[None, :]
-        q = operand(tl.load(clustered_q + rows))
-        dout = operand(tl.load(clustered_dout + rows))
-        lse = tl.load(clustered_lse + place)
-        delta = tl.load(clustered_delta + place)
+        first_query = query_cluster * Q + (step % PARTS) * QUERIES
+        rows = query[:, None] * BLOCK_D + d[None, :]
+        q = operand(tl.load(clustered_q + first_query * BLOCK_D + rows))
+        dout = operand(tl.load(clustered_dout + first_query * BLOCK_D + rows))
+        lse = tl.load(clustered_lse + first_query + query)
+        delta = tl.load(clustered_delta + first_query + query)
         logits = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
         weights = tl.exp2(logits - lse[None, :])
         if not CAUSAL:

@@ -28,10 +28,12 @@ from muse_kernels.attention.reference_document import document_backward, documen
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
-    from muse_kernels.attention import streaming
+    from muse_kernels.attention import streaming, tiles
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KERNEL_CLUSTERS = (16, 32, 64, 128)
+KERNEL_QUERY_CLUSTERS = (16, 32, 64, 128)
+KERNEL_KEY_CLUSTERS = (16, 32, 64)
+MAX_CANDIDATES = 64
 MAX_HEAD_DIM = 256
 
 _EXACT_BY_SPEED = [
@@ -190,10 +192,14 @@ def _obstacle_to_kernels(q: Tensor, options: MuseOptions) -> str | None:
         return f"accepts float32, float16 and bfloat16, got {q.dtype}"
     if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
         return f"accepts head_dim up to {MAX_HEAD_DIM}, got {q.shape[-1]}"
-    for name in ("query_cluster", "key_cluster"):
+    for name, accepted in (("query_cluster", KERNEL_QUERY_CLUSTERS), ("key_cluster", KERNEL_KEY_CLUSTERS)):
         size = getattr(options, name)
-        if size not in KERNEL_CLUSTERS:
-            return f"accepts {name} {', '.join(map(str, KERNEL_CLUSTERS))}, got {size}"
+        if size not in accepted:
+            return f"accepts {name} {', '.join(map(str, accepted))}, got {size}"
+    if options.candidates > MAX_CANDIDATES:
+        return f"accepts candidates up to {MAX_CANDIDATES}, got {options.candidates}"
+    if not tiles.fits(q):
+        return f"needs more memory than this GPU gives one block for head_dim {q.shape[-1]} in {q.dtype}"
     return None
 
 

@@ -153,7 +153,8 @@ def muse_summaries(
     row_first = tl.load(first_cluster + row)
     row_far = tl.where(is_query_cluster, tl.load(num_far + row), 0)
     base = tl.load(offset + row) - tl.load(offset + first_row) + (a % QUERY_CLUSTERS) * row_far - row_first
-    start = tl.min(tl.where(row_far > 0, row_first, 2147483647)) + tl.program_id(1) * CLUSTERS
+    # Half of the largest integer, so that a tile without any far cluster does not overflow into one.
+    start = tl.min(tl.where(row_far > 0, row_first, 1073741824)) + tl.program_id(1) * CLUSTERS
     stop = tl.minimum(tl.max(tl.where(row_far > 0, row_first + row_far, 0)), start + CLUSTERS)
     if start >= stop:
         return

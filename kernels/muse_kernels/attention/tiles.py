@@ -43,16 +43,17 @@ _LARGE: dict[str, dict[int, Tile]] = {
         512: {"num_warps": 8, "num_stages": 2},
     },
     "far": {
-        128: {"COLUMNS": 64, "num_warps": 4, "num_stages": 2},
+        128: {"COLUMNS": 64, "num_warps": 4, "num_stages": 3},
         256: {"COLUMNS": 32, "num_warps": 4, "num_stages": 3},
         512: {"COLUMNS": 64, "num_warps": 8, "num_stages": 1},
     },
     "far_backward": {
-        128: {"COLUMNS": 64, "num_warps": 8, "num_stages": 3},
+        128: {"COLUMNS": 32, "num_warps": 4, "num_stages": 2},
+        256: {"COLUMNS": 64, "num_warps": 8, "num_stages": 3},
         512: {"COLUMNS": 64, "num_warps": 8, "num_stages": 1},
     },
     "key_gradients": {
-        128: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 2, "num_warps": 4, "num_stages": 2},
+        128: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 4, "num_stages": 2},
         256: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 4, "num_stages": 2},
         512: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 8, "num_stages": 1},
     },
@@ -80,7 +81,7 @@ _SMALL: dict[str, dict[int, Tile]] = {
         256: {"COLUMNS": 32, "num_warps": 8, "num_stages": 1},
     },
     "key_gradients": {
-        128: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 2, "num_warps": 4, "num_stages": 2},
+        128: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 4, "num_stages": 2},
         256: {"QUERIES": 32, "A": 32, "SUMMARY_STAGES": 1, "num_warps": 4, "num_stages": 2},
     },
 }
