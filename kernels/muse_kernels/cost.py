@@ -23,7 +23,8 @@ class MusePairs:
     retrieved: float
     """Queries times the keys of the retrieved clusters."""
     selection: float
-    """The two passes over summaries (products with kbar alone) of selection by query mass."""
+    """Products with keys alone, half a pair each: by "peak_mass" queries times the candidates' keys, by "query_mass"
+    two passes over the summaries, by "centroid" none."""
 
     @property
     def forward(self) -> float:
@@ -45,7 +46,7 @@ def muse_pairs(num_tokens: int, options: MuseOptions) -> MusePairs:
     if num_tokens <= resolved.exact_below:
         exact = num_tokens * (num_tokens + 1) / 2 if options.causal else float(num_tokens**2)
         return MusePairs(near=exact, summaries=0, stage_1=0, retrieved=0, selection=0)
-    near = summaries = stage_1 = retrieved = 0.0
+    near = summaries = stage_1 = retrieved = candidates = 0.0
     for start in range(0, num_tokens, options.chunk):
         queries = min(options.chunk, num_tokens - start)
         far_keys = start if options.causal else num_tokens - queries
@@ -54,7 +55,12 @@ def muse_pairs(num_tokens: int, options: MuseOptions) -> MusePairs:
         summaries += queries * far_clusters
         stage_1 += 1.5 * -(-queries // options.query_cluster) * far_keys
         retrieved += queries * min(options.top_k * options.key_cluster, far_keys)
-    selection = summaries if options.selection == "query_mass" and options.top_k > 0 else 0.0
+        candidates += queries * min(options.candidates * options.key_cluster, far_keys)
+    selection = 0.0
+    if options.selection == "query_mass" and options.top_k > 0:
+        selection = summaries
+    elif options.selection == "peak_mass" and 0 < options.top_k < options.candidates:
+        selection = candidates / 2
     return MusePairs(near, summaries, stage_1, retrieved, selection)
 
 
@@ -84,16 +90,16 @@ def muse_work(
     """Work of one forward and backward pass over documents of these lengths, by part of the decomposition.
 
     Matrix products alone are counted, those that the backward pass repeats included: 5 products for a near pair, 5 for
-    a summary, 3 for dq and 4 for dk, dv of a retrieved key, 6 in stage 1's backward pass, each 2 * head_dim FLOPs.
-    Bytes: every input read once and every output written once, whether they lie in device memory or, as summaries of a
-    small workspace do, in its cache.
+    a summary, 3 for dq and 4 for dk, dv of a retrieved key, 6 from summaries to their keys, each 2 * head_dim FLOPs.
+    The backward pass gathers keys and makes summaries again. Bytes: every input read once and every output written
+    once, whether they lie in device memory or, as summaries of a small workspace do, in its cache.
 
     Args:
         lengths: tokens of the documents that are attended separately.
         num_heads, num_kv_heads, head_dim: of q, and of k and v.
         element_size: bytes of one element of q.
     Returns:
-        Part -> work, in the order in which the parts run.
+        Part -> work, in the order in which the parts run; names of parts of the backward pass end with "backward".
     Source: docs/attention.md, "Kernel decomposition" and "Gradient".
     """
     product = 2 * head_dim * num_heads
@@ -113,21 +119,27 @@ def muse_work(
     indices = 4 * long_tokens * (num_heads + num_kv_heads)
     all_q, all_k = (tokens * heads * head_dim * element_size for heads in (num_heads, num_kv_heads))
     all_statistics = 4 * tokens * num_heads
+    scores: dict[str, float] = {"query_mass": vectors + 2 * masses, "peak_mass": k}
+    scores_of_stage_1 = masses if options.top_k > 0 and options.selection != "query_mass" else 0
     work = {
         "clustering": Work(0, q + k + indices),
         "gather": Work(0, 4 * k),
         "near": Work(2 * product * near, 2 * all_q + 2 * all_k + all_statistics),
-        "stage 1": Work(3 * product * centroid_keys, 2 * k + 2 * vectors + masses),
-        "scores": Work(2 * product * selection, (q + statistics + vectors + 2 * masses) if selection else 0),
+        "stage 1": Work(3 * product * centroid_keys, 2 * k + 2 * vectors + masses + scores_of_stage_1),
+        "scores": Work(2 * product * selection, (q + statistics + scores[options.selection]) if selection else 0),
         # The near field's out and lse are read and the merged ones written.
         "far": Work(2 * product * (summaries + retrieved), 3 * q + 2 * k + 2 * statistics + 2 * vectors + masses),
         "near backward": Work(5 * product * near, 4 * all_q + 4 * all_k + 2 * all_statistics),
+        "gather backward": Work(0, 4 * k),
+        "stage 1 backward": Work(3 * product * centroid_keys, 2 * k + 2 * vectors + masses),
+        # Reads q, dout, out, dq and writes dq; q, dout, lse and delta in the order of the clusters are for the keys.
         "far backward": Work(
-            product * (5 * summaries + 3 * retrieved), 4 * q + 2 * k + 2 * statistics + 4 * vectors + 2 * masses
+            product * (5 * summaries + 3 * retrieved), 7 * q + 2 * k + 3 * statistics + 4 * vectors + 2 * masses
         ),
-        "retrieved backward": Work(product * 4 * retrieved, 2 * q + 4 * k + 2 * statistics),
-        "stage 1 backward": Work(product * 6 * centroid_keys, 4 * k + 4 * vectors + 2 * masses),
-        "scatter": Work(0, 4 * k),
+        # dk and dv of the near field are read, and the sums written.
+        "keys backward": Work(
+            product * (4 * retrieved + 6 * centroid_keys), 2 * q + 6 * k + 2 * statistics + 2 * vectors + masses
+        ),
     }
     return {part: each for part, each in work.items() if each.flops or each.bytes}
 

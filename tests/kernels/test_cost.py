@@ -1,5 +1,8 @@
 """Pair counts against brute-force counting over the clusters that the operator really makes."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,9 +15,9 @@ SIZES = {"chunk": 16, "query_cluster": 4, "key_cluster": 2}
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 64, 75])
-@pytest.mark.parametrize("top_k", [0, 3, 1000])
-def test_pairs_are_those_of_the_clusters(num_tokens: int, top_k: int, causal: bool) -> None:
-    options = MuseOptions(**SIZES, top_k=top_k, causal=causal, exact_below=0)
+@pytest.mark.parametrize(("top_k", "candidates"), [(0, 5), (3, 5), (3, 3), (1000, 5), (3, 1000)])
+def test_pairs_are_those_of_the_clusters(num_tokens: int, top_k: int, candidates: int, causal: bool) -> None:
+    options = MuseOptions(**SIZES, top_k=top_k, candidates=candidates, causal=causal, exact_below=0)
     pairs = muse_pairs(num_tokens, options)
     x = torch.randn(1, 1, num_tokens, 4)
     clusters = muse_clusters(x, x, **SIZES, top_k=top_k, causal=causal, exact_below=0)
@@ -22,7 +25,7 @@ def test_pairs_are_those_of_the_clusters(num_tokens: int, top_k: int, causal: bo
     keys_of = (key_order >= 0).view(-1, SIZES["key_cluster"]).sum(-1)
     chunk_of = torch.arange(len(keys_of)) // (SIZES["chunk"] // SIZES["key_cluster"])
 
-    near = summaries = stage_1 = retrieved = 0
+    near = summaries = stage_1 = retrieved = looked_at = 0
     for row in range(query_order.shape[0]):
         in_sight = (keys_of > 0) & ((chunk_of < row) if causal else (chunk_of != row))
         tokens = query_order[row][query_order[row] >= 0]
@@ -33,19 +36,23 @@ def test_pairs_are_those_of_the_clusters(num_tokens: int, top_k: int, causal: bo
             summaries += queries * int(in_sight.sum())
             retrieved += queries * int(keys_of[chosen].sum())
             stage_1 += (queries > 0) * int(keys_of[in_sight].sum())
+            looked_at += queries * min(candidates * SIZES["key_cluster"], int(keys_of[in_sight].sum()))
     assert (pairs.near, pairs.summaries, pairs.stage_1) == (near, summaries, 1.5 * stage_1)
     # The formula prices the best case of a partial last cluster at its full size.
     assert retrieved <= pairs.retrieved <= retrieved + num_tokens * SIZES["key_cluster"]
     if causal:
         assert pairs.retrieved == retrieved
-    assert pairs.selection == (summaries if top_k else 0)
+    assert pairs.selection == (looked_at / 2 if 0 < top_k < candidates else 0)
+    by_query_mass = muse_pairs(num_tokens, replace(options, selection="query_mass"))
+    assert by_query_mass == replace(pairs, selection=summaries if top_k else 0)
+    assert muse_pairs(num_tokens, replace(options, selection="centroid")) == replace(pairs, selection=0)
 
 
-def test_the_design_point_costs_a_tenth_of_dense() -> None:
+def test_the_defaults_cost_a_tenth_of_dense() -> None:
     """docs/attention.md, "Kernel decomposition"; its figures count far keys in the first chunk too, which has none."""
     pairs, dense = muse_pairs(65536, MuseOptions()), 65536**2 / 2
     parts = [pairs.near, pairs.summaries, pairs.stage_1, pairs.retrieved, pairs.selection]
-    assert [round(100 * part / dense, 1) for part in parts] == pytest.approx([3.1, 1.6, 1.2, 3.1, 1.6], abs=0.11)
+    assert [round(100 * part / dense, 1) for part in parts] == pytest.approx([3.1, 1.6, 1.2, 2.3, 3.1], abs=0.11)
     assert pairs.training == pytest.approx(pairs.forward - 2 / 3 * pairs.selection)
 
 
@@ -69,16 +76,22 @@ class TestWork:
         assert work["scores"].flops == 2 * product * pairs.selection
         assert work["far"].flops == 2 * product * (pairs.summaries + pairs.retrieved)
         assert work["far backward"].flops == product * (5 * pairs.summaries + 3 * pairs.retrieved)
-        assert work["retrieved backward"].flops == 4 * product * pairs.retrieved
-        assert work["stage 1 backward"].flops == 2 * work["stage 1"].flops
-        forward = ("near", "stage 1", "scores", "far")
-        assert sum(work[part].flops for part in forward) == 2 * product * pairs.forward
+        assert work["keys backward"].flops == 4 * product * (pairs.retrieved + pairs.stage_1)
+        assert work["stage 1 backward"].flops == work["stage 1"].flops
+        forward = sum(work[part].flops for part in work if not part.endswith("backward"))
+        assert forward == 2 * product * pairs.forward
 
     def test_bytes_by_hand(self) -> None:
         # Two chunks of 16: each of the second's 4 query clusters sees 8 summaries.
-        work = muse_work([32], MuseOptions(**SIZES, top_k=3, exact_below=0), **HEADS)
+        options = MuseOptions(**SIZES, top_k=3, candidates=5, exact_below=0)
+        work = muse_work([32], options, **HEADS)
         q, k, vectors, masses = 32 * 4 * 8 * 2, 32 * 2 * 8 * 2, 4 * 32 * 8 * 2, 4 * 32 * 4
-        assert work["stage 1"].bytes == 2 * k + 2 * vectors + masses
+        assert work["stage 1"].bytes == 2 * k + 2 * vectors + 2 * masses
+        assert work["stage 1 backward"].bytes == 2 * k + 2 * vectors + masses
+        assert work["scores"].bytes == q + k + 4 * 32 * 4
+        by_query_mass = muse_work([32], replace(options, selection="query_mass"), **HEADS)
+        assert by_query_mass["stage 1"] == work["stage 1 backward"]
+        assert by_query_mass["scores"].bytes == q + vectors + 2 * masses + 4 * 32 * 4
         assert work["clustering"].bytes == q + k + 4 * 32 * 6
         assert work["near"].bytes == 2 * q + 2 * k + 4 * 32 * 4
 
@@ -90,5 +103,7 @@ class TestWork:
         assert both == {part: parts[0][part] + parts[1].get(part, NO_WORK) for part in parts[0]}
         assert muse_work([20], options, **HEADS) == dense_work([20], causal=True, **HEADS)
 
-    def test_without_query_mass_there_are_no_scores(self) -> None:
-        assert "scores" not in muse_work([75], MuseOptions(**SIZES, exact_below=0, selection="centroid"), **HEADS)
+    @pytest.mark.parametrize("change", [{"selection": "centroid"}, {"candidates": 12}, {"top_k": 0}], ids=str)
+    def test_without_products_in_selection_there_are_no_scores(self, change: dict[str, Any]) -> None:
+        assert "scores" in muse_work([75], MuseOptions(**SIZES, exact_below=0), **HEADS)
+        assert "scores" not in muse_work([75], MuseOptions(**SIZES, exact_below=0, **change), **HEADS)

@@ -17,16 +17,17 @@ _PART_OF_STEP = {
     "summaries": "stage 1",
     "scores": "scores",
     "select": "selection",
+    "select_by_peaks": "scores",
     "switch_off": "selection",
     "far": "far",
     "far_backward": "far backward",
-    "invert": "inverted lists",
-    "inverted": "inverted lists",
-    "retrieved_backward": "retrieved backward",
-    "summaries_backward": "stage 1 backward",
-    "scatter": "scatter",
+    "retrieved_partials": "keys backward",
+    "key_gradients": "keys backward",
 }
 """Beginning of a kernel's name after `muse_` -> part, as `muse_work` names it. The longest beginning counts."""
+
+_RUN_AGAIN = ("gather", "stage 1")
+"""Parts whose kernels the backward pass runs again under the same name."""
 
 _IS_LIBRARY = re.compile(r"cudnn|flash|fmha|sdpa|attention", re.IGNORECASE)
 _IS_BACKWARD = re.compile(r"bwd|bprop|backward|dot_do|convert_dq", re.IGNORECASE)
@@ -73,7 +74,7 @@ def split_into_parts(
         times[part_of(kernel)] += ms
     order = list(work)
     names = sorted((name for name in times if name != OTHER), key=lambda name: _position(name, order))
-    parts = [_part(name, times[name], total_ms, work.get(name, NO_WORK), ceilings) for name in names]
+    parts = [_part(name, times[name], total_ms, _work_of(name, work), ceilings) for name in names]
     parts.append(_part(OTHER, times.get(OTHER, 0.0), total_ms, NO_WORK, ceilings))
     # Kernels that overlap, or a profiler that slows them, can add up to more than the pass.
     parts.append(_part(BETWEEN, max(0.0, total_ms - sum(times.values())), total_ms, NO_WORK, ceilings))
@@ -89,7 +90,12 @@ def _part(name: str, ms: float, total_ms: float, work: Work, ceilings: Ceilings)
     return Part(name, ms, ms / total_ms, work, flops_fraction, bytes_fraction)
 
 
+def _work_of(name: str, work: Mapping[str, Work]) -> Work:
+    again = work.get(f"{name} backward", NO_WORK) if name in _RUN_AGAIN else NO_WORK
+    return work.get(name, NO_WORK) + again
+
+
 def _position(name: str, order: list[str]) -> tuple[int, str]:
     """Where a part comes: those without counted work follow the one that they belong to, strangers are last."""
-    anchor = {"selection": "scores", "inverted lists": "far backward"}.get(name, name)
+    anchor = "stage 1" if name == "selection" else name
     return (2 * order.index(anchor) + (anchor != name) if anchor in order else 2 * len(order), name)
