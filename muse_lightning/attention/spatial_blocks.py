@@ -24,7 +24,7 @@ class SpatialBlocks(Muse):
         chunk: int = 2048,
         query_cluster: int = 128,
         key_cluster: int = 64,
-        top_k: int = 16,
+        top_k: int = 12,
         exact_below: int | None = None,
         workspace_mib: int = 1024,
     ) -> None:
