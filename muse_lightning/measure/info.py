@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from muse_kernels.attention.op import HAS_TRITON
 from muse_lightning import __version__
 from muse_lightning.attention import Dense
 from muse_lightning.measure.flops import training_flops_per_token
@@ -81,8 +82,10 @@ def driver_version() -> str | None:
 
 
 def attention_kernels() -> dict[str, str]:
-    """Which implementation attention uses on this machine: exact for whole rows, exact for documents, and Muse's."""
+    """Which implementation attention uses here: exact for whole rows, exact for documents, and Muse's by itself."""
     muse = "plain PyTorch (reference)"
+    if HAS_TRITON and torch.cuda.is_available():
+        muse = "Triton kernels, plain PyTorch for sizes and dtypes that they do not take"
     if not torch.cuda.is_available():
         return {"exact": "PyTorch SDPA", "documents": "PyTorch SDPA, one document after the other", "muse": muse}
     kernels = {

@@ -54,6 +54,18 @@ def test_report_of_the_machine() -> None:
     assert "device 0: " in report
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "has_triton", "kernel"),
+    [(False, True, "plain PyTorch (reference)"), (True, False, "plain PyTorch (reference)"), (True, True, "Triton ")],
+)
+def test_the_kernels_of_muse_are_those_of_auto(
+    has_gpu: bool, has_triton: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(info, "HAS_TRITON", has_triton)
+    assert info.attention_kernels()["muse"].startswith(kernel)
+
+
 def test_report_of_a_recipe() -> None:
     with torch.device("meta"):
         llama = Llama(load_preset("1b"), Muse)
