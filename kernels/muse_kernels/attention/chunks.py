@@ -36,7 +36,9 @@ def num_rows(num_tokens: int, num_documents: int | None, options: ResolvedOption
 def document_bounds(num_tokens: int, cu_seqlens: Tensor) -> Tensor:
     """`cu_seqlens`, rising from 0 to the number of tokens whatever its values are: every token has one document."""
     bounds = cu_seqlens.clamp(0, num_tokens).cummax(0).values
-    bounds[0], bounds[-1] = 0, num_tokens
+    # Filled: an assignment would copy a number from the host, which waits for the device.
+    bounds[:1].fill_(0)
+    bounds[-1:].fill_(num_tokens)
     return bounds
 
 
