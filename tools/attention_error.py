@@ -20,23 +20,31 @@ from muse_lightning.attention import Dense, SlidingWindow
 from muse_lightning.measure.attention_error import relative_squared_error
 
 SPATIAL = {"query_clustering": "spatial", "key_clustering": "spatial"}
+SPATIAL_BLOCKS = {**SPATIAL, "expansion": "zero", "selection": "query_mass"}
+DEFAULT = "default: clusters 128/64, peak mass, top_k 12, candidates 32"
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    ("default: clusters 128/64, query mass, top_k 16", {}),
+    (DEFAULT, {}),
     ("top_k 8", {"top_k": 8}),
-    ("top_k 32", {"top_k": 32}),
+    ("top_k 16", {"top_k": 16}),
+    ("top_k 24", {"top_k": 24}),
     ("top_k 0", {"top_k": 0}),
+    ("candidates 24", {"candidates": 24}),
+    ("candidates 64", {"candidates": 64}),
+    ("query mass", {"selection": "query_mass"}),
+    ("query mass, top_k 16", {"selection": "query_mass", "top_k": 16}),
+    ("centroid", {"selection": "centroid"}),
     ("order 0", {"order": 0}),
     ("clusters 64/64", {"query_cluster": 64}),
     ("clusters 256/64", {"query_cluster": 256}),
-    ("clusters 128/32, top_k 32", {"key_cluster": 32, "top_k": 32}),
+    ("clusters 128/32, top_k 24, candidates 64", {"key_cluster": 32, "top_k": 24, "candidates": 64}),
     ("chunk 1024", {"chunk": 1024}),
     ("chunk 4096", {"chunk": 4096}),
-    ("selection by centroid", {"selection": "centroid"}),
     ("keys clustered only", {"query_clustering": "spatial"}),
     ("queries clustered only", {"key_clustering": "spatial"}),
     ("spatial clusters, order 1", SPATIAL),
-    ("SpatialBlocks: spatial clusters, plain means", {**SPATIAL, "expansion": "zero"}),
-    ("SpatialBlocks, selection by centroid", {**SPATIAL, "expansion": "zero", "selection": "centroid"}),
+    ("SpatialBlocks: spatial clusters, plain means, query mass", SPATIAL_BLOCKS),
+    ("SpatialBlocks, selection by centroid", {**SPATIAL_BLOCKS, "selection": "centroid"}),
+    ("SpatialBlocks, selection by peak mass", {**SPATIAL_BLOCKS, "selection": "peak_mass"}),
 ]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.attention_error import SETTINGS, main
+from tools.attention_error import DEFAULT, SETTINGS, main
 
 HEAD = Path(__file__).parents[1] / "data" / "activations" / "layer1_head3.pt"
 
@@ -20,12 +20,7 @@ def test_the_table_and_the_raw_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(table) == 2 + len(errors)
     for row, (setting, error) in zip(table[2:], errors.items(), strict=True):
         assert row == f"| {setting} | {error:.3f} |"
-    default = errors["default: clusters 128/64, query mass, top_k 16"]
-    assert (
-        0
-        < default
-        < errors["top_k 8"]
-        < errors["top_k 0"]
-        < errors["SpatialBlocks: spatial clusters, plain means"] * 10
-    )
-    assert errors["clusters 64/64"] != default
+    default = errors[DEFAULT]
+    plain_means = errors["SpatialBlocks: spatial clusters, plain means, query mass"]
+    assert 0 < default < errors["top_k 8"] < errors["top_k 0"] < plain_means * 10
+    assert len({default, errors["query mass"], errors["clusters 64/64"], errors["candidates 24"]}) == 4
