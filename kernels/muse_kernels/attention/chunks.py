@@ -25,6 +25,29 @@ class ChunkTable(NamedTuple):
     """One past the last row of the document; the row itself for an unused row."""
 
 
+class Group(NamedTuple):
+    """Some rows of the table for some heads: as much work as the workspace holds."""
+
+    heads: slice
+    """Key-value heads, counted over batch and heads together."""
+    rows: slice
+    capacity: int
+    """Summaries per query head that the rows may need."""
+    is_first: bool
+    """The first rows of these heads."""
+    is_last: bool
+
+    @property
+    def num_heads(self) -> int:
+        """Key-value heads."""
+        return self.heads.stop - self.heads.start
+
+    @property
+    def num_rows(self) -> int:
+        """Rows."""
+        return self.rows.stop - self.rows.start
+
+
 def num_rows(num_tokens: int, num_documents: int | None, options: ResolvedOptions) -> int:
     """Rows of the chunk table; `num_documents` is None without `cu_seqlens`."""
     longest = num_tokens // (options.exact_below + 1)  # documents that can be longer than exact_below

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_kernels.attention.chunks import Group
 from muse_kernels.attention.common import LOG2E, operand, padded_head_dim, rows_contiguous
 from muse_kernels.attention.key_gradients import ClusteredQueries
 from muse_kernels.attention.options import ResolvedOptions
@@ -279,8 +280,7 @@ def far_field(
     clustered_k: Tensor,
     clustered_v: Tensor,
     layout: SummaryLayout,
-    rows: slice,
-    heads: slice,
+    group: Group,
     options: ResolvedOptions,
 ) -> None:
     """Merge the far field of a group of rows and heads into the near field's `out` and `lse`, in place.
@@ -290,11 +290,10 @@ def far_field(
         selected: int32 [B, H, C, chunk / query_cluster, top_k].
         summary: of these rows and heads, retrieved clusters switched off.
         clustered_k, clustered_v: [heads, C * chunk, padded D].
-        heads: key-value heads, counted over batch and heads together.
     """
     q = rows_contiguous(q)
     head_dim, num_rows = q.shape[-1], layout.num_far.shape[0]
-    muse_far[((rows.stop - rows.start) * options.query_clusters, summary.kbar.shape[0])](
+    muse_far[(group.num_rows * options.query_clusters, summary.kbar.shape[0])](
         q,
         out,
         lse,
@@ -306,14 +305,14 @@ def far_field(
         *layout[:4],
         *q.stride()[:3],
         num_rows,
-        rows.start,
-        heads.start,
+        group.rows.start,
+        group.heads.start,
         q.shape[1],
         q.shape[2],
         summary.bias.shape[1],
         options.top_k,
         options.softmax_scale * LOG2E.value,
-        G=summary.kbar.shape[0] // (heads.stop - heads.start),
+        G=summary.kbar.shape[0] // group.num_heads,
         D=head_dim,
         BLOCK_D=padded_head_dim(head_dim),
         Q=options.query_cluster,
@@ -341,8 +340,7 @@ def far_field_backward(
     clustered: ClusteredQueries,
     dmass: Tensor,
     layout: SummaryLayout,
-    rows: slice,
-    heads: slice,
+    group: Group,
     options: ResolvedOptions,
 ) -> None:
     """Add the far field's dq to `dq` in place; write dkbar and dvbar over the summaries, dA into `dmass`.
@@ -355,7 +353,7 @@ def far_field_backward(
     """
     q, dout = rows_contiguous(q), rows_contiguous(dout)
     head_dim, num_rows = q.shape[-1], layout.num_far.shape[0]
-    muse_far_backward[((rows.stop - rows.start) * options.query_clusters, summary.kbar.shape[0])](
+    muse_far_backward[(group.num_rows * options.query_clusters, summary.kbar.shape[0])](
         q,
         out,
         dout,
@@ -373,14 +371,14 @@ def far_field_backward(
         *q.stride()[:3],
         *dout.stride()[:3],
         num_rows,
-        rows.start,
-        heads.start,
+        group.rows.start,
+        group.heads.start,
         q.shape[1],
         q.shape[2],
         summary.bias.shape[1],
         options.top_k,
         options.softmax_scale,
-        G=summary.kbar.shape[0] // (heads.stop - heads.start),
+        G=summary.kbar.shape[0] // group.num_heads,
         D=head_dim,
         BLOCK_D=padded_head_dim(head_dim),
         Q=options.query_cluster,

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_kernels.attention.chunks import Group
 from muse_kernels.attention.common import LOG2E, operand, padded_head_dim
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.selection import InvertedLists
@@ -319,12 +320,8 @@ def key_gradients(
     dv: Tensor,
     key_order: Tensor,
     layout: SummaryLayout,
-    rows: slice,
-    heads: slice,
+    group: Group,
     options: ResolvedOptions,
-    *,
-    is_first: bool,
-    is_last: bool,
 ) -> None:
     """Gradients of far keys from the queries of a group of rows, added to dk and dv once the last group is done.
 
@@ -335,9 +332,8 @@ def key_gradients(
         lists: of this group; None if nothing is retrieved.
         far: float32 [heads, C * chunk, padded D] each, what groups of rows hand on; None if there is one group.
         dk, dv: [B, H_kv, N, D], contiguous: the near field's.
-        heads: key-value heads, counted over batch and heads together.
     """
-    head_dim, num_rows, num_heads = mu.shape[-1], layout.num_far.shape[0], heads.stop - heads.start
+    head_dim, num_rows = mu.shape[-1], layout.num_far.shape[0]
     block_d = padded_head_dim(head_dim)
     tile = tile_of("key_gradients", clustered_k)
     tile["QUERIES"] = min(tile["QUERIES"], options.query_cluster)
@@ -370,7 +366,7 @@ def key_gradients(
         list_arguments = (lists.position, lists.start, partial_dk, partial_dv)
     else:
         list_arguments = (layout.offset, layout.num_far, gradient.bias, gradient.bias)
-    muse_key_gradients[(num_rows * options.key_clusters, num_heads)](
+    muse_key_gradients[(num_rows * options.key_clusters, group.num_heads)](
         mu,
         clustered_k,
         clustered_v,
@@ -382,17 +378,17 @@ def key_gradients(
         dv,
         key_order,
         *layout,
-        rows.start,
-        rows.stop,
+        group.rows.start,
+        group.rows.stop,
         num_rows,
-        heads.start,
+        group.heads.start,
         dk.shape[2],
         gradient.bias.shape[1],
         options.top_k,
-        int(is_first),
-        int(is_last),
+        int(group.is_first),
+        int(group.is_last),
         options.softmax_scale,
-        G=gradient.kbar.shape[0] // num_heads,
+        G=gradient.kbar.shape[0] // group.num_heads,
         D=head_dim,
         BLOCK_D=block_d,
         Q=options.query_cluster,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_kernels.attention.chunks import Group
 from muse_kernels.attention.common import LOG2E, operand, padded_head_dim, rows_contiguous
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.summaries import Summaries, SummaryLayout, log2_of_spread
@@ -314,8 +315,7 @@ def select_clusters(
     candidates: Tensor | None,
     selected: Tensor,
     layout: SummaryLayout,
-    rows: slice,
-    heads: slice,
+    group: Group,
     options: ResolvedOptions,
 ) -> None:
     """Write R(a) of the query clusters of a group of rows and heads into `selected`, which is all -1 before.
@@ -327,13 +327,12 @@ def select_clusters(
         scores: float32, shape of `summary.bias`: those of stage 1, or a buffer for those of "query_mass".
         candidates: int32 [B, H, C, chunk / query_cluster, candidates], all -1, to be filled; None without candidates.
         selected: int32 [B, H, C, chunk / query_cluster, top_k].
-        heads: key-value heads, counted over batch and heads together.
     """
     q = rows_contiguous(q)
     head_dim, num_rows = q.shape[-1], layout.num_far.shape[0]
     query_heads = summary.kbar.shape[0]
-    group_size = query_heads // (heads.stop - heads.start)
-    grid = ((rows.stop - rows.start) * options.query_clusters, query_heads)
+    group_size = query_heads // group.num_heads
+    grid = (group.num_rows * options.query_clusters, query_heads)
     capacity = summary.bias.shape[1]
     scale_log2 = options.softmax_scale * LOG2E.value
     if options.selection == "query_mass":
@@ -348,8 +347,8 @@ def select_clusters(
             *layout[:3],
             *q.stride()[:3],
             num_rows,
-            rows.start,
-            heads.start,
+            group.rows.start,
+            group.heads.start,
             q.shape[1],
             q.shape[2],
             capacity,
@@ -370,8 +369,8 @@ def select_clusters(
         chosen,
         *layout[:3],
         num_rows,
-        rows.start,
-        heads.start,
+        group.rows.start,
+        group.heads.start,
         capacity,
         chosen.shape[-1],
         G=group_size,
@@ -391,8 +390,8 @@ def select_clusters(
             layout.length,
             *q.stride()[:3],
             num_rows,
-            rows.start,
-            heads.start,
+            group.rows.start,
+            group.heads.start,
             q.shape[1],
             q.shape[2],
             options.top_k,
@@ -412,19 +411,19 @@ def select_clusters(
 
 
 def switch_off_retrieved(
-    summary: Summaries, selected: Tensor, layout: SummaryLayout, rows: slice, heads: slice, options: ResolvedOptions
+    summary: Summaries, selected: Tensor, layout: SummaryLayout, group: Group, options: ResolvedOptions
 ) -> None:
     """Set the bias of retrieved clusters' summaries to -inf: their keys are attended instead."""
-    muse_switch_off[((rows.stop - rows.start) * options.query_clusters, summary.kbar.shape[0])](
+    muse_switch_off[(group.num_rows * options.query_clusters, summary.kbar.shape[0])](
         summary.bias,
         selected,
         *layout[:3],
         layout.num_far.shape[0],
-        rows.start,
-        heads.start,
+        group.rows.start,
+        group.heads.start,
         summary.bias.shape[1],
         options.top_k,
-        G=summary.kbar.shape[0] // (heads.stop - heads.start),
+        G=summary.kbar.shape[0] // group.num_heads,
         QUERY_CLUSTERS=options.query_clusters,
         BLOCK=16,
         num_warps=1,

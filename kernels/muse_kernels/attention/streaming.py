@@ -1,23 +1,19 @@
-"""MuSe attention by kernels, forward and backward: the order of the steps, and a workspace that does not grow with N^2.
+"""MuSe attention by kernels, forward and backward: the order of the steps.
 
-Heads are worked on in groups, as many as the workspace holds; where it cannot hold one key-value head with all its
-query heads, rows of the chunk table are taken in groups too, since the summaries of a row are used by that row alone.
-Nothing here reads device memory on the host: sizes follow from shapes and options.
+Groups of heads and rows, and the workspace that they share, are in `workspace.py`. Nothing here reads device memory on
+the host.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from muse_kernels.attention.chunks import ChunkTable, chunk_table
+from muse_kernels.attention.chunks import ChunkTable, Group, chunk_table
 from muse_kernels.attention.clustering import cluster_means, cluster_order
-from muse_kernels.attention.common import padded_head_dim
 from muse_kernels.attention.far_field import far_field, far_field_backward
 from muse_kernels.attention.key_clusters import gather_keys
-from muse_kernels.attention.key_gradients import LONGEST_PIECE, ClusteredQueries, key_gradients
+from muse_kernels.attention.key_gradients import key_gradients
 from muse_kernels.attention.near_field import near_field, near_field_backward
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.reference import MuseClusters
@@ -27,125 +23,9 @@ from muse_kernels.attention.summaries import (
     Summaries,
     SummaryLayout,
     summaries,
-    summaries_per_row,
     summary_layout,
 )
-
-
-class Group(NamedTuple):
-    """Work that fits into the workspace."""
-
-    heads: slice
-    """Key-value heads, counted over batch and heads together."""
-    rows: slice
-    """Rows of the chunk table."""
-    capacity: int
-    """Summaries per query head that the rows may need."""
-    is_first: bool
-    """The first rows of these heads."""
-    is_last: bool
-
-
-class Workspace:
-    """Sizes and buffers of one forward or backward pass.
-
-    Args:
-        q: [B, H, N, D]. k: [B, H_kv, N, D].
-        row_count: rows of the chunk table.
-    """
-
-    def __init__(self, q: Tensor, k: Tensor, row_count: int, options: ResolvedOptions, *, backward: bool) -> None:
-        self.options, self.row_count, self.backward = options, row_count, backward
-        self.dtype, self.device = q.dtype, q.device
-        self.num_kv_heads, self.heads_per_kv_head = k.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
-        self.head_dim = padded_head_dim(q.shape[-1])
-        self.capacities = [summaries_per_row(row, q.shape[2], options) for row in range(row_count)]
-
-    def groups(self) -> Iterator[Group]:
-        """Groups in the order in which gradients of keys can be added up; none where no row has far keys."""
-        if sum(self.capacities) == 0:
-            return
-        budget = self.options.workspace_mib * 2**20
-        keys = 2 * self.row_count * self.options.chunk * self.head_dim  # numbers: k and v of one head
-        per_head = keys * self.dtype.itemsize
-        row_bytes = [self._bytes_per_row(capacity) for capacity in self.capacities]
-        parts = -(-self.num_kv_heads * (per_head + sum(row_bytes)) // budget)
-        if parts <= self.num_kv_heads:
-            heads_at_once = -(-self.num_kv_heads // parts)
-            row_groups = [slice(0, self.row_count)]
-        else:
-            heads_at_once = 1
-            if self.backward:
-                per_head += keys * 4  # sums of their gradients, float32
-            row_groups = list(_split(row_bytes, max(budget - per_head, budget // 2)))
-        for start in range(0, self.num_kv_heads, heads_at_once):
-            heads = slice(start, min(start + heads_at_once, self.num_kv_heads))
-            for rows in row_groups:
-                capacity = sum(self.capacities[rows])
-                yield Group(heads, rows, capacity, rows.start == 0, rows.stop == self.row_count)
-
-    def _bytes_per_row(self, capacity: int) -> int:
-        """What a row adds: its summaries with bias and score (or dA), and in the backward pass its queries."""
-        options = self.options
-        per_query_head = capacity * (2 * self.head_dim * self.dtype.itemsize + 8)
-        if self.backward:
-            per_query_head += options.chunk * (2 * self.head_dim * self.dtype.itemsize + 8)
-            # For each pair of a query cluster and a key cluster that it retrieves: sorting, partial results.
-            per_pair = 40 + 8 * options.key_cluster * self.head_dim // LONGEST_PIECE
-            per_query_head += options.query_clusters * options.top_k * per_pair
-        return per_query_head * self.heads_per_kv_head
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised buffer."""
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-
-    def summaries(self, group: Group) -> Summaries:
-        """Buffers for the summaries of a group."""
-        heads = (group.heads.stop - group.heads.start) * self.heads_per_kv_head
-        return Summaries(
-            self.empty(heads, group.capacity, self.head_dim),
-            self.empty(heads, group.capacity, self.head_dim),
-            self.empty(heads, group.capacity, dtype=torch.float32),
-        )
-
-    def scores(self, group: Group) -> Tensor:
-        """A buffer for the scores of a group's far clusters."""
-        heads = (group.heads.stop - group.heads.start) * self.heads_per_kv_head
-        return self.empty(heads, group.capacity, dtype=torch.float32)
-
-    def keys(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-        """Buffers for keys and values in cluster order and the clusters' spread."""
-        heads = group.heads.stop - group.heads.start
-        shape = (heads, self.row_count * self.options.chunk, self.head_dim)
-        spread = self.empty(heads, self.row_count * self.options.key_clusters, dtype=torch.float32)
-        return self.empty(*shape), self.empty(*shape), spread
-
-    def queries(self, group: Group) -> ClusteredQueries:
-        """Buffers in query-cluster order for q, dout, lse and delta of a group."""
-        heads = (group.heads.stop - group.heads.start) * self.heads_per_kv_head
-        places = (group.rows.stop - group.rows.start) * self.options.chunk
-        return ClusteredQueries(
-            self.empty(heads, places, self.head_dim),
-            self.empty(heads, places, self.head_dim),
-            self.empty(heads, places, dtype=torch.float32),
-            self.empty(heads, places, dtype=torch.float32),
-        )
-
-    def key_sums(self, group: Group) -> tuple[Tensor, Tensor]:
-        """Buffers for the sums of dk and dv over groups of rows."""
-        shape = (group.heads.stop - group.heads.start, self.row_count * self.options.chunk, self.head_dim)
-        return self.empty(*shape, dtype=torch.float32), self.empty(*shape, dtype=torch.float32)
-
-
-def _split(sizes: list[int], budget: int) -> Iterator[slice]:
-    """Consecutive ranges whose sizes add up to at most `budget`, or of one item."""
-    start, total = 0, 0
-    for index, size in enumerate(sizes):
-        if index > start and total + size > budget:
-            yield slice(start, index)
-            start, total = index, 0
-        total += size
-    yield slice(start, len(sizes))
+from muse_kernels.attention.workspace import Workspace
 
 
 def make_clusters(
@@ -179,7 +59,6 @@ def attention_forward(
     workspace = Workspace(q, k, row_count, options, backward=False)
     mu = clusters.mu.to(q.dtype)
     for group in workspace.groups():
-        rows, heads = group.rows, group.heads
         if group.is_first:
             clustered_k, clustered_v, spread = _keys(workspace, group, k, v, clusters)
         scores, first_choice = workspace.scores(group), None
@@ -198,11 +77,10 @@ def attention_forward(
                 candidates,
                 clusters.selected,
                 layout,
-                rows,
-                heads,
+                group,
                 options,
             )
-        switch_off_retrieved(summary, clusters.selected, layout, rows, heads, options)
+        switch_off_retrieved(summary, clusters.selected, layout, group, options)
         far_field(
             q,
             out,
@@ -213,8 +91,7 @@ def attention_forward(
             clustered_k,
             clustered_v,
             layout,
-            rows,
-            heads,
+            group,
             options,
         )
         # Freed before the next group's are made.
@@ -242,12 +119,11 @@ def attention_backward(
     workspace = Workspace(q, k, row_count, options, backward=True)
     mu = clusters.mu.to(q.dtype)
     for group in workspace.groups():
-        rows, heads = group.rows, group.heads
         if group.is_first:
             clustered_k, clustered_v, _ = _keys(workspace, group, k, v, clusters)
             far = None if group.is_last else workspace.key_sums(group)
         summary = _summaries(workspace, group, mu, clustered_k, clustered_v, layout)
-        switch_off_retrieved(summary, clusters.selected, layout, rows, heads, options)
+        switch_off_retrieved(summary, clusters.selected, layout, group, options)
         clustered, dmass = workspace.queries(group), torch.empty_like(summary.bias)
         far_field_backward(
             dout,
@@ -264,8 +140,7 @@ def attention_backward(
             clustered,
             dmass,
             layout,
-            rows,
-            heads,
+            group,
             options,
         )
         lists = None
@@ -284,11 +159,8 @@ def attention_backward(
             dv,
             clusters.key_order,
             layout,
-            rows,
-            heads,
+            group,
             options,
-            is_first=group.is_first,
-            is_last=group.is_last,
         )
         del summary, clustered, dmass, lists
         if group.is_last:
@@ -347,7 +219,7 @@ def _summaries(
     first_choice: FirstChoice | None = None,
 ) -> Summaries:
     summary = workspace.summaries(group)
-    summaries(mu, clustered_k, clustered_v, summary, layout, group.rows, group.heads, workspace.options, first_choice)
+    summaries(mu, clustered_k, clustered_v, summary, layout, group, workspace.options, first_choice)
     return summary
 
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muse_kernels.attention.chunks import ChunkTable
+from muse_kernels.attention.chunks import ChunkTable, Group
 from muse_kernels.attention.common import LOG2E, NEGATIVE, operand, padded_head_dim
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.tiles import tile_of
@@ -218,8 +218,7 @@ def summaries(
     clustered_v: Tensor,
     summary: Summaries,
     layout: SummaryLayout,
-    rows: slice,
-    heads: slice,
+    group: Group,
     options: ResolvedOptions,
     first_choice: FirstChoice | None = None,
 ) -> None:
@@ -229,15 +228,14 @@ def summaries(
         mu: [B, H, C, chunk / query_cluster, D], dtype of k, not scaled.
         clustered_k, clustered_v: [heads, C * chunk, padded D], of these key-value heads alone.
         summary: buffers of at least the capacity that `summaries_per_row` gives for these rows.
-        heads: key-value heads, counted over batch and heads together.
         first_choice: also write scores; None if nobody needs them.
     """
     num_rows, head_dim = layout.num_far.shape[0], mu.shape[-1]
-    group_size = summary.kbar.shape[0] // (heads.stop - heads.start)
+    group_size = summary.kbar.shape[0] // group.num_heads
     tile = tile_of("summaries", clustered_k)
-    far_rows = rows.stop - 1 if options.causal else num_rows
+    far_rows = group.rows.stop - 1 if options.causal else num_rows
     grid = (
-        triton.cdiv((rows.stop - rows.start) * options.query_clusters, tile["A"]),
+        triton.cdiv(group.num_rows * options.query_clusters, tile["A"]),
         triton.cdiv(far_rows * options.key_clusters, tile["CLUSTERS"]),
         summary.kbar.shape[0],
     )
@@ -251,10 +249,10 @@ def summaries(
         layout.num_far,
         layout.offset,
         layout.length,
-        rows.start,
-        rows.stop,
+        group.rows.start,
+        group.rows.stop,
         num_rows,
-        heads.start,
+        group.heads.start,
         summary.bias.shape[1],
         options.softmax_scale * LOG2E.value,
         G=group_size,

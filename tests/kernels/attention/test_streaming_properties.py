@@ -17,6 +17,7 @@ from torch import Tensor
 
 from muse_kernels import muse_attention, muse_clusters
 from muse_kernels.attention import key_gradients, selection, streaming
+from muse_kernels.attention.chunks import Group
 from muse_kernels.attention.options import MuseOptions
 from muse_kernels.attention.reference import MuseClusters
 from tests.assertions import relative_error
@@ -199,12 +200,12 @@ def test_a_bounded_workspace_changes_nothing(
         options["cu_seqlens"] = cumulative(options.pop("bounds"), device)
     dout = torch.randn_like(qkv[0])
     roomy = results(qkv, dout, **options)
-    passes: list[list[streaming.Group]] = []
+    passes: list[list[Group]] = []
 
     class Tight(streaming.Workspace):
         """With the most memory, in KiB, that is cut as wanted."""
 
-        def groups(self) -> Iterator[streaming.Group]:
+        def groups(self) -> Iterator[Group]:
             self.options = copy.copy(self.options)
             for kib in range(1000, 0, -2):
                 object.__setattr__(self.options, "workspace_mib", Fraction(kib, 1024))

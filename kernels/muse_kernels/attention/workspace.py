@@ -1,0 +1,119 @@
+"""How work is cut into groups that fit into the workspace, and the buffers of a group.
+
+Heads are worked on in groups, as many as the workspace holds; where it cannot hold one key-value head with all its
+query heads, rows of the chunk table are taken in groups too, since the summaries of a row are used by that row alone.
+Nothing here reads device memory on the host: sizes follow from shapes and options.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from muse_kernels.attention.chunks import Group
+from muse_kernels.attention.common import padded_head_dim
+from muse_kernels.attention.key_gradients import LONGEST_PIECE, ClusteredQueries
+from muse_kernels.attention.options import ResolvedOptions
+from muse_kernels.attention.summaries import Summaries, summaries_per_row
+
+
+class Workspace:
+    """Sizes and buffers of one forward or backward pass.
+
+    Args:
+        q: [B, H, N, D]. k: [B, H_kv, N, D].
+        row_count: rows of the chunk table.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, row_count: int, options: ResolvedOptions, *, backward: bool) -> None:
+        self.options, self.row_count, self.backward = options, row_count, backward
+        self.dtype, self.device = q.dtype, q.device
+        self.num_kv_heads, self.heads_per_kv_head = k.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
+        self.head_dim = padded_head_dim(q.shape[-1])
+        self.capacities = [summaries_per_row(row, q.shape[2], options) for row in range(row_count)]
+
+    def groups(self) -> Iterator[Group]:
+        """Groups in the order in which gradients of keys can be added up; none where no row has far keys."""
+        if sum(self.capacities) == 0:
+            return
+        budget = self.options.workspace_mib * 2**20
+        keys = 2 * self.row_count * self.options.chunk * self.head_dim  # numbers: k and v of one head
+        per_head = keys * self.dtype.itemsize
+        row_bytes = [self._bytes_per_row(capacity) for capacity in self.capacities]
+        parts = -(-self.num_kv_heads * (per_head + sum(row_bytes)) // budget)
+        if parts <= self.num_kv_heads:
+            heads_at_once = -(-self.num_kv_heads // parts)
+            row_groups = [slice(0, self.row_count)]
+        else:
+            heads_at_once = 1
+            if self.backward:
+                per_head += keys * 4  # sums of their gradients, float32
+            row_groups = list(_split(row_bytes, max(budget - per_head, budget // 2)))
+        for start in range(0, self.num_kv_heads, heads_at_once):
+            heads = slice(start, min(start + heads_at_once, self.num_kv_heads))
+            for rows in row_groups:
+                capacity = sum(self.capacities[rows])
+                yield Group(heads, rows, capacity, rows.start == 0, rows.stop == self.row_count)
+
+    def _bytes_per_row(self, capacity: int) -> int:
+        """What a row adds: its summaries with bias and score (or dA), and in the backward pass its queries."""
+        options = self.options
+        per_query_head = capacity * (2 * self.head_dim * self.dtype.itemsize + 8)
+        if self.backward:
+            per_query_head += options.chunk * (2 * self.head_dim * self.dtype.itemsize + 8)
+            # For each pair of a query cluster and a key cluster that it retrieves: sorting, partial results.
+            per_pair = 40 + 8 * options.key_cluster * self.head_dim // LONGEST_PIECE
+            per_query_head += options.query_clusters * options.top_k * per_pair
+        return per_query_head * self.heads_per_kv_head
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised buffer."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def summaries(self, group: Group) -> Summaries:
+        """Buffers for the summaries of a group."""
+        heads = group.num_heads * self.heads_per_kv_head
+        return Summaries(
+            self.empty(heads, group.capacity, self.head_dim),
+            self.empty(heads, group.capacity, self.head_dim),
+            self.empty(heads, group.capacity, dtype=torch.float32),
+        )
+
+    def scores(self, group: Group) -> Tensor:
+        """A buffer for the scores of a group's far clusters."""
+        heads = group.num_heads * self.heads_per_kv_head
+        return self.empty(heads, group.capacity, dtype=torch.float32)
+
+    def keys(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+        """Buffers for keys and values in cluster order and the clusters' spread."""
+        heads = group.num_heads
+        shape = (heads, self.row_count * self.options.chunk, self.head_dim)
+        spread = self.empty(heads, self.row_count * self.options.key_clusters, dtype=torch.float32)
+        return self.empty(*shape), self.empty(*shape), spread
+
+    def queries(self, group: Group) -> ClusteredQueries:
+        """Buffers in query-cluster order for q, dout, lse and delta of a group."""
+        heads = group.num_heads * self.heads_per_kv_head
+        places = group.num_rows * self.options.chunk
+        return ClusteredQueries(
+            self.empty(heads, places, self.head_dim),
+            self.empty(heads, places, self.head_dim),
+            self.empty(heads, places, dtype=torch.float32),
+            self.empty(heads, places, dtype=torch.float32),
+        )
+
+    def key_sums(self, group: Group) -> tuple[Tensor, Tensor]:
+        """Buffers for the sums of dk and dv over groups of rows."""
+        shape = (group.num_heads, self.row_count * self.options.chunk, self.head_dim)
+        return self.empty(*shape, dtype=torch.float32), self.empty(*shape, dtype=torch.float32)
+
+
+def _split(sizes: list[int], budget: int) -> Iterator[slice]:
+    """Consecutive ranges whose sizes add up to at most `budget`, or of one item."""
+    start, total = 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > budget:
+            yield slice(start, index)
+            start, total = index, 0
+        total += size
+    yield slice(start, len(sizes))
