@@ -117,14 +117,15 @@ def muse_far(
     num_retrieved = top_k if top_k < columns else columns
     for entry in range(num_retrieved):
         cluster = tl.load(selected + query_cluster * top_k + entry)
-        # Given clusters may leave places empty (-1): cluster 0 with no key in it.
-        num_keys = tl.where(cluster < 0, 0, K)
+        # An empty place (-1) is a cluster without keys; nothing is loaded, since 0 times NaN is NaN.
+        is_cluster = cluster >= 0
+        num_keys = tl.where(is_cluster, K, 0)
         cluster = tl.maximum(cluster, 0)
         if not CAUSAL:
             num_keys = tl.minimum(num_keys, tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K)
         keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
-        k = operand(tl.load(clustered_k + keys))
-        v = operand(tl.load(clustered_v + keys))
+        k = operand(tl.load(clustered_k + keys, mask=is_cluster, other=0.0))
+        v = operand(tl.load(clustered_v + keys, mask=is_cluster, other=0.0))
         no_key = tl.where(key < num_keys, 0.0, float("-inf"))
         largest, mass, total = _attend(q_rows, k, v, no_key, largest, mass, total, scale_log2, True)
 
@@ -252,13 +253,14 @@ def muse_far_backward(
     num_retrieved = top_k if top_k < columns else columns
     for entry in range(num_retrieved):
         cluster = tl.load(selected + query_cluster * top_k + entry)
-        num_keys = tl.where(cluster < 0, 0, K)
+        is_cluster = cluster >= 0
+        num_keys = tl.where(is_cluster, K, 0)
         cluster = tl.maximum(cluster, 0)
         if not CAUSAL:
             num_keys = tl.minimum(num_keys, tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K)
         keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
-        k = operand(tl.load(clustered_k + keys))
-        v = operand(tl.load(clustered_v + keys))
+        k = operand(tl.load(clustered_k + keys, mask=is_cluster, other=0.0))
+        v = operand(tl.load(clustered_v + keys, mask=is_cluster, other=0.0))
         logits = tl.dot(q_rows, tl.trans(k), input_precision="ieee") * scale_log2
         weights = tl.exp2(logits - lse_rows[:, None])
         weights = tl.where((key < num_keys)[None, :], weights, 0.0)

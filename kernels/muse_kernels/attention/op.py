@@ -87,7 +87,7 @@ def muse_attention(
         expansion: expand around the query cluster's "centroid", or around "zero" (plain means of keys and values).
         query_clustering, key_clustering: "semantic" by recursive bisection, "spatial" contiguous runs.
         exact_below: documents of at most so many tokens are attended exactly; None is 4 * chunk.
-        clusters: reuse these (from `muse_clusters`) and choose nothing.
+        clusters: reuse these (from `muse_clusters`, of the same shapes and documents) and choose nothing.
         workspace_mib: bound on intermediate results, MiB; at least one query chunk is worked on at a time.
         return_lse: also return the log-sum-exp.
         implementation: "triton" (kernels; never falls back), "reference" (plain PyTorch: any device, dtype, sizes) or
@@ -116,24 +116,30 @@ def muse_attention(
         workspace_mib=workspace_mib,
         implementation=implementation,
     )
-    if not return_lse and clusters is None and cu_seqlens is None:
-        exact = _exact_by_library(q, k, v, options)
-        if exact is not None:
-            return exact
-    out, lse, _ = _attend(q, k, v, cu_seqlens, options, clusters)
+    q, k, v = _as_autocast_has_it(q, k, v)
+    _check_tensors(q, k, v, cu_seqlens)
+    resolved = _resolved(q, options)
+    if not return_lse and clusters is None and cu_seqlens is None and _is_for_library(q, k, resolved):
+        return _exact_by_library(q, k, v, resolved)
+    out, lse, _ = _attend(q, k, v, cu_seqlens, resolved, clusters)
     return (out, lse.detach()) if return_lse else out
 
 
-def _exact_by_library(q: Tensor, k: Tensor, v: Tensor, options: MuseOptions) -> Tensor | None:
-    """PyTorch's own attention, forward and backward, where kernels would do nothing but that; None elsewhere."""
-    _check_tensors(q, k, v, None)
-    resolved = options.resolved(q.shape[-1])
-    if q.shape[2] > resolved.exact_below or _implementation(q, options) != "triton" or not q.is_cuda:
-        return None
+def _is_for_library(q: Tensor, k: Tensor, options: ResolvedOptions) -> bool:
+    """Whether kernels would do nothing but call exact attention, in a form that PyTorch's own function is fast at.
+
+    In float32 none of its fast kernels takes fewer key-value heads.
+    """
+    is_exact = q.shape[2] <= options.exact_below and options.implementation == "triton" and q.is_cuda
+    return is_exact and (q.dtype != torch.float32 or q.shape[1] == k.shape[1])
+
+
+def _exact_by_library(q: Tensor, k: Tensor, v: Tensor, options: ResolvedOptions) -> Tensor:
     with sdpa_kernel(_EXACT_BY_SPEED, set_priority=True):
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=options.causal, scale=resolved.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=options.causal, scale=options.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
+    return out.contiguous()
 
 
 def muse_clusters(q: Tensor, k: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any) -> MuseClusters:
@@ -148,21 +154,32 @@ def muse_clusters(q: Tensor, k: Tensor, *, cu_seqlens: Tensor | None = None, **o
         ValueError: as `muse_attention`. TypeError: an option that does not exist.
     """
     with torch.no_grad():
-        return _attend(q, k, k, cu_seqlens, MuseOptions(**options), None)[2]
+        q, k, _ = _as_autocast_has_it(q, k, k)
+        _check_tensors(q, k, k, cu_seqlens)
+        return _attend(q, k, k, cu_seqlens, _resolved(q, MuseOptions(**options)), None)[2]
+
+
+def _as_autocast_has_it(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v as scaled_dot_product_attention would get them under autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _resolved(q: Tensor, options: MuseOptions) -> ResolvedOptions:
+    return replace(options.resolved(q.shape[-1]), implementation=_implementation(q, options))
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: MuseOptions, clusters: MuseClusters | None
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions, clusters: MuseClusters | None
 ) -> tuple[Tensor, Tensor, MuseClusters]:
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype != torch.float64 else x for x in (q, k, v))
-    _check_tensors(q, k, v, cu_seqlens)
-    resolved = replace(options.resolved(q.shape[-1]), implementation=_implementation(q, options))
     given: tuple[Tensor | None, ...] = (None, None, None, None)
     if clusters is not None:
-        _check_clusters(clusters, q, k, cu_seqlens, resolved)
+        _check_clusters(clusters, q, k, cu_seqlens, options)
         given = tuple(clusters)
-    out, lse, *made = torch.ops.muse.attention_forward(q, k, v, cu_seqlens, *given, resolved.encoded())
+    out, lse, *made = torch.ops.muse.attention_forward(q, k, v, cu_seqlens, *given, options.encoded())
     return out, lse, MuseClusters(*made)
 
 
@@ -309,12 +326,13 @@ def _shifted(order: Tensor, offset: int) -> Tensor:
 _CLUSTERS = "Tensor{0} query_order, Tensor{0} key_order, Tensor{0} mu, Tensor{0} selected"
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_its_device_without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Inputs have their dtype by now; autocast must not lower the precision of the statistics inside."""
 
     @functools.wraps(function)
     def wrapped(*arguments: Any) -> Any:
-        with torch.autocast(arguments[0].device.type, enabled=False):
+        # Kernels start on the current device, which need not be that of the tensors.
+        with torch.autocast(arguments[0].device.type, enabled=False), torch.cuda.device_of(arguments[0]):
             return function(*arguments)
 
     return wrapped
@@ -326,14 +344,14 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, {_CLUSTERS.format('?')}, str options)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-@_without_autocast
+@_on_its_device_without_autocast
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *clusters_and_options: Any
 ) -> tuple[Tensor, ...]:
     """out, lse, then the fields of MuseClusters: those given, or chosen where None was given."""
     given, options = clusters_and_options[:4], ResolvedOptions.decoded(clusters_and_options[4])
     if options.implementation == "triton":
-        fixed = None if given[0] is None else MuseClusters(*(x.clone() for x in given))
+        fixed = None if given[0] is None else _within_bounds(MuseClusters(*given), q, options)
         out, lse, made = streaming.attention_forward(q, k, v, cu_seqlens, fixed, options)
         return out, lse, *made
     dtype = _statistics_dtype(q)
@@ -365,6 +383,17 @@ def attention_forward(
     return out, lse, *made
 
 
+def _within_bounds(clusters: MuseClusters, q: Tensor, options: ResolvedOptions) -> MuseClusters:
+    """A copy whose numbers lead nowhere outside, whatever they are: kernels trust them."""
+    key_clusters = clusters.query_order.shape[2] * options.key_clusters
+    return MuseClusters(
+        clusters.query_order.clamp(-1, q.shape[2] - 1),
+        clusters.key_order.clamp(-1, q.shape[2] - 1),
+        clusters.mu.clone(),
+        clusters.selected.clamp(-1, key_clusters - 1),
+    )
+
+
 def _document_clusters(clusters: MuseClusters, document: _DocumentSpan, options: ResolvedOptions) -> MuseClusters:
     """One document's rows of the chunk table, counted from its own start."""
     query_order, key_order, mu, selected = (x[:, :, document.rows] for x in clusters)
@@ -390,7 +419,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *clusters_and_
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
     f"{_CLUSTERS.format('')}, str options) -> (Tensor, Tensor, Tensor)",
 )
-@_without_autocast
+@_on_its_device_without_autocast
 def attention_backward(
     dout: Tensor,
     q: Tensor,

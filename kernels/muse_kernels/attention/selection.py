@@ -239,11 +239,13 @@ def muse_select_by_peaks(
     peaks = tl.full([Q, BLOCK], float("-inf"), tl.float32)
     for entry in range(tl.minimum(columns, CANDIDATES)):
         cluster = tl.load(candidates + entry)
-        num_keys = tl.where(cluster < 0, 0, K)
+        is_cluster = cluster >= 0
+        num_keys = tl.where(is_cluster, K, 0)
         cluster = tl.maximum(cluster, 0)
         if not CAUSAL:
             num_keys = tl.minimum(num_keys, tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K)
-        k = operand(tl.load(clustered_k + (cluster * K + key)[:, None] * BLOCK_D + d[None, :]))
+        keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
+        k = operand(tl.load(clustered_k + keys, mask=is_cluster, other=0.0))
         logits = tl.dot(q_rows, tl.trans(k), input_precision="ieee") * scale_log2
         peak = tl.max(tl.where((key < num_keys)[None, :], logits, float("-inf")), 1)
         peaks = tl.where((place == entry)[None, :], peak[:, None], peaks)
@@ -254,11 +256,11 @@ def muse_select_by_peaks(
     normaliser += tl.log2(near_share + tl.sum(tl.exp2(peaks - normaliser[:, None]), 1))
     share = tl.sum(tl.exp2(peaks - normaliser[:, None]), 0)
     number = tl.load(candidates + place, mask=place < CANDIDATES, other=-1)
-    share = tl.where(number >= 0, share, -1.0)
+    share = tl.where((number >= 0) & (share >= 0.0), share, -1.0)  # not those of NaN, which would all rank first
     is_better = (share[None, :] > share[:, None]) | (
         (share[None, :] == share[:, None]) & (place[None, :] < place[:, None])
     )
-    is_selected = (tl.sum(is_better.to(tl.int32), 1) < top_k) & (number >= 0)
+    is_selected = (tl.sum(is_better.to(tl.int32), 1) < top_k) & (share >= 0.0)
     target = tl.cumsum(is_selected.to(tl.int32), 0) - 1
     tl.store(selected + query_cluster * top_k + target, number, mask=is_selected)
 

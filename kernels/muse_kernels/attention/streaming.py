@@ -176,20 +176,25 @@ def _candidates(selected: Tensor, options: ResolvedOptions) -> Tensor | None:
 
 
 def _layout(q: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions) -> tuple[ChunkTable, SummaryLayout]:
-    if cu_seqlens is None and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return _layout_without_documents(q.shape[2], options, q.device)
-    table = chunk_table(q.shape[2], cu_seqlens, options, q.device)
+    if cu_seqlens is not None or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _new_layout(q.shape[2], cu_seqlens, options, q.device)
+    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+    return _layout_without_documents(q.shape[2], options, q.device, stream)
+
+
+def _new_layout(
+    num_tokens: int, cu_seqlens: Tensor | None, options: ResolvedOptions, device: torch.device
+) -> tuple[ChunkTable, SummaryLayout]:
+    table = chunk_table(num_tokens, cu_seqlens, options, device)
     return table, summary_layout(table, options)
 
 
 @functools.lru_cache(maxsize=64)
 def _layout_without_documents(
-    num_tokens: int, options: ResolvedOptions, device: torch.device
+    num_tokens: int, options: ResolvedOptions, device: torch.device, stream: int
 ) -> tuple[ChunkTable, SummaryLayout]:
-    """Made on the host and copied, once: what takes a dozen small launches otherwise."""
-    table = chunk_table(num_tokens, None, options, torch.device("cpu"))
-    layout = summary_layout(table, options)
-    return ChunkTable(*(x.to(device) for x in table)), SummaryLayout(*(x.to(device) for x in layout))
+    """Made once, which spares a dozen launches; for each stream, since what one makes another may read too soon."""
+    return _new_layout(num_tokens, None, options, device)
 
 
 def _keys(

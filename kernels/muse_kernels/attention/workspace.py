@@ -34,15 +34,16 @@ class Workspace:
 
     def groups(self) -> Iterator[Group]:
         """Groups in the order in which gradients of keys can be added up; none where no row has far keys."""
-        if sum(self.capacities) == 0:
+        if sum(self.capacities) == 0 or self.num_kv_heads == 0:
             return
         budget = self.options.workspace_mib * 2**20
         keys = 2 * self.row_count * self.options.chunk * self.head_dim  # numbers: k and v of one head
         per_head = keys * self.dtype.itemsize
         row_bytes = [self._bytes_per_row(capacity) for capacity in self.capacities]
-        parts = -(-self.num_kv_heads * (per_head + sum(row_bytes)) // budget)
-        if parts <= self.num_kv_heads:
-            heads_at_once = -(-self.num_kv_heads // parts)
+        heads_at_once = min(self.num_kv_heads, budget // (per_head + sum(row_bytes)))
+        if heads_at_once > 0:
+            parts = -(-self.num_kv_heads // heads_at_once)
+            heads_at_once = -(-self.num_kv_heads // parts)  # groups of about equal size
             row_groups = [slice(0, self.row_count)]
         else:
             heads_at_once = 1

@@ -85,12 +85,14 @@ def assert_fast_on_hopper(usages: list[Usage]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("head_dim", "dtype"), HOPPER_ONLY)
 def test_wide_rows_fit_hopper(head_dim: int, dtype: str) -> None:
     compiled(90, [Case(head_dim, dtype, 1, {})])
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("head_dim", "dtype"), NARROW)
 @pytest.mark.parametrize("target", TARGETS, ids="sm_{}".format)
 def test_every_form_fits(target: int, head_dim: int, dtype: str) -> None:
