@@ -34,6 +34,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_QUERY_CLUSTERS = (16, 32, 64, 128)
 KERNEL_KEY_CLUSTERS = (16, 32, 64)
 MAX_CANDIDATES = 64
+MAX_CHUNK = 8192
 MAX_HEAD_DIM = 256
 
 _EXACT_BY_SPEED = [
@@ -213,6 +214,10 @@ def _obstacle_to_kernels(q: Tensor, options: MuseOptions) -> str | None:
         size = getattr(options, name)
         if size not in accepted:
             return f"accepts {name} {', '.join(map(str, accepted))}, got {size}"
+    if options.chunk > MAX_CHUNK:
+        return f"accepts chunk up to {MAX_CHUNK}, got {options.chunk}"
+    if q.shape[2] * 2 * q.shape[3] >= 2**31:  # kernels count elements of one head in 32 bits, head_dim rounded up
+        return f"accepts up to {2**30 // q.shape[3]} tokens with head_dim {q.shape[3]}, got {q.shape[2]}"
     if options.candidates > MAX_CANDIDATES:
         return f"accepts candidates up to {MAX_CANDIDATES}, got {options.candidates}"
     if not tiles.fits(q):

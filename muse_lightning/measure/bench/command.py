@@ -174,7 +174,10 @@ def pass_gate(settings: Settings, device: str) -> list[Check]:
         print(f"error: muse_attention is wrong, nothing is timed: {failed[0]}{more}", file=sys.stderr)
         raise SystemExit(ExitCode.BUG)
     nearest = max(checks, key=lambda check: check.error / check.limit)
-    print(f"check on {device}: {len(checks)} comparisons with the reference passed; nearest to its limit, {nearest}")
+    what = f"check on {device}"
+    if device == "cpu" and settings.muse.implementation != "triton":
+        what += " of plain PyTorch alone (kernels: TRITON_INTERPRET=1 and --muse.implementation=triton)"
+    print(f"{what}: {len(checks)} comparisons with the reference passed; nearest to its limit, {nearest}")
     return checks
 
 

@@ -22,7 +22,7 @@ ERROR_MULTIPLE = 3.0
 """A kernel rounds in another order, and probabilities and summaries besides, up to twice as much as its inputs."""
 QUALITY_MULTIPLE = 1.25
 """Projections that nearly tie may fall on either side of a median, and then clusters differ without being worse."""
-SMALL_CHUNK, SMALL_CLUSTER, SMALL_TOP_K = 64, 16, 2
+SMALL_CHUNK, SMALL_CLUSTER, SMALL_TOP_K, SMALL_CANDIDATES = 64, 16, 2, 5
 """Sizes where there is no GPU: Triton's interpreter is slow."""
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -63,6 +63,7 @@ def run_gate(options: MuseOptions, heads: Heads, *, has_documents: bool, device:
             query_cluster=SMALL_CLUSTER,
             key_cluster=SMALL_CLUSTER,
             top_k=min(options.top_k, SMALL_TOP_K),
+            candidates=min(options.candidates, SMALL_CANDIDATES),
         )
     checks: list[Check] = []
     chunk = options.chunk

@@ -125,3 +125,36 @@ def test_grouped_heads_and_batch(heads: int, kv_heads: int, device: torch.device
 def test_documents(kv_heads: int, options: dict[str, Any], device: torch.device) -> None:
     cu_seqlens = torch.tensor(CU_SEQLENS, dtype=torch.int32, device=device)
     assert_kernels_agree(make_qkv(300, device, kv_heads=kv_heads), cu_seqlens, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query_cluster": 256, "chunk": 256}, "accepts query_cluster 16, 32, 64, 128, got 256"),
+        ({"key_cluster": 8}, "accepts key_cluster 16, 32, 64, got 8"),
+        ({"candidates": 65}, "accepts candidates up to 64, got 65"),
+        ({"chunk": 16384}, "accepts chunk up to 8192, got 16384"),
+    ],
+    ids=str,
+)
+def test_what_kernels_do_not_take_is_named(options: dict[str, Any], message: str, device: torch.device) -> None:
+    """And "auto" takes plain PyTorch for it."""
+    qkv = make_qkv(70, device)
+    with pytest.raises(ValueError, match=f'implementation="triton" {message}'):
+        muse_attention(*qkv, implementation="triton", **{**SMALL, **options})
+    muse_attention(*qkv, **{**SMALL, **options})
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float64, 16), (torch.float32, 257)], ids=str)
+def test_tensors_that_kernels_do_not_take_are_named(dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
+    qkv = make_qkv(70, device, dtype=dtype, head_dim=head_dim)
+    with pytest.raises(
+        ValueError, match="accepts (float32, float16 and bfloat16, got torch.float64|head_dim up to 256)"
+    ):
+        muse_attention(*qkv, implementation="triton", **SMALL)
+
+
+def test_without_the_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a CUDA device .* got cpu"):
+        muse_attention(*make_qkv(70, torch.device("cpu")), implementation="triton", **SMALL)
