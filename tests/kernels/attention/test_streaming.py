@@ -149,12 +149,12 @@ def test_what_kernels_do_not_take_is_named(options: dict[str, Any], message: str
 def test_tensors_that_kernels_do_not_take_are_named(dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
     qkv = make_qkv(70, device, dtype=dtype, head_dim=head_dim)
     with pytest.raises(
-        ValueError, match="accepts (float32, float16 and bfloat16, got torch.float64|head_dim up to 256)"
+        ValueError, match=r"accepts (float32, float16 and bfloat16, got torch.float64|head_dim up to 256)"
     ):
         muse_attention(*qkv, implementation="triton", **SMALL)
 
 
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="needs a CUDA device .* got cpu"):
+    with pytest.raises(ValueError, match=r"needs a CUDA device .* got cpu"):
         muse_attention(*make_qkv(70, torch.device("cpu")), implementation="triton", **SMALL)
