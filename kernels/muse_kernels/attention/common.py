@@ -26,7 +26,7 @@ def operand(x):
 
 def padded_head_dim(head_dim: int) -> int:
     """Columns of a tile: the power of two that holds `head_dim`, at least 16 (the least a matrix unit takes)."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:

@@ -406,7 +406,7 @@ def select_clusters(
             QUERY_CLUSTERS=options.query_clusters,
             KEY_CLUSTERS=options.key_clusters,
             CANDIDATES=options.candidates,
-            BLOCK=max(16, triton.next_power_of_2(options.candidates)),
+            BLOCK=max(16, 1 << (options.candidates - 1).bit_length()),
             CAUSAL=options.causal,
             **tile_of("select_by_peaks", clustered_k),
         )
