@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from muse_kernels.attention.chunks import Group
-from muse_kernels.attention.common import LOG2E, operand, padded_head_dim, rows_contiguous
+from muse_kernels.attention.common import (
+    LOG2E,
+    listed_cluster,
+    operand,
+    padded_head_dim,
+    query_cluster,
+    rows_contiguous,
+    token_rows,
+)
 from muse_kernels.attention.key_gradients import ClusteredQueries
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.summaries import Summaries, SummaryLayout
@@ -79,19 +87,17 @@ def muse_far(
 ):
     """One program for each query cluster; adds the far field to its rows of out and lse."""
     a, local_head = tl.program_id(0), tl.program_id(1)
-    row = first_row + a // QUERY_CLUSTERS
+    row, head, number, token = query_cluster(
+        query_order, a, local_head, first_row, first_head, num_rows, G, Q, QUERY_CLUSTERS
+    )
     columns = tl.load(num_far + row)
-    head = (first_head * G + local_head).to(tl.int64)
-    query_cluster = (head * num_rows + first_row) * QUERY_CLUSTERS + a
-    token = tl.load(query_order + query_cluster * Q + tl.arange(0, Q)).to(tl.int64)
     is_query = token >= 0
     if (columns == 0) | (tl.sum(is_query.to(tl.int32)) == 0):
         return
 
     d = tl.arange(0, BLOCK_D)
     mask = is_query[:, None] & (d < D)[None, :]
-    q_head = q + (head // num_heads) * q_stride_batch + (head % num_heads) * q_stride_head
-    q_rows = operand(tl.load(q_head + token[:, None] * q_stride_token + d[None, :], mask=mask, other=0.0))
+    q_rows = operand(token_rows(q, token, head, num_heads, q_stride_batch, q_stride_head, q_stride_token, D, BLOCK_D))
     out_rows = out + (head * num_tokens + token)[:, None] * D + d[None, :]
     total = tl.load(out_rows, mask=mask, other=0.0).to(tl.float32)
     largest = tl.load(lse + head * num_tokens + token, mask=is_query, other=0.0) * LOG2E
@@ -116,13 +122,9 @@ def muse_far(
     clustered_k, clustered_v = clustered_k + first_key, clustered_v + first_key
     num_retrieved = top_k if top_k < columns else columns
     for entry in range(num_retrieved):
-        cluster = tl.load(selected + query_cluster * top_k + entry)
-        # An empty place (-1) is a cluster without keys; nothing is loaded, since 0 times NaN is NaN.
-        is_cluster = cluster >= 0
-        num_keys = tl.where(is_cluster, K, 0)
-        cluster = tl.maximum(cluster, 0)
-        if not CAUSAL:
-            num_keys = tl.minimum(num_keys, tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K)
+        entries = selected + number * top_k + entry
+        cluster, num_keys = listed_cluster(entries, length, K, KEY_CLUSTERS, CAUSAL)
+        is_cluster = num_keys > 0  # else nothing is loaded: 0 times NaN is NaN
         keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
         k = operand(tl.load(clustered_k + keys, mask=is_cluster, other=0.0))
         v = operand(tl.load(clustered_v + keys, mask=is_cluster, other=0.0))
@@ -184,12 +186,10 @@ def muse_far_backward(
 ):
     """One program for each query cluster; adds to its rows of dq, replaces kbar, vbar by their gradients."""
     a, local_head = tl.program_id(0), tl.program_id(1)
-    row = first_row + a // QUERY_CLUSTERS
+    row, head, number, token = query_cluster(
+        query_order, a, local_head, first_row, first_head, num_rows, G, Q, QUERY_CLUSTERS
+    )
     columns = tl.load(num_far + row)
-    head = (first_head * G + local_head).to(tl.int64)
-    batch, head_of_batch = head // num_heads, head % num_heads
-    query_cluster = (head * num_rows + first_row) * QUERY_CLUSTERS + a
-    token = tl.load(query_order + query_cluster * Q + tl.arange(0, Q)).to(tl.int64)
     is_query = token >= 0
     d = tl.arange(0, BLOCK_D)
     base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
@@ -198,12 +198,12 @@ def muse_far_backward(
         return
 
     mask = is_query[:, None] & (d < D)[None, :]
-    q_head = q + batch * q_stride_batch + head_of_batch * q_stride_head
-    dout_head = dout + batch * dout_stride_batch + head_of_batch * dout_stride_head
-    token_rows = (head * num_tokens + token)[:, None] * D + d[None, :]
-    q_rows = tl.load(q_head + token[:, None] * q_stride_token + d[None, :], mask=mask, other=0.0)
-    dout_rows = tl.load(dout_head + token[:, None] * dout_stride_token + d[None, :], mask=mask, other=0.0)
-    out_rows = tl.load(out + token_rows, mask=mask, other=0.0).to(tl.float32)
+    places = (head * num_tokens + token)[:, None] * D + d[None, :]
+    q_rows = token_rows(q, token, head, num_heads, q_stride_batch, q_stride_head, q_stride_token, D, BLOCK_D)
+    dout_rows = token_rows(
+        dout, token, head, num_heads, dout_stride_batch, dout_stride_head, dout_stride_token, D, BLOCK_D
+    )
+    out_rows = tl.load(out + places, mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(dout_rows.to(tl.float32) * out_rows, 1)
     # An empty place has weight 0 everywhere.
     lse_rows = tl.load(lse + head * num_tokens + token, mask=is_query, other=float("inf")) * LOG2E
@@ -241,7 +241,7 @@ def muse_far_backward(
             rounded_sum = tl.sum(dlogits.to(tl.float32), 0)
             dkey_mean = tl.dot(tl.trans(dlogits), q_rows, input_precision="ieee")
             # Read here: kept over the loop it would take registers that nothing else leaves free.
-            point = tl.load(mu + query_cluster * D + d, mask=d < D, other=0.0).to(tl.float32)
+            point = tl.load(mu + number * D + d, mask=d < D, other=0.0).to(tl.float32)
             dkey_mean -= rounded_sum[:, None] * point[None, :]
         else:
             dkey_mean = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
@@ -252,12 +252,9 @@ def muse_far_backward(
     clustered_k, clustered_v = clustered_k + first_key, clustered_v + first_key
     num_retrieved = top_k if top_k < columns else columns
     for entry in range(num_retrieved):
-        cluster = tl.load(selected + query_cluster * top_k + entry)
-        is_cluster = cluster >= 0
-        num_keys = tl.where(is_cluster, K, 0)
-        cluster = tl.maximum(cluster, 0)
-        if not CAUSAL:
-            num_keys = tl.minimum(num_keys, tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K)
+        entries = selected + number * top_k + entry
+        cluster, num_keys = listed_cluster(entries, length, K, KEY_CLUSTERS, CAUSAL)
+        is_cluster = num_keys > 0  # else nothing is loaded: 0 times NaN is NaN
         keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
         k = operand(tl.load(clustered_k + keys, mask=is_cluster, other=0.0))
         v = operand(tl.load(clustered_v + keys, mask=is_cluster, other=0.0))
@@ -268,8 +265,8 @@ def muse_far_backward(
         dlogits = (weights * (dweights - delta[:, None]) * scale).to(q_rows.dtype)
         total = tl.dot(dlogits, k, total, input_precision="ieee")
 
-    near_dq = tl.load(dq + token_rows, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dq + token_rows, (near_dq + total).to(dq.dtype.element_ty), mask=mask)
+    near_dq = tl.load(dq + places, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dq + places, (near_dq + total).to(dq.dtype.element_ty), mask=mask)
 
 
 def far_field(

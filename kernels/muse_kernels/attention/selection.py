@@ -23,7 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from muse_kernels.attention.chunks import Group
-from muse_kernels.attention.common import LOG2E, operand, padded_head_dim, rows_contiguous
+from muse_kernels.attention.common import (
+    LOG2E,
+    listed_cluster,
+    operand,
+    padded_head_dim,
+    query_cluster,
+    rows_contiguous,
+    token_rows,
+)
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.summaries import Summaries, SummaryLayout, log2_of_spread
 from muse_kernels.attention.tiles import tile_of
@@ -62,27 +70,16 @@ def muse_scores(
 ):
     """One program for each query cluster: the scores of all its far key clusters."""
     a, local_head = tl.program_id(0), tl.program_id(1)
-    row = first_row + a // QUERY_CLUSTERS
+    row, head, _, token = query_cluster(
+        query_order, a, local_head, first_row, first_head, num_rows, G, Q, QUERY_CLUSTERS
+    )
     columns = tl.load(num_far + row)
-    head = (first_head * G + local_head).to(tl.int64)
-    first_place = (head * num_rows + first_row) * (QUERY_CLUSTERS * Q) + a.to(tl.int64) * Q
-    token = tl.load(query_order + first_place + tl.arange(0, Q)).to(tl.int64)
     is_query = token >= 0
-    num_queries = tl.sum(is_query.to(tl.int32))
-    if (columns == 0) | (num_queries == 0):
+    if (columns == 0) | (tl.sum(is_query.to(tl.int32)) == 0):
         return
 
     d = tl.arange(0, BLOCK_D)
-    q_rows = tl.load(
-        q
-        + (head // num_heads) * q_stride_batch
-        + (head % num_heads) * q_stride_head
-        + token[:, None] * q_stride_token
-        + d[None, :],
-        mask=is_query[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    q_rows = operand(q_rows)
+    q_rows = operand(token_rows(q, token, head, num_heads, q_stride_batch, q_stride_head, q_stride_token, D, BLOCK_D))
     base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
     base += (a % QUERY_CLUSTERS) * columns
     kbar, bias, scores = kbar + base * BLOCK_D, bias + base, scores + base
@@ -151,8 +148,8 @@ def muse_select(
     row = first_row + a // QUERY_CLUSTERS
     columns = tl.load(num_far + row)
     head = (first_head * G + local_head).to(tl.int64)
-    query_cluster = (head * num_rows + first_row) * QUERY_CLUSTERS + a
-    if (columns == 0) | (tl.load(query_order + query_cluster * Q) < 0):
+    number = (head * num_rows + first_row) * QUERY_CLUSTERS + a
+    if (columns == 0) | (tl.load(query_order + number * Q) < 0):
         return
     column = tl.arange(0, BLOCK)
     base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
@@ -180,9 +177,7 @@ def muse_select(
         rank = tl.cumsum(is_tie.to(tl.int32), 0)
         is_selected = ((bits > threshold) | (is_tie & (rank <= ties_left))) & (bits > 0)
         place = num_selected + tl.cumsum(is_selected.to(tl.int32), 0) - 1
-        tl.store(
-            selected + query_cluster * top_k + place, tl.load(first_cluster + row) + first + column, mask=is_selected
-        )
+        tl.store(selected + number * top_k + place, tl.load(first_cluster + row) + first + column, mask=is_selected)
         ties_left -= tl.sum(is_tie.to(tl.int32))
         num_selected += tl.sum(is_selected.to(tl.int32))
 
@@ -220,30 +215,24 @@ def muse_select_by_peaks(
 ):
     """One program for each query cluster: the best of its candidates, ascending."""
     a, local_head = tl.program_id(0), tl.program_id(1)
-    row = first_row + a // QUERY_CLUSTERS
+    row, head, number, token = query_cluster(
+        query_order, a, local_head, first_row, first_head, num_rows, G, Q, QUERY_CLUSTERS
+    )
     columns = tl.load(num_far + row)
-    head = (first_head * G + local_head).to(tl.int64)
-    query_cluster = (head * num_rows + first_row) * QUERY_CLUSTERS + a
-    token = tl.load(query_order + query_cluster * Q + tl.arange(0, Q)).to(tl.int64)
     is_query = token >= 0
     if (columns == 0) | (tl.sum(is_query.to(tl.int32)) == 0):
         return
 
     d = tl.arange(0, BLOCK_D)
-    q_head = q + (head // num_heads) * q_stride_batch + (head % num_heads) * q_stride_head
-    q_rows = q_head + token[:, None] * q_stride_token + d[None, :]
-    q_rows = operand(tl.load(q_rows, mask=is_query[:, None] & (d < D)[None, :], other=0.0))
-    candidates += query_cluster * CANDIDATES
+    q_rows = operand(token_rows(q, token, head, num_heads, q_stride_batch, q_stride_head, q_stride_token, D, BLOCK_D))
+    candidates += number * CANDIDATES
     clustered_k += (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS * K * BLOCK_D
     key, place = tl.arange(0, K), tl.arange(0, BLOCK)
     peaks = tl.full([Q, BLOCK], float("-inf"), tl.float32)
     for entry in range(tl.minimum(columns, CANDIDATES)):
-        cluster = tl.load(candidates + entry)
-        is_cluster = cluster >= 0
-        num_keys = tl.where(is_cluster, K, 0)
-        cluster = tl.maximum(cluster, 0)
-        if not CAUSAL:
-            num_keys = tl.minimum(num_keys, tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K)
+        entries = candidates + entry
+        cluster, num_keys = listed_cluster(entries, length, K, KEY_CLUSTERS, CAUSAL)
+        is_cluster = num_keys > 0  # else nothing is loaded: 0 times NaN is NaN
         keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
         k = operand(tl.load(clustered_k + keys, mask=is_cluster, other=0.0))
         logits = tl.dot(q_rows, tl.trans(k), input_precision="ieee") * scale_log2
@@ -255,14 +244,14 @@ def muse_select_by_peaks(
     near_share = tl.where(is_query, tl.exp2(largest - normaliser), 1.0)
     normaliser += tl.log2(near_share + tl.sum(tl.exp2(peaks - normaliser[:, None]), 1))
     share = tl.sum(tl.exp2(peaks - normaliser[:, None]), 0)
-    number = tl.load(candidates + place, mask=place < CANDIDATES, other=-1)
-    share = tl.where((number >= 0) & (share >= 0.0), share, -1.0)  # not those of NaN, which would all rank first
+    choice = tl.load(candidates + place, mask=place < CANDIDATES, other=-1)
+    share = tl.where((choice >= 0) & (share >= 0.0), share, -1.0)  # not those of NaN, which would all rank first
     is_better = (share[None, :] > share[:, None]) | (
         (share[None, :] == share[:, None]) & (place[None, :] < place[:, None])
     )
     is_selected = (tl.sum(is_better.to(tl.int32), 1) < top_k) & (share >= 0.0)
     target = tl.cumsum(is_selected.to(tl.int32), 0) - 1
-    tl.store(selected + query_cluster * top_k + target, number, mask=is_selected)
+    tl.store(selected + number * top_k + target, choice, mask=is_selected)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_row", "first_head", "capacity", "top_k"])
@@ -286,12 +275,12 @@ def muse_switch_off(
     row = first_row + a // QUERY_CLUSTERS
     columns, row_first = tl.load(num_far + row), tl.load(first_cluster + row)
     head = (first_head * G + local_head).to(tl.int64)
-    query_cluster = (head * num_rows + first_row) * QUERY_CLUSTERS + a
+    number = (head * num_rows + first_row) * QUERY_CLUSTERS + a
     base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
     base += (a % QUERY_CLUSTERS) * columns
     for first in range(0, top_k, BLOCK):
         entry = first + tl.arange(0, BLOCK)
-        column = tl.load(selected + query_cluster * top_k + entry, mask=entry < top_k, other=-1) - row_first
+        column = tl.load(selected + number * top_k + entry, mask=entry < top_k, other=-1) - row_first
         tl.store(bias + base + column, float("-inf"), mask=(column >= 0) & (column < columns))
 
 
