@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from muse_kernels.attention.chunks import document_bounds, num_rows
 from muse_kernels.attention.options import (
     Clustering,
     Expansion,
@@ -283,11 +284,7 @@ def _cluster_shapes(
     """Shape and dtype of each field of MuseClusters; static, whatever the documents' lengths."""
     batch, num_heads, num_tokens, head_dim = q.shape
     chunk = options.chunk
-    most_documents = num_tokens // (options.exact_below + 1)  # that are long enough to have clusters
-    if cu_seqlens is None:
-        rows = -(-num_tokens // chunk) if most_documents > 0 else 0
-    else:
-        rows = num_tokens // chunk + min(cu_seqlens.shape[0] - 1, most_documents)
+    rows = num_rows(num_tokens, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, options)
     return [
         ((batch, num_heads, rows, chunk), torch.int32),
         ((batch, k.shape[1], rows, chunk), torch.int32),
@@ -310,7 +307,7 @@ def _documents(q: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions) -
     """The documents that are not empty. Reads `cu_seqlens` on the host."""
     num_tokens = q.shape[2]
     # A bad cu_seqlens on a GPU, whose values nobody checked, must not lead out of bounds.
-    ends = [num_tokens] if cu_seqlens is None else cu_seqlens[1:].clamp(0, num_tokens).cummax(0).values.tolist()
+    ends = [num_tokens] if cu_seqlens is None else document_bounds(num_tokens, cu_seqlens)[1:].tolist()
     start, row = 0, 0
     for end in ends:
         if end > start:

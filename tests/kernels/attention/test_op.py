@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from muse_kernels import muse_attention, muse_clusters
+from muse_kernels.attention import op
 from muse_kernels.attention.options import MuseOptions
 from tests.kernels.attention.inputs import exact, random_qkv
 
@@ -272,6 +273,48 @@ def test_autocast_computes_in_its_dtype_as_sdpa_does() -> None:
         out, twin = muse_attention(*qkv, **{**SMALL, "top_k": 99}), exact(*qkv)
     assert out.dtype == twin.dtype == torch.bfloat16
     torch.testing.assert_close(out, twin, rtol=0.01, atol=0.01)
+
+
+def test_autocast_casts_what_has_different_dtypes() -> None:
+    """As after rotary embeddings, which leave q and k in float32."""
+    q, k, v = random_qkv(45, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, cast = (muse_attention(q, k, x, **SMALL) for x in (v.bfloat16(), v))
+    assert mixed.dtype is torch.bfloat16
+    assert torch.equal(mixed, cast)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"softmax_scale": 0.3}], ids=name)
+def test_exact_rows_go_to_the_library_whole(
+    options: dict[str, Any], kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The route that a GPU takes, forced on a CPU: the operator itself must not be needed, nor its result differ."""
+    qkv = random_qkv(45, heads=4, kv_heads=kv_heads)
+    expected = muse_attention(*qkv, **options)
+    monkeypatch.setattr(op, "_is_for_library", lambda *_: True)
+    monkeypatch.setattr(op, "_attend", None)
+    out = muse_attention(*qkv, **options)
+    assert isinstance(out, Tensor)
+    assert out.is_contiguous()
+    assert isinstance(expected, Tensor)
+    assert_equal_with_gradients(out, expected, qkv)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_exact_rows_on_a_gpu(kv_heads: int, dtype: torch.dtype) -> None:
+    leaves = random_qkv(300, heads=4, kv_heads=kv_heads, head_dim=64, dtype=dtype, device="cuda")
+    out = muse_attention(*leaves)
+    assert isinstance(out, Tensor)
+    dout, wide = torch.randn_like(out), tuple(x.detach().double().requires_grad_() for x in leaves)
+    true = exact(*wide)
+    limit = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    found = (out, *torch.autograd.grad(out, leaves, dout))
+    wanted = (true, *torch.autograd.grad(true, wide, dout.double()))
+    for x, y in zip(found, wanted, strict=True):
+        assert (x.double() - y).norm() <= limit * y.norm()
 
 
 def test_strides_do_not_matter() -> None:

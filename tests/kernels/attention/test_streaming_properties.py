@@ -261,6 +261,7 @@ ROUNDED_GRADIENT = 4e-3
 """Relative error of dkbar in float16: some roundings, of 5e-4 each, and nothing that grows with the queries' mean."""
 
 
+@pytest.mark.gpu
 def test_the_mean_of_the_queries_cancels_in_the_gradient_of_summaries(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
