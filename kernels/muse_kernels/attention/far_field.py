@@ -3,8 +3,10 @@
     logit_ab(q) = scale q . kbar_ab + bias_ab    value vbar_ab     for clusters not retrieved (bias -inf switches off)
     logit_j(q)  = scale q . k_j                  value v_j         for keys j of the retrieved clusters
 
-The running maximum, sum and output start as the near field's lse, 1 and output, so that what is left at the end is the
-merged result; queries are read, and results written, in token order. Backward, with the merged o and lse L:
+Maximum, sum and output start as the near field's lse, 1 and output, so that what is left at the end is the merged
+result; queries are read, and results written, in token order. The maximum stays the near field's lse, near enough to
+the true one to keep sums in range; where it is not, the pass is repeated with a running maximum.
+Backward, with the merged o and lse L:
 
     P = exp(logit - L)      dlogit = P (do . value - do . o)      dq = scale sum dlogit key
     dA = sum_q dlogit       dkbar = scale sum_q dlogit (q - mu_a)      dvbar = sum_q P do
@@ -31,20 +33,76 @@ from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.summaries import Summaries, SummaryLayout
 from muse_kernels.attention.tiles import tile_of
 
+LARGEST_MASS = tl.constexpr(2.0**64)
+"""Of far keys relative to the near field's: leaves values of up to 2^63 their place in a float."""
+
 
 @triton.jit
-def _attend(q, k, v, bias, largest, mass, out, scale_log2, HAS_QK: tl.constexpr):
-    """One tile of keys [columns, D] in the online softmax of queries [Q, D]."""
+def _attend(q, k, v, bias, largest, mass, out, scale_log2, HAS_QK: tl.constexpr, IS_ONLINE: tl.constexpr):
+    """One tile of keys [columns, D] in the softmax of queries [Q, D]; `largest` changes only if IS_ONLINE."""
     if HAS_QK:
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 + bias[None, :]
     else:
         logits = tl.zeros([q.shape[0], v.shape[0]], tl.float32) + bias[None, :]
-    new_largest = tl.maximum(largest, tl.max(logits, 1))
-    weights = tl.exp2(logits - new_largest[:, None])
-    rescale = tl.exp2(largest - new_largest)
-    mass = mass * rescale + tl.sum(weights, 1)
-    out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
-    return new_largest, mass, out
+    if IS_ONLINE:
+        new_largest = tl.maximum(largest, tl.max(logits, 1))
+        rescale = tl.exp2(largest - new_largest)
+        largest, mass, out = new_largest, mass * rescale, out * rescale[:, None]
+    weights = tl.exp2(logits - largest[:, None])
+    mass += tl.sum(weights, 1)
+    out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
+    return largest, mass, out
+
+
+@triton.jit
+def _sweep(
+    q_rows,
+    kbar,
+    vbar,
+    bias,
+    columns,
+    clustered_k,
+    clustered_v,
+    entries,
+    num_retrieved,
+    length,
+    largest,
+    total,
+    scale_log2,
+    BLOCK_D: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    KEY_CLUSTERS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ORDER: tl.constexpr,
+    IS_ONLINE: tl.constexpr,
+):
+    """Summaries, then retrieved keys, on top of the near field: maximum, mass relative to it, output times mass."""
+    d = tl.arange(0, BLOCK_D)
+    mass = tl.full([Q], 1.0, tl.float32)
+    for first in range(0, columns, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        # Past the end the last summary stands in, with weight 0: no mask for every element.
+        source = tl.minimum(column, columns - 1)[:, None] * BLOCK_D + d[None, :]
+        key_mean = operand(tl.load(kbar + source))
+        value_mean = operand(tl.load(vbar + source))
+        log_mass = tl.load(bias + column, mask=column < columns, other=float("-inf"))
+        largest, mass, total = _attend(
+            q_rows, key_mean, value_mean, log_mass, largest, mass, total, scale_log2, ORDER == 1, IS_ONLINE
+        )
+    PARTS: tl.constexpr = K // KEYS
+    for step in range(num_retrieved * PARTS):
+        cluster, num_keys = listed_cluster(entries + step // PARTS, length, K, KEY_CLUSTERS, CAUSAL)
+        is_cluster = num_keys > 0  # else nothing is loaded: 0 times NaN is NaN
+        key = (step % PARTS) * KEYS + tl.arange(0, KEYS)
+        keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
+        k = operand(tl.load(clustered_k + keys, mask=is_cluster, other=0.0))
+        v = operand(tl.load(clustered_v + keys, mask=is_cluster, other=0.0))
+        no_key = tl.where(key < num_keys, 0.0, float("-inf"))
+        largest, mass, total = _attend(q_rows, k, v, no_key, largest, mass, total, scale_log2, True, IS_ONLINE)
+    return largest, mass, total
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_row", "first_head", "num_heads", "num_tokens", "capacity", "top_k"])
@@ -82,11 +140,12 @@ def muse_far(
     QUERY_CLUSTERS: tl.constexpr,
     KEY_CLUSTERS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
     ORDER: tl.constexpr,
 ):
     """One program for each query cluster; adds the far field to its rows of out and lse."""
-    a, local_head = tl.program_id(0), tl.program_id(1)
+    a, local_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the most summaries first
     row, head, number, token = query_cluster(
         query_order, a, local_head, first_row, first_head, num_rows, G, Q, QUERY_CLUSTERS
     )
@@ -96,43 +155,76 @@ def muse_far(
         return
 
     d = tl.arange(0, BLOCK_D)
-    mask = is_query[:, None] & (d < D)[None, :]
+    is_row = is_query[:, None] & (d < D)[None, :]
     q_rows = operand(token_rows(q, token, head, num_heads, q_stride_batch, q_stride_head, q_stride_token, D, BLOCK_D))
     out_rows = out + (head * num_tokens + token)[:, None] * D + d[None, :]
-    total = tl.load(out_rows, mask=mask, other=0.0).to(tl.float32)
-    largest = tl.load(lse + head * num_tokens + token, mask=is_query, other=0.0) * LOG2E
-    mass = tl.full([Q], 1.0, tl.float32)
-
     base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
     base += (a % QUERY_CLUSTERS) * columns
     kbar, vbar, bias = kbar + base * BLOCK_D, vbar + base * BLOCK_D, bias + base
-    for first in range(0, columns, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        is_column = column < columns
-        place = column[:, None] * BLOCK_D + d[None, :]
-        key_mean = operand(tl.load(kbar + place, mask=is_column[:, None], other=0.0))
-        value_mean = operand(tl.load(vbar + place, mask=is_column[:, None], other=0.0))
-        log_mass = tl.load(bias + column, mask=is_column, other=float("-inf"))
-        largest, mass, total = _attend(
-            q_rows, key_mean, value_mean, log_mass, largest, mass, total, scale_log2, ORDER == 1
+    first_key = (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS * K * BLOCK_D
+    clustered_k, clustered_v, entries = clustered_k + first_key, clustered_v + first_key, selected + number * top_k
+    num_retrieved = tl.minimum(top_k, columns)
+    lse += head * num_tokens + token
+
+    # Weights relative to the near field's lse: nothing is rescaled on the way. Half precision has no range for that.
+    IS_HALF: tl.constexpr = q.dtype.element_ty == tl.float16
+    largest = tl.load(lse, mask=is_query, other=0.0) * LOG2E
+    total = tl.load(out_rows, mask=is_row, other=0.0).to(tl.float32)
+    largest, mass, total = _sweep(
+        q_rows,
+        kbar,
+        vbar,
+        bias,
+        columns,
+        clustered_k,
+        clustered_v,
+        entries,
+        num_retrieved,
+        length,
+        largest,
+        total,
+        scale_log2,
+        BLOCK_D,
+        Q,
+        K,
+        KEY_CLUSTERS,
+        COLUMNS,
+        KEYS,
+        CAUSAL,
+        ORDER,
+        IS_ONLINE=IS_HALF,
+    )
+    # Hardly ever, and not for NaN: a far logit so much larger than the near field's lse that sums may not be finite.
+    if not IS_HALF and tl.max((mass > LARGEST_MASS).to(tl.int32)) > 0:
+        largest = tl.load(lse, mask=is_query, other=0.0) * LOG2E
+        total = tl.load(out_rows, mask=is_row, other=0.0).to(tl.float32)
+        largest, mass, total = _sweep(
+            q_rows,
+            kbar,
+            vbar,
+            bias,
+            columns,
+            clustered_k,
+            clustered_v,
+            entries,
+            num_retrieved,
+            length,
+            largest,
+            total,
+            scale_log2,
+            BLOCK_D,
+            Q,
+            K,
+            KEY_CLUSTERS,
+            COLUMNS,
+            KEYS,
+            CAUSAL,
+            ORDER,
+            IS_ONLINE=True,
         )
 
-    key = tl.arange(0, K)
-    first_key = (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS * K * BLOCK_D
-    clustered_k, clustered_v = clustered_k + first_key, clustered_v + first_key
-    num_retrieved = top_k if top_k < columns else columns
-    for entry in range(num_retrieved):
-        entries = selected + number * top_k + entry
-        cluster, num_keys = listed_cluster(entries, length, K, KEY_CLUSTERS, CAUSAL)
-        is_cluster = num_keys > 0  # else nothing is loaded: 0 times NaN is NaN
-        keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
-        k = operand(tl.load(clustered_k + keys, mask=is_cluster, other=0.0))
-        v = operand(tl.load(clustered_v + keys, mask=is_cluster, other=0.0))
-        no_key = tl.where(key < num_keys, 0.0, float("-inf"))
-        largest, mass, total = _attend(q_rows, k, v, no_key, largest, mass, total, scale_log2, True)
-
-    tl.store(out_rows, (total / mass[:, None]).to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + head * num_tokens + token, (largest + tl.log2(mass)) / LOG2E, mask=is_query)
+    tl.store(out_rows, (total / mass[:, None]).to(out.dtype.element_ty), mask=is_row)
+    tl.store(lse, (largest + tl.log2(mass)) / LOG2E, mask=is_query)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_row", "first_head", "num_heads", "num_tokens", "capacity", "top_k"])
@@ -181,11 +273,16 @@ def muse_far_backward(
     QUERY_CLUSTERS: tl.constexpr,
     KEY_CLUSTERS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
+    IS_ROOMY: tl.constexpr,
     CAUSAL: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """One program for each query cluster; adds to its rows of dq, replaces kbar, vbar by their gradients."""
-    a, local_head = tl.program_id(0), tl.program_id(1)
+    """One program for each query cluster; adds to its rows of dq, replaces kbar, vbar by their gradients.
+
+    IS_ROOMY: shared memory has room for q - mu beside q, so that sums over queries can be products.
+    """
+    a, local_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the most summaries first
     row, head, number, token = query_cluster(
         query_order, a, local_head, first_row, first_head, num_rows, G, Q, QUERY_CLUSTERS
     )
@@ -212,7 +309,12 @@ def muse_far_backward(
     tl.store(clustered_dout + local[:, None] * BLOCK_D + d[None, :], dout_rows)
     tl.store(clustered_lse + local, lse_rows)
     tl.store(clustered_delta + local, delta)
+    if IS_ROOMY:
+        point = tl.load(mu + number * D + d, mask=d < D, other=0.0).to(tl.float32)
+        offsets = operand((q_rows.to(tl.float32) - point[None, :]).to(q_rows.dtype))
     q_rows, dout_rows = operand(q_rows), operand(dout_rows)
+    if IS_ROOMY:
+        ones = tl.full([Q, 16], 1.0, q_rows.dtype)
     total = tl.zeros([Q, BLOCK_D], tl.float32)
 
     scale_log2 = scale * LOG2E
@@ -221,8 +323,10 @@ def muse_far_backward(
         column = first + tl.arange(0, COLUMNS)
         is_column = column < columns
         place = column[:, None] * BLOCK_D + d[None, :]
-        key_mean = operand(tl.load(kbar + place, mask=is_column[:, None], other=0.0))
-        value_mean = operand(tl.load(vbar + place, mask=is_column[:, None], other=0.0))
+        # Past the end the last summary stands in, with weight 0: no mask for every element.
+        source = tl.minimum(column, columns - 1)[:, None] * BLOCK_D + d[None, :]
+        key_mean = operand(tl.load(kbar + source))
+        value_mean = operand(tl.load(vbar + source))
         log_mass = tl.load(bias + column, mask=is_column, other=float("-inf"))
         if ORDER == 1:
             logits = tl.dot(q_rows, tl.trans(key_mean), input_precision="ieee") * scale_log2 + log_mass[None, :]
@@ -231,30 +335,46 @@ def muse_far_backward(
         weights = tl.exp2(logits - lse_rows[:, None])
         dweights = tl.dot(dout_rows, tl.trans(value_mean), input_precision="ieee")
         dlogits = weights * (dweights - delta[:, None])
-        tl.store(dmass + column, tl.sum(dlogits, 0), mask=is_column)
-        dvalue_mean = tl.dot(tl.trans(weights.to(q_rows.dtype)), dout_rows, input_precision="ieee")
+        weights = weights.to(q_rows.dtype)
+        if IS_ROOMY:
+            dvalue_mean = tl.trans(tl.dot(tl.trans(dout_rows), weights, input_precision="ieee"))
+        else:
+            dvalue_mean = tl.dot(tl.trans(weights), dout_rows, input_precision="ieee")
         tl.store(vbar + place, dvalue_mean.to(vbar.dtype.element_ty), mask=is_column[:, None])
         if ORDER == 1:
             dlogits = (dlogits * scale).to(q_rows.dtype)
             total = tl.dot(dlogits, key_mean, total, input_precision="ieee")
-            # Summed as rounded for the product, or mu, larger than q - mu, would not cancel.
-            rounded_sum = tl.sum(dlogits.to(tl.float32), 0)
-            dkey_mean = tl.dot(tl.trans(dlogits), q_rows, input_precision="ieee")
-            # Read here: kept over the loop it would take registers that nothing else leaves free.
-            point = tl.load(mu + number * D + d, mask=d < D, other=0.0).to(tl.float32)
-            dkey_mean -= rounded_sum[:, None] * point[None, :]
+        if IS_ROOMY:
+            # Sums over queries as products wait for no other warp: less time, but memory for q - mu beside q.
+            by_query = tl.trans(dlogits.to(q_rows.dtype))
+            sums = tl.dot(by_query, ones, input_precision="ieee")
+            pair = dmass + column[:, None] + tl.arange(0, 16)[None, :]
+            sums = sums / scale if ORDER == 1 else sums
+            tl.store(pair, sums, mask=is_column[:, None] & (tl.arange(0, 16) == 0)[None, :])
+            if ORDER == 1:
+                dkey_mean = tl.dot(by_query, offsets, input_precision="ieee")
         else:
+            # Summed as rounded for the product, or mu, larger than q - mu, would not cancel.
+            sums = tl.sum(dlogits.to(tl.float32), 0)
+            tl.store(dmass + column, sums / scale if ORDER == 1 else sums, mask=is_column)
+            if ORDER == 1:
+                dkey_mean = tl.dot(tl.trans(dlogits), q_rows, input_precision="ieee")
+                # Read here: kept over the loop it would take registers that nothing else leaves free.
+                point = tl.load(mu + number * D + d, mask=d < D, other=0.0).to(tl.float32)
+                dkey_mean -= sums[:, None] * point[None, :]
+        if ORDER == 0:
             dkey_mean = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
         tl.store(kbar + place, dkey_mean.to(kbar.dtype.element_ty), mask=is_column[:, None])
 
-    key = tl.arange(0, K)
     first_key = (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS * K * BLOCK_D
     clustered_k, clustered_v = clustered_k + first_key, clustered_v + first_key
     num_retrieved = top_k if top_k < columns else columns
-    for entry in range(num_retrieved):
-        entries = selected + number * top_k + entry
+    PARTS: tl.constexpr = K // KEYS
+    for step in range(num_retrieved * PARTS):
+        entries = selected + number * top_k + step // PARTS
         cluster, num_keys = listed_cluster(entries, length, K, KEY_CLUSTERS, CAUSAL)
         is_cluster = num_keys > 0  # else nothing is loaded: 0 times NaN is NaN
+        key = (step % PARTS) * KEYS + tl.arange(0, KEYS)
         keys = (cluster * K + key)[:, None] * BLOCK_D + d[None, :]
         k = operand(tl.load(clustered_k + keys, mask=is_cluster, other=0.0))
         v = operand(tl.load(clustered_v + keys, mask=is_cluster, other=0.0))
@@ -292,6 +412,8 @@ def far_field(
     """
     q = rows_contiguous(q)
     head_dim, num_rows = q.shape[-1], layout.num_far.shape[0]
+    tile = tile_of("far", q)
+    tile["KEYS"] = min(tile["KEYS"], options.key_cluster)
     muse_far[(group.num_rows * options.query_clusters, summary.kbar.shape[0])](
         q,
         out,
@@ -320,7 +442,7 @@ def far_field(
         KEY_CLUSTERS=options.key_clusters,
         CAUSAL=options.causal,
         ORDER=options.order,
-        **tile_of("far", q),
+        **tile,
     )
 
 
@@ -352,6 +474,8 @@ def far_field_backward(
     """
     q, dout = rows_contiguous(q), rows_contiguous(dout)
     head_dim, num_rows = q.shape[-1], layout.num_far.shape[0]
+    tile = tile_of("far_backward", q)
+    tile["KEYS"] = min(tile["KEYS"], options.key_cluster)
     muse_far_backward[(group.num_rows * options.query_clusters, summary.kbar.shape[0])](
         q,
         out,
@@ -386,5 +510,5 @@ def far_field_backward(
         KEY_CLUSTERS=options.key_clusters,
         CAUSAL=options.causal,
         ORDER=options.order,
-        **tile_of("far_backward", q),
+        **tile,
     )

@@ -106,7 +106,7 @@ def cluster_softmax(mu, k, num_keys, scale_log2, K: tl.constexpr, CAUSAL: tl.con
     largest = tl.maximum(tl.max(logits, 1), NEGATIVE)
     weights = tl.exp2(logits - largest[:, None])
     mass = tl.sum(weights, 1)
-    weights = weights / tl.where(mass > 0.0, mass, 1.0)[:, None]
+    weights = weights * (1 / tl.where(mass > 0.0, mass, 1.0))[:, None]
     return weights, largest + tl.log2(mass), logits
 
 
@@ -181,8 +181,9 @@ def muse_summaries(
         num_keys = tl.load(length + cluster // KEY_CLUSTERS) - (cluster % KEY_CLUSTERS) * K
         weights, log_mass, logits = cluster_softmax(mu_rows, k, num_keys, scale_log2, K, CAUSAL)
         weights = weights.to(k.dtype)
-        key_mean = tl.dot(weights, k, input_precision="ieee").to(kbar.dtype.element_ty)
-        value_mean = tl.dot(weights, v, input_precision="ieee").to(vbar.dtype.element_ty)
+        is_stored = (cluster >= row_first) & (cluster < row_first + row_far)
+        place = summaries + cluster
+        # All that needs the logits comes before the products, whose results fill the registers.
         if SCORE != "none":
             score = log_mass
             if not MEAN_IS_MU:
@@ -203,13 +204,14 @@ def muse_summaries(
             log_mass = tl.where(is_far, log_mass, float("-inf"))
             if SCORE != "none":
                 score = tl.where(is_far, score, float("-inf"))
-        is_stored = (cluster >= row_first) & (cluster < row_first + row_far)
-        place = summaries + cluster
-        tl.store(kbar + place[:, None] * BLOCK_D + d[None, :], key_mean, mask=is_stored[:, None])
-        tl.store(vbar + place[:, None] * BLOCK_D + d[None, :], value_mean, mask=is_stored[:, None])
         tl.store(bias + place, log_mass, mask=is_stored)
         if SCORE != "none":
             tl.store(scores + place, score, mask=is_stored)
+        rows = place[:, None] * BLOCK_D + d[None, :]
+        key_mean = tl.dot(weights, k, input_precision="ieee").to(kbar.dtype.element_ty)
+        tl.store(kbar + rows, key_mean, mask=is_stored[:, None])
+        value_mean = tl.dot(weights, v, input_precision="ieee").to(vbar.dtype.element_ty)
+        tl.store(vbar + rows, value_mean, mask=is_stored[:, None])
 
 
 def summaries(

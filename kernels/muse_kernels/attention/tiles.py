@@ -16,8 +16,8 @@ from muse_kernels.attention.common import padded_head_dim
 Tile = dict[str, int]
 """Constants of a kernel and launch options (num_warps, num_stages, maxnreg)."""
 
-LARGE = 160 * 1024
-"""Bytes of shared memory from which a GPU takes the first table: those of data centres have them, others 99 KiB."""
+LARGE = 200 * 1024
+"""Bytes of shared memory from which a GPU takes the first table: 227 KiB on sm_90 and 100, less on others."""
 
 LARGEST_ROW = 256
 """Bytes of a row that any GPU has memory for: two tiles of 128 queries, and keys beside them, lie in shared memory."""
@@ -43,14 +43,14 @@ _LARGE: dict[str, dict[int, Tile]] = {
         512: {"num_warps": 8, "num_stages": 2},
     },
     "far": {
-        128: {"COLUMNS": 64, "num_warps": 4, "num_stages": 3},
-        256: {"COLUMNS": 32, "num_warps": 4, "num_stages": 3},
-        512: {"COLUMNS": 64, "num_warps": 8, "num_stages": 1},
+        128: {"COLUMNS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 3},
+        256: {"COLUMNS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 3},
+        512: {"COLUMNS": 64, "KEYS": 64, "num_warps": 8, "num_stages": 1},
     },
     "far_backward": {
-        128: {"COLUMNS": 32, "num_warps": 4, "num_stages": 2},
-        256: {"COLUMNS": 64, "num_warps": 8, "num_stages": 3},
-        512: {"COLUMNS": 64, "num_warps": 8, "num_stages": 1},
+        128: {"COLUMNS": 32, "KEYS": 64, "IS_ROOMY": 1, "num_warps": 4, "num_stages": 3},
+        256: {"COLUMNS": 64, "KEYS": 64, "IS_ROOMY": 1, "num_warps": 8, "num_stages": 3},
+        512: {"COLUMNS": 64, "KEYS": 64, "IS_ROOMY": 0, "num_warps": 8, "num_stages": 1},
     },
     "key_gradients": {
         128: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 4, "num_stages": 2},
@@ -73,12 +73,12 @@ _SMALL: dict[str, dict[int, Tile]] = {
         256: {"num_warps": 4, "num_stages": 2},
     },
     "far": {
-        128: {"COLUMNS": 64, "num_warps": 4, "num_stages": 2},
-        256: {"COLUMNS": 32, "num_warps": 8, "num_stages": 2},
+        128: {"COLUMNS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 2},
+        256: {"COLUMNS": 32, "KEYS": 64, "num_warps": 8, "num_stages": 2},
     },
     "far_backward": {
-        128: {"COLUMNS": 32, "num_warps": 8, "num_stages": 2},
-        256: {"COLUMNS": 32, "num_warps": 8, "num_stages": 1},
+        128: {"COLUMNS": 32, "KEYS": 64, "IS_ROOMY": 0, "num_warps": 8, "num_stages": 2},
+        256: {"COLUMNS": 32, "KEYS": 32, "IS_ROOMY": 0, "num_warps": 8, "num_stages": 1},
     },
     "key_gradients": {
         128: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 4, "num_stages": 2},

@@ -512,6 +512,17 @@ def extreme(kind: str, q: Tensor, k: Tensor, v: Tensor) -> QKV:
     return tuple(100 * (2 * torch.rand_like(x) - 1) for x in (q, k, v))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("lead", [70.0, 95.0], ids=["beyond 2^64", "beyond a float"])
+def test_far_keys_may_outweigh_the_near_field_by_any_factor(top_k: int, lead: float, device: torch.device) -> None:
+    """A few queries look for one early key alone: weights relative to the near field's lse are out of range."""
+    q, k, v = make_qkv(200, device, head_dim=16)
+    q[:, :, 130:150, 0] = lead
+    k[:, :, :, 0] = 0
+    k[:, :, 5, 0] = 1
+    assert_kernels_agree((q, k, v), top_k=top_k, softmax_scale=1.0)
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
