@@ -21,7 +21,7 @@ from muse_lightning.measure.attention_error import relative_squared_error
 
 SPATIAL = {"query_clustering": "spatial", "key_clustering": "spatial"}
 SPATIAL_BLOCKS = {**SPATIAL, "expansion": "zero", "selection": "query_mass"}
-DEFAULT = "default: chunk 1024, clusters 128/64, peak mass, top_k 12, candidates 32"
+DEFAULT = "default: clusters 128/64, peak mass, top_k 12, candidates 32"
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     (DEFAULT, {}),
     ("top_k 8", {"top_k": 8}),
@@ -37,7 +37,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("clusters 64/64", {"query_cluster": 64}),
     ("clusters 256/64", {"query_cluster": 256}),
     ("clusters 128/32, top_k 24, candidates 64", {"key_cluster": 32, "top_k": 24, "candidates": 64}),
-    ("chunk 2048", {"chunk": 2048}),
+    ("chunk 1024", {"chunk": 1024}),
     ("chunk 4096", {"chunk": 4096}),
     ("keys clustered only", {"query_clustering": "spatial"}),
     ("queries clustered only", {"key_clustering": "spatial"}),

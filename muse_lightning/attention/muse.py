@@ -33,7 +33,7 @@ class Muse(AttentionStrategy):
         expansion: expand around the query cluster's "centroid" or around "zero" (plain means).
         query_clustering: "semantic" or "spatial" (contiguous runs).
         key_clustering: "semantic" or "spatial" (contiguous runs).
-        exact_below: documents of at most so many tokens are attended exactly; null is 8 * chunk.
+        exact_below: documents of at most so many tokens are attended exactly; null is 7 * chunk.
         workspace_mib: bound on intermediate results, MiB.
         implementation: "triton" (kernels), "reference" (plain PyTorch), or "auto": kernels wherever they can be used.
     """
@@ -41,7 +41,7 @@ class Muse(AttentionStrategy):
     def __init__(
         self,
         layer_idx: int,
-        chunk: int = 1024,
+        chunk: int = 2048,
         query_cluster: int = 128,
         key_cluster: int = 64,
         top_k: int = 12,
@@ -91,7 +91,7 @@ class Muse(AttentionStrategy):
         if seq_len <= exact_below and self.layer_idx == 0:
             warnings.warn(
                 f"{type(self).__name__} is exact attention at this context: data.seq_len={seq_len} is at most "
-                f"exact_below={exact_below} (default 8 * chunk); use a longer context or a smaller chunk",
+                f"exact_below={exact_below} (default 7 * chunk); use a longer context or a smaller chunk",
                 stacklevel=2,
             )
 

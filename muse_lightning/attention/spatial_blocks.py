@@ -14,14 +14,14 @@ class SpatialBlocks(Muse):
         query_cluster: tokens per block of queries.
         key_cluster: tokens per block of keys.
         top_k: key blocks that each query block attends exactly.
-        exact_below: documents of at most so many tokens are attended exactly; null is 8 * chunk.
+        exact_below: documents of at most so many tokens are attended exactly; null is 7 * chunk.
         workspace_mib: bound on intermediate results, MiB.
     """
 
     def __init__(
         self,
         layer_idx: int,
-        chunk: int = 1024,
+        chunk: int = 2048,
         query_cluster: int = 128,
         key_cluster: int = 64,
         top_k: int = 12,

@@ -195,12 +195,12 @@ def test_muse_passes_its_options_on(make: type[Muse]) -> None:
 def test_muse_warns_once_when_everything_is_exact() -> None:
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     with pytest.warns(
-        UserWarning, match=r"Muse is exact attention at this context: data.seq_len=128 .* exact_below=128"
+        UserWarning, match=r"Muse is exact attention at this context: data.seq_len=112 .* exact_below=112"
     ):
-        Muse(0, chunk=16, query_cluster=4, key_cluster=4).check(seq_len=128, **sizes)
+        Muse(0, chunk=16, query_cluster=4, key_cluster=4).check(seq_len=112, **sizes)
 
 
-@pytest.mark.parametrize(("layer", "seq_len"), [(0, 129), (1, 128)])
+@pytest.mark.parametrize(("layer", "seq_len"), [(0, 113), (1, 112)])
 def test_muse_does_not_warn_otherwise(layer: int, seq_len: int, recwarn: pytest.WarningsRecorder) -> None:
     strategy = Muse(layer, chunk=16, query_cluster=4, key_cluster=4)
     strategy.check(seq_len=seq_len, num_heads=4, num_kv_heads=2, head_dim=8)

@@ -3,9 +3,10 @@
     logit_ab(q) = scale q . kbar_ab + bias_ab    value vbar_ab     for clusters not retrieved (bias -inf switches off)
     logit_j(q)  = scale q . k_j                  value v_j         for keys j of the retrieved clusters
 
-Maximum, sum and output start as the near field's lse, 1 and output, so that what is left at the end is the merged
-result; queries are read, and results written, in token order. The maximum stays the near field's lse, near enough to
-the true one to keep sums in range; where it is not, the pass is repeated with a running maximum.
+Sum and output start as the near field's, so that what is left at the end is the merged result; queries are read, and
+results written, in token order. Weights count relative to the largest of the near lse and the retrieved keys' logits,
+if selection knows it: then nothing is rescaled on the way, and the pass is repeated with a running maximum in the rare
+case that a summary lies so far above that sums are out of range.
 Backward, with the merged o and lse L:
 
     P = exp(logit - L)      dlogit = P (do . value - do . o)      dq = scale sum dlogit key
@@ -34,7 +35,9 @@ from muse_kernels.attention.summaries import Summaries, SummaryLayout
 from muse_kernels.attention.tiles import tile_of
 
 LARGEST_MASS = tl.constexpr(2.0**64)
-"""Of far keys relative to the near field's: leaves values of up to 2^63 their place in a float."""
+LARGEST_HALF_MASS = tl.constexpr(2.0**15)
+"""Of all keys relative to the reference. A float has room for values of up to 2^63 times that, half precision for the
+weight alone."""
 
 
 @triton.jit
@@ -67,10 +70,10 @@ def _sweep(
     num_retrieved,
     length,
     largest,
+    mass,
     total,
     scale_log2,
     BLOCK_D: tl.constexpr,
-    Q: tl.constexpr,
     K: tl.constexpr,
     KEY_CLUSTERS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -81,7 +84,6 @@ def _sweep(
 ):
     """Summaries, then retrieved keys, on top of the near field: maximum, mass relative to it, output times mass."""
     d = tl.arange(0, BLOCK_D)
-    mass = tl.full([Q], 1.0, tl.float32)
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         # Past the end the last summary stands in, with weight 0: no mask for every element.
@@ -112,6 +114,7 @@ def muse_far(
     lse,
     query_order,
     selected,
+    reference,
     kbar,
     vbar,
     bias,
@@ -143,6 +146,7 @@ def muse_far(
     KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
     ORDER: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
 ):
     """One program for each query cluster; adds the far field to its rows of out and lse."""
     a, local_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the most summaries first
@@ -166,10 +170,13 @@ def muse_far(
     num_retrieved = tl.minimum(top_k, columns)
     lse += head * num_tokens + token
 
-    # Weights relative to the near field's lse: nothing is rescaled on the way. Half precision has no range for that.
-    IS_HALF: tl.constexpr = q.dtype.element_ty == tl.float16
-    largest = tl.load(lse, mask=is_query, other=0.0) * LOG2E
+    near_lse = tl.load(lse, mask=is_query, other=0.0) * LOG2E
     total = tl.load(out_rows, mask=is_row, other=0.0).to(tl.float32)
+    largest, mass = near_lse, tl.full([Q], 1.0, tl.float32)
+    if HAS_REFERENCE:
+        largest = tl.load(reference + head * num_tokens + token, mask=is_query, other=0.0)
+        mass = tl.exp2(near_lse - largest)
+        total *= mass[:, None]
     largest, mass, total = _sweep(
         q_rows,
         kbar,
@@ -182,46 +189,47 @@ def muse_far(
         num_retrieved,
         length,
         largest,
+        mass,
         total,
         scale_log2,
         BLOCK_D,
-        Q,
         K,
         KEY_CLUSTERS,
         COLUMNS,
         KEYS,
         CAUSAL,
         ORDER,
-        IS_ONLINE=IS_HALF,
+        IS_ONLINE=not HAS_REFERENCE,
     )
-    # Hardly ever, and not for NaN: a far logit so much larger than the near field's lse that sums may not be finite.
-    if not IS_HALF and tl.max((mass > LARGEST_MASS).to(tl.int32)) > 0:
-        largest = tl.load(lse, mask=is_query, other=0.0) * LOG2E
-        total = tl.load(out_rows, mask=is_row, other=0.0).to(tl.float32)
-        largest, mass, total = _sweep(
-            q_rows,
-            kbar,
-            vbar,
-            bias,
-            columns,
-            clustered_k,
-            clustered_v,
-            entries,
-            num_retrieved,
-            length,
-            largest,
-            total,
-            scale_log2,
-            BLOCK_D,
-            Q,
-            K,
-            KEY_CLUSTERS,
-            COLUMNS,
-            KEYS,
-            CAUSAL,
-            ORDER,
-            IS_ONLINE=True,
-        )
+    if HAS_REFERENCE:
+        LIMIT: tl.constexpr = LARGEST_HALF_MASS if q.dtype.element_ty == tl.float16 else LARGEST_MASS
+        if tl.max((mass > LIMIT).to(tl.int32)) > 0:
+            largest, mass = tl.load(lse, mask=is_query, other=0.0) * LOG2E, tl.full([Q], 1.0, tl.float32)
+            total = tl.load(out_rows, mask=is_row, other=0.0).to(tl.float32)
+            largest, mass, total = _sweep(
+                q_rows,
+                kbar,
+                vbar,
+                bias,
+                columns,
+                clustered_k,
+                clustered_v,
+                entries,
+                num_retrieved,
+                length,
+                largest,
+                mass,
+                total,
+                scale_log2,
+                BLOCK_D,
+                K,
+                KEY_CLUSTERS,
+                COLUMNS,
+                KEYS,
+                CAUSAL,
+                ORDER,
+                IS_ONLINE=True,
+            )
 
     tl.store(out_rows, (total / mass[:, None]).to(out.dtype.element_ty), mask=is_row)
     tl.store(lse, (largest + tl.log2(mass)) / LOG2E, mask=is_query)
@@ -395,6 +403,7 @@ def far_field(
     lse: Tensor,
     query_order: Tensor,
     selected: Tensor,
+    reference: Tensor | None,
     summary: Summaries,
     clustered_k: Tensor,
     clustered_v: Tensor,
@@ -407,6 +416,7 @@ def far_field(
     Args:
         q: [B, H, N, D]. out: [B, H, N, D] contiguous, dtype of q. lse: float32 [B, H, N], natural log.
         selected: int32 [B, H, C, chunk / query_cluster, top_k].
+        reference: what `select_clusters` left, or None if it chose nothing key by key.
         summary: of these rows and heads, retrieved clusters switched off.
         clustered_k, clustered_v: [heads, C * chunk, padded D].
     """
@@ -420,6 +430,7 @@ def far_field(
         lse,
         query_order,
         selected,
+        lse if reference is None else reference,
         *summary,
         clustered_k,
         clustered_v,
@@ -442,6 +453,7 @@ def far_field(
         KEY_CLUSTERS=options.key_clusters,
         CAUSAL=options.causal,
         ORDER=options.order,
+        HAS_REFERENCE=reference is not None,
         **tile,
     )
 

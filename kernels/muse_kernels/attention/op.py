@@ -54,7 +54,7 @@ def muse_attention(
     causal: bool = True,
     softmax_scale: float | None = None,
     cu_seqlens: Tensor | None = None,
-    chunk: int = 1024,
+    chunk: int = 2048,
     query_cluster: int = 128,
     key_cluster: int = 64,
     top_k: int = 12,
@@ -88,7 +88,7 @@ def muse_attention(
             among the candidates; "query_mass" by the share they give to its summary; "centroid" by their mean alone.
         expansion: expand around the query cluster's "centroid", or around "zero" (plain means of keys and values).
         query_clustering, key_clustering: "semantic" by recursive bisection, "spatial" contiguous runs.
-        exact_below: documents of at most so many tokens are attended exactly; None is 8 * chunk.
+        exact_below: documents of at most so many tokens are attended exactly; None is 7 * chunk.
         clusters: reuse these (from `muse_clusters`, of the same shapes and documents) and choose nothing.
         workspace_mib: bound on intermediate results, MiB; at least one query chunk is worked on at a time.
         return_lse: also return the log-sum-exp.

@@ -21,7 +21,7 @@ class MuseOptions:
 
     causal: bool = True
     softmax_scale: float | None = None
-    chunk: int = 1024
+    chunk: int = 2048
     query_cluster: int = 128
     key_cluster: int = 64
     top_k: int = 12
@@ -55,7 +55,7 @@ class MuseOptions:
         """The options with numbers in place of the defaults that depend on other values."""
         values = {name: getattr(self, name) for name in _FIELDS}
         values["softmax_scale"] = head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
-        values["exact_below"] = 8 * self.chunk if self.exact_below is None else self.exact_below
+        values["exact_below"] = 7 * self.chunk if self.exact_below is None else self.exact_below
         return ResolvedOptions(**values)
 
 

@@ -190,6 +190,7 @@ def muse_select_by_peaks(
     clustered_k,
     candidates,
     selected,
+    reference,
     num_far,
     length,
     q_stride_batch,
@@ -213,7 +214,7 @@ def muse_select_by_peaks(
     BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """One program for each query cluster: the best of its candidates, ascending."""
+    """One program for each query cluster: the best of its candidates, ascending; what each query's largest logit is."""
     a, local_head = tl.program_id(0), tl.program_id(1)
     row, head, number, token = query_cluster(
         query_order, a, local_head, first_row, first_head, num_rows, G, Q, QUERY_CLUSTERS
@@ -252,6 +253,8 @@ def muse_select_by_peaks(
     is_selected = (tl.sum(is_better.to(tl.int32), 1) < top_k) & (share >= 0.0)
     target = tl.cumsum(is_selected.to(tl.int32), 0) - 1
     tl.store(selected + number * top_k + target, choice, mask=is_selected)
+    retrieved = tl.max(tl.where(is_selected[None, :], peaks, float("-inf")), 1)
+    tl.store(reference + head * num_tokens + token, tl.maximum(largest, retrieved), mask=is_query)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_row", "first_head", "capacity", "top_k"])
@@ -305,6 +308,7 @@ def select_clusters(
     scores: Tensor,
     candidates: Tensor | None,
     selected: Tensor,
+    reference: Tensor | None,
     layout: SummaryLayout,
     group: Group,
     options: ResolvedOptions,
@@ -318,6 +322,8 @@ def select_clusters(
         scores: float32, shape of `summary.bias`: those of stage 1, or a buffer for those of "query_mass".
         candidates: int32 [B, H, C, chunk / query_cluster, candidates], all -1, to be filled; None without candidates.
         selected: int32 [B, H, C, chunk / query_cluster, top_k].
+        reference: with candidates, float32 [B, H, N], to be filled where there are far keys: the largest of a query's
+            near lse and its logits with retrieved keys, base 2.
     """
     q = rows_contiguous(q)
     head_dim, num_rows = q.shape[-1], layout.num_far.shape[0]
@@ -377,6 +383,7 @@ def select_clusters(
             clustered_k,
             candidates,
             selected,
+            reference,
             layout.num_far,
             layout.length,
             *q.stride()[:3],

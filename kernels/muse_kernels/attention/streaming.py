@@ -56,6 +56,7 @@ def attention_forward(
     if options.top_k == 0:
         means = None
     candidates = None if means is None else _candidates(clusters.selected, options)
+    reference = None if candidates is None else torch.empty_like(lse)
     workspace = Workspace(q, k, row_count, options, backward=False)
     mu = clusters.mu.to(q.dtype)
     for group in workspace.groups():
@@ -76,6 +77,7 @@ def attention_forward(
                 scores,
                 candidates,
                 clusters.selected,
+                reference,
                 layout,
                 group,
                 options,
@@ -87,6 +89,7 @@ def attention_forward(
             lse,
             clusters.query_order,
             clusters.selected,
+            reference,
             summary,
             clustered_k,
             clustered_v,

@@ -112,7 +112,9 @@ def test_lengths(causal: bool, num_tokens: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 96, 128, 256])
 def test_head_dims(head_dim: int, device: torch.device) -> None:
-    assert_kernels_agree(make_qkv(140, device, head_dim=head_dim, heads=1))
+    # On a GPU, the largest heads are too wide in float32.
+    dtype = torch.bfloat16 if head_dim > 128 and device.type == "cuda" else torch.float32
+    assert_kernels_agree(make_qkv(140, device, head_dim=head_dim, heads=1, dtype=dtype))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (4, 2), (8, 1)])

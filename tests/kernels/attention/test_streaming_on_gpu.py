@@ -20,9 +20,9 @@ from tests.kernels.attention.test_streaming import LIMITS, assert_kernels_agree,
 pytestmark = pytest.mark.gpu
 
 KERNELS: dict[str, Any] = {"implementation": "triton"}
-"""And defaults: chunks of 1,024, clusters of 128 and 64."""
+"""And defaults: chunks of 2,048, clusters of 128 and 64."""
 
-DEFAULT_SIZES: dict[str, Any] = {"chunk": 1024, "query_cluster": 128, "key_cluster": 64, "top_k": 12, "exact_below": 0}
+DEFAULT_SIZES: dict[str, Any] = {"chunk": 2048, "query_cluster": 128, "key_cluster": 64, "top_k": 12, "exact_below": 0}
 WORKSPACE_MIB = 1024
 LABELS = ("out", "lse", "dq", "dk", "dv")
 QKV = tuple[Tensor, Tensor, Tensor]
