@@ -107,13 +107,13 @@ def test_a_length_compiles_nothing_new(device: torch.device, monkeypatch: pytest
         qkv, dout = inputs(num_tokens, device, **sizes)
         results(qkv, dout, **KERNELS, **options)
 
-    run(9_000)
+    run(15_000)
     assert any("muse_far_backward" in kernel for kernel in compiled)
     compiled.clear()
-    for num_tokens in (9_000, 12_288, 20_001, 33_000):
+    for num_tokens in (15_000, 16_384, 20_001, 33_000):
         run(num_tokens)
         run(num_tokens, workspace_mib=16)
-        run(num_tokens, cu_seqlens=cumulative(0, 8_500, num_tokens))
+        run(num_tokens, cu_seqlens=cumulative(0, 14_500, num_tokens))
         run(num_tokens, cu_seqlens=cumulative(0, 1, 1, 70, num_tokens, num_tokens))
     assert compiled == []
 
