@@ -10,7 +10,7 @@ from litdata.utilities.env import _DistributedEnv
 
 from muse_lightning.data.batches import Collate
 from muse_lightning.data.card import DatasetCard, check_index, count_blocks, largest_seq_len, read_card
-from muse_lightning.data.documents import DocumentSource
+from muse_lightning.data.documents import DEFAULT_ARCHIVE_LIMITS, ArchiveLimits, DocumentSource
 from muse_lightning.data.filters import DEFAULT_FILTERS, Filters
 from muse_lightning.data.item_loader import Block
 from muse_lightning.data.prepare import Preparation, damaged_chunks, prepare_dataset
@@ -45,13 +45,22 @@ class TokenDataModule(L.LightningDataModule):
         val_fraction: float = 0.01,
         test_fraction: float = 0.0,
         file_order: FileOrder = "shuffle",
+        readme_first: bool = False,
         prepare_seed: int = 0,
         prepare_workers: int = 1,
         max_documents: int | None = None,
         max_bytes: int | None = None,
         max_document_bytes: int = 33_554_432,
+        min_document_tokens: int = 0,
+        long_document_tokens: int = 65_536,
+        long_document_share: float | None = None,
+        source_weights: list[float] | None = None,
+        held_out: list[str] | None = None,
+        deduplicate: bool = True,
+        skip_damaged: bool = True,
         chunk_bytes: int = 67_108_864,
         filters: Filters = DEFAULT_FILTERS,
+        archive_limits: ArchiveLimits = DEFAULT_ARCHIVE_LIMITS,
         special_tokens: SpecialTokens = DEFAULT_SPECIAL_TOKENS,
         predict_split: str = "val",
     ) -> None:
@@ -68,9 +77,11 @@ class TokenDataModule(L.LightningDataModule):
             num_workers: Processes that read batches; 0 reads in the training process. The batches are the same for any
                 number.
             seed: Of the order of batches. Recipes link it from seed_everything.
-            val_fraction: Share of the listed bytes whose repositories are held out for validation; 0 for no validation.
-            test_fraction: Share held out for `muse test`; 0 for none.
+            val_fraction: Share of the bytes kept whose repositories are held out for validation; 0 for no validation.
+            test_fraction: Share held out for `muse test`; 0 for none. What held_out names is `test` instead, if there
+                is any.
             file_order: Order of files in a document: shuffle (seeded) or path.
+            readme_first: Whether the README in a document's topmost folder goes before its other files.
             prepare_seed: Of the split, the order of documents and of files. Apart from seed, so that runs of several
                 seeds share a dataset and its held-out repositories.
             prepare_workers: Processes that prepare; the dataset is the same for any number.
@@ -79,9 +90,20 @@ class TokenDataModule(L.LightningDataModule):
                 null for all.
             max_document_bytes: A larger repository is cut by folder into several documents. In bytes, which are known
                 before text becomes tokens; a token stands for at least one byte, so this bounds the tokens too.
+            min_document_tokens: Shorter documents are dropped.
+            long_document_tokens: From how many tokens on a document is long.
+            long_document_share: Share of train's tokens that must lie in long documents; short ones are dropped, by
+                prepare_seed, until it is reached. null: as it comes.
+            source_weights: Share of each source in the bytes, in any unit and in the order of sources: as many
+                documents are used as keep them without repeating any. null: all of each.
+            held_out: Names of repositories, or patterns such as numpy* and org/*, that are never in train; they are
+                the split test.
+            deduplicate: Whether of files with equal content, in whatever repositories, one is used.
+            skip_damaged: Whether a damaged archive or repository is left out, named and counted; false: an error.
             chunk_bytes: Bytes of source text per chunk file, about. A chunk is read by one worker after the other and
                 held in memory when written; of each, the last tokens that fill no block go unused.
             filters: Which files are left out.
+            archive_limits: What an archive may unpack to.
             special_tokens: Names of the special tokens, looked up in the tokenizer or added to it.
             predict_split: The split that `muse predict` reads.
         """
@@ -111,12 +133,25 @@ class TokenDataModule(L.LightningDataModule):
         self.predict_split = predict_split
         self.preparation = Preparation(
             filters=filters,
-            limits=Limits(max_documents, max_bytes, max_document_bytes),
+            limits=Limits(
+                max_documents,
+                max_bytes,
+                max_document_bytes,
+                min_document_tokens,
+                long_document_tokens,
+                long_document_share,
+            ),
             fractions={"val": val_fraction, "test": test_fraction},
             file_order=file_order,
             seed=prepare_seed,
             chunk_bytes=chunk_bytes,
             num_workers=prepare_workers,
+            readme_first=readme_first,
+            deduplicate=deduplicate,
+            skip_damaged=skip_damaged,
+            held_out=tuple(held_out or ()),
+            source_weights=None if source_weights is None else tuple(source_weights),
+            archive_limits=archive_limits,
         )
         self._mistake = ""
         self.tokenizer = load_tokenizer(tokenizer, special_tokens)

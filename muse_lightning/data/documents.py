@@ -6,28 +6,44 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from muse_lightning.errors import UserError
 
-class DamagedSource(ValueError):
+
+class DamagedSource(ValueError):  # noqa: N818
     """A unit that cannot be read as a whole: a corrupt archive, missing git objects. The text is one line.
 
-    Raised by `SourceUnit.read`, or while the files of one of its repositories are consumed. What the unit gave before is
-    then dropped, the unit is counted and named, and the preparation goes on.
+    Raised by `SourceUnit.read`, or while the files of one of its repositories are consumed. What the unit gave before
+    is then dropped, the unit is counted and named, and the preparation goes on.
     """
 
 
 @dataclass(frozen=True)
-class ReadLimits:
-    """What a source may take into memory or unpack. Against decompression bombs and endless files."""
+class ArchiveLimits:
+    """What one archive may unpack to, against decompression bombs; one that exceeds them is a damaged unit."""
+
+    max_members: int = 1_000_000
+    """Members of any kind."""
+    max_unpacked_bytes: int = 16 << 30
+    """Bytes of all members together."""
+    max_ratio: int = 200
+    """Unpacked bytes per byte of the archive. deflate reaches 1032 at most (zlib.net/zlib_tech.html); source text
+    rarely more than 10."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_members", "max_unpacked_bytes", "max_ratio"):
+            if getattr(self, name) < 1:
+                raise UserError(f"archive_limits.{name}: {getattr(self, name)} found, at least 1 expected")
+
+
+DEFAULT_ARCHIVE_LIMITS = ArchiveLimits()
+
+
+@dataclass(frozen=True)
+class ReadLimits(ArchiveLimits):
+    """What a source may take into memory or unpack."""
 
     max_file_bytes: int = 1_000_000
     """Longer files are counted (`oversize`) without being read into memory."""
-    max_members: int = 1_000_000
-    """Members of one archive, of any kind."""
-    max_unpacked_bytes: int = 16 << 30
-    """Bytes that one archive may unpack to."""
-    max_ratio: int = 200
-    """Bytes that one archive may unpack to per byte of its own. deflate cannot exceed 1032 (zlib.net/zlib_tech.html);
-    text stays below 20."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +51,12 @@ class SourceFile:
     """One file of a repository."""
 
     path: str
-    """Inside the repository, with forward slashes. Bytes that are not UTF-8 as `os.fsdecode` gives them (surrogates)."""
+    """Inside the repository, with forward slashes. Bytes that are not UTF-8 as `os.fsdecode` gives them
+    (surrogates)."""
     content: bytes
     for_licence: bool = False
-    """Whether the file is given only so that the repository's licences can be found: counted as `suffix`, never kept."""
+    """Whether the file is given only so that the repository's licences can be found: counted as `suffix`, never
+    kept."""
 
 
 @dataclass
