@@ -37,6 +37,9 @@ VERBS = {
     "bench attention": Verb(
         "check MuSe attention, then time it beside others", "muse_lightning.function_commands.run_function"
     ),
+    "bench prepare": Verb(
+        "time the preparation of data beside the tokenizer alone", "muse_lightning.function_commands.run_function"
+    ),
     "info": Verb("versions, devices and kernels; with --config, what a recipe takes", "muse_lightning.commands.info"),
 }
 

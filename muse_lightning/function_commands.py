@@ -15,6 +15,7 @@ from muse_lightning.errors import UserError
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data inspect": ("muse_lightning.data.inspection.inspect", ("dataset",)),
     "tokenizer train": ("muse_lightning.data.tokenizer_training.train_tokenizer", ()),
+    "bench prepare": ("muse_lightning.data.preparation_bench.bench_prepare", ()),
     "bench attention": ("muse_lightning.measure.bench.command.bench_attention", ()),
 }
 """Verb -> its function, imported when the verb is used, and the parameters that are given without a flag."""
