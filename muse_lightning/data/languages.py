@@ -17,31 +17,27 @@ from identify.interpreters import INTERPRETERS
 _MORE_EXTENSIONS = {
     "ada": "ada", "adb": "ada", "ads": "ada",
     "agda": "agda", "lagda": "agda",
-    "am": "makefile", "mk": "makefile", "mak": "makefile",
-    "ac": "m4", "m4": "m4",
+    "am": "makefile", "mak": "makefile",
+    "ac": "m4",
     "awk": "awk",
-    "cfg": "ini",
     "cbl": "cobol", "cob": "cobol", "cpy": "cobol",
+    "cfg": "ini",
     "cl": "opencl",
     "d": "d",
     "el": "emacs-lisp",
-    "f": "fortran", "f03": "fortran", "f08": "fortran", "f77": "fortran", "f90": "fortran", "f95": "fortran",
-    "for": "fortran", "ftn": "fortran", "fpp": "fortran",
+    "f": "fortran", "f77": "fortran", "for": "fortran", "ftn": "fortran", "fpp": "fortran",
     "frag": "glsl", "geom": "glsl", "glsl": "glsl", "vert": "glsl", "comp": "glsl",
     "haml": "haml",
     "hx": "haxe",
     "lisp": "common-lisp", "lsp": "common-lisp",
-    "metal": "metal",
     "org": "org",
     "pony": "pony",
-    "pxd": "cython", "pxi": "cython", "pyx": "cython",
     "pyi": "python",
     "rkt": "racket",
     "rmd": "markdown", "qmd": "markdown", "mdx": "markdown",
     "sed": "sed",
     "slim": "slim",
     "stan": "stan",
-    "svelte": "svelte",
     "tcl": "tcl", "tk": "tcl",
     "ts": "typescript", "mts": "typescript", "cts": "typescript", "tsx": "typescript",
     "vy": "vyper",
@@ -49,7 +45,7 @@ _MORE_EXTENSIONS = {
 }  # fmt: skip
 _MORE_INTERPRETERS = {
     "expect": "tcl", "guile": "scheme", "julia": "julia", "lua": "lua", "luajit": "lua", "make": "makefile",
-    "osascript": "applescript", "pwsh": "powershell", "pypy": "python", "pypy3": "python", "Rscript": "r",
+    "osascript": "applescript", "pwsh": "powershell", "pypy": "python", "Rscript": "r",
     "runhaskell": "haskell", "scala": "scala", "sed": "sed", "sbcl": "common-lisp", "tclsh": "tcl", "wish": "tcl",
     "gawk": "awk", "mawk": "awk", "deno": "typescript", "bun": "typescript", "ts-node": "typescript",
 }  # fmt: skip
@@ -97,6 +93,8 @@ def _tags_of_name(name: str) -> frozenset[str]:
     stem, _, extension = name.rpartition(".")
     extension = extension.lower() if stem else ""
     tags = EXTENSIONS.get(extension, set()) | {_MORE_EXTENSIONS.get(extension, "text")}
+    if "binary" in tags:
+        return frozenset()
     # Last, names with an ending of their own, such as Dockerfile.dev.
     return frozenset((tags - _NO_LANGUAGE) or (tags_from_filename(name) - _NO_LANGUAGE))
 

@@ -137,7 +137,8 @@ def _parse(expression: str) -> Any | None:
     )
     try:
         return _licensing().parse(plain, strict=False)
-    except (ExpressionError, ParseError, AttributeError, TypeError, RecursionError):
+    except (ExpressionError, ParseError, AttributeError, IndexError, TypeError, RecursionError):
+        # Some malformed expressions, "()" among them, break the parser itself.
         return None
 
 
