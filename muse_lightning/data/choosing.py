@@ -76,7 +76,7 @@ def choose_documents(
     name, source = inventory.document_name, inventory.document_source
     skipped: Counter[str] = Counter()
     if deduplicate:
-        order = seeded_order([order_key(seed, names[row]) for row in name], source)
+        order = seeded_order([order_key(seed, names[row], "") for row in name], source)
         ranks = np.empty(len(order), dtype=np.int64)
         ranks[order] = np.arange(len(order))
         ranks[is_out[name]] -= len(order)
