@@ -20,6 +20,10 @@ _TEXT_ENDINGS = frozenset({"txt", "md", "markdown", "rst", "html", "htm", "adoc"
 # LICENSE-MIT beside LICENSE-APACHE is a choice: C-PERMISSIVE,
 # https://rust-lang.github.io/api-guidelines/necessities.html
 _NAMES_A_LICENCE = re.compile(r"mit|apache|asl|bsd|isc|gpl|mpl|zlib|boost|bsl|cc0|unlicen|psf|artistic", re.IGNORECASE)
+# Beyond any honest one; some parsers take long over hostile ones.
+_MAX_METADATA_BYTES = 200_000
+# In one line: tomllib takes the square of the parts of a dotted key.
+_MAX_DOTS = 500
 # A short file that says where the licences are: "see LICENSE.APACHE and LICENSE.BSD".
 _MAX_POINTER_BYTES = 1500
 # Metadata of an installed or packed distribution is about the folder it lies in, and so are its licences (PEP 639):
@@ -150,6 +154,8 @@ def declared_licence(name: str, content: bytes) -> str | None:
     Args:
         name: One of PKG-INFO, METADATA, package.json, Cargo.toml, pyproject.toml.
     """
+    if len(content) > _MAX_METADATA_BYTES:
+        return None
     try:
         return _METADATA[name](content)
     except (ValueError, RecursionError, AttributeError, TypeError):
@@ -179,6 +185,8 @@ def _package_json(content: bytes) -> str | None:
 
 def _toml(content: bytes) -> str | None:
     """https://doc.rust-lang.org/cargo/reference/manifest.html, https://peps.python.org/pep-0639/, and Poetry's."""
+    if any(line.count(b".") > _MAX_DOTS for line in content.splitlines()):
+        return None
     document = tomllib.loads(content.decode("utf-8"))
     tables = (document.get("package"), document.get("project"), document.get("tool", {}).get("poetry"))
     for table in tables:

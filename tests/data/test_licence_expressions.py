@@ -39,6 +39,7 @@ from muse_lightning.errors import UserError
         ("MITT", False),
         ("MIT AND", False),
         ("MIT MIT", False),
+        ("()", False),
         ("NOASSERTION", False),
         ("NONE", False),
         ("", False),

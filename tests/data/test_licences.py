@@ -162,6 +162,7 @@ class TestMetadata:
             ("package.json", '{"license": "UNLICENSED"}', "LicenseRef-proprietary"),
             ("package.json", '{"license": "SEE LICENSE IN a"}', None),
             ("package.json", '{"license": 3}', None),
+            ("package.json", '{"license": "MIT"}' + " " * 200_000, None),
             ("package.json", "[]", None),
             ("package.json", "{", None),
             ("package.json", "[" * 100_000, None),
@@ -172,6 +173,8 @@ class TestMetadata:
             ("pyproject.toml", '[project]\nlicense = {file = "LICENSE"}', None),
             ("pyproject.toml", '[tool.poetry]\nlicense = "MIT"', "MIT"),
             ("pyproject.toml", "tool = 3", None),
+            ("pyproject.toml", f'{"a." * 600}a = 1\n[project]\nlicense = "MIT"', None),
+            ("pyproject.toml", f'{"a." * 400}a = 1\n[project]\nlicense = "MIT"', "MIT"),
             ("pyproject.toml", "[", None),
         ],
     )
