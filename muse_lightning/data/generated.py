@@ -4,13 +4,14 @@ import re
 
 # Folders that by convention hold other projects, and files that tools copy into a repository. The conventions are
 # those of Linguist (lib/linguist/vendor.yml, https://github.com/github-linguist/linguist), which The Stack v2 went by
-# (Lozhkov et al. 2024, arXiv 2402.19173, 2.1), less what it says of documentation, tests and rare libraries.
+# (Lozhkov et al. 2024, arXiv 2402.19173, 2.1), less what it says of documentation, tests and rare libraries, and less
+# external/, which often is the project's own code for dealing with others.
 _VENDORED_FOLDERS = frozenset(
     {
         "vendor", "vendors", "vendored", "Vendor", "_vendor", "_vendored", "third_party", "third-party", "thirdparty",
-        "ThirdParty", "3rd_party", "3rd-party", "3rdparty", "third_parties", "extern", "externals", "external",
-        "External", "node_modules", "bower_components", "jspm_packages", "Godeps", "Pods", "Carthage", "site-packages",
-        "dist-packages", "__pypackages__", ".venv", "venv", "virtualenv", ".tox", ".nox", ".yarn", ".gradle",
+        "ThirdParty", "3rd_party", "3rd-party", "3rdparty", "third_parties", "extern", "externals", "node_modules",
+        "bower_components", "jspm_packages", "Godeps", "Pods", "Carthage", "site-packages", "dist-packages",
+        "__pypackages__", ".venv", ".tox", ".nox", ".yarn", ".gradle",
     }
 )  # fmt: skip
 _VENDORED_NAMES = frozenset(
@@ -44,7 +45,7 @@ _MINIFIED_ENDINGS = (".min.js", "-min.js", ".min.css", "-min.css", ".min.mjs", "
 _SAYS_GENERATED = re.compile(
     rb"\bauto[- ]?generated\b|(?<!\bbe )\bautomatically generated\b|\bgenerated automatically\b|\bmachine generated\b|"
     rb"\b(?:this|the) (?:\w+ ){1,3}(?:is|was|were|been) (?:\w+ )?generated\b|"
-    rb"^\W*(?:(?:this|the|file|code|contents?|module|source|header|remaining) )*generated (?:by|from|with|using)\b|"
+    rb"^\W*(?:(?:this|the|file|code|contents?|module|source|header|remaining) )*generated (?:by|from)\b|"
     rb"\b(?:do not|don't) (?:edit|modify)\b",
     re.MULTILINE,
 )

@@ -50,6 +50,8 @@ class LicenceText(NamedTuple):
     """SPDX identifiers of all licences found in it, the one that explains most of it first."""
     is_complete: bool
     """Whether they explain all of it. Never true where nothing was found."""
+    is_restricted: bool = False
+    """Whether what they do not explain takes rights away, whatever else says so."""
 
 
 class _Pattern(NamedTuple):
@@ -79,8 +81,9 @@ def _recognise(text: str) -> LicenceText:
             if run in pattern.runs:
                 left[start : start + _RUN] = [False] * min(_RUN, len(words) - start)
     rest = " ".join(word for word, is_left in zip(words, left, strict=True) if is_left)
-    is_complete = bool(found) and rest.count(" ") < _MAX_LEFT and not _RESTRICTIONS.search(rest)
-    return LicenceText(tuple(dict.fromkeys(found)), is_complete)
+    is_restricted = _RESTRICTIONS.search(rest) is not None
+    is_complete = bool(found) and rest.count(" ") < _MAX_LEFT and not is_restricted
+    return LicenceText(tuple(dict.fromkeys(found)), is_complete, is_restricted)
 
 
 def _best(runs: set[str]) -> _Pattern | None:

@@ -43,6 +43,7 @@ class _Text(NamedTuple):
     name: str
     licences: tuple[str, ...]
     is_complete: bool
+    is_restricted: bool
     points_to: str
     """The text in lower case, where it is short enough to be a mere pointer and nothing was recognised."""
 
@@ -116,11 +117,17 @@ class LicenceFinder:
 
 
 def _conclusion(texts: Iterable[_Text], declared: str | None) -> str:
-    """The licence that the licence files of one folder mean together."""
+    """The licence that the licence files of one folder mean together.
+
+    What is declared for the same folder joins texts of its licences (MIT OR Apache-2.0), and explains what nothing
+    recognises; but it takes nothing back: licences found besides are added to it.
+    """
     texts = sorted(texts)
-    found = {licence for text in texts for licence in text.licences}
-    if declared is not None and set(map(_any_version, found)) <= set(map(_any_version, identifiers(declared))):
-        return declared
+    if declared is not None and not any(text.is_restricted for text in texts):
+        known = set(map(_any_version, identifiers(declared)))
+        others = [name for text in texts for name in text.licences if _any_version(name) not in known]
+        if not others or not all(text.is_complete for text in texts):
+            return joined([declared, *others], "AND")
     names = [text.name.lower() for text in texts]
     texts = [text for text in texts if not any(name in text.points_to for name in names)]
     parts = [joined([*text.licences, *([] if text.is_complete else [UNKNOWN])], "AND") for text in texts]

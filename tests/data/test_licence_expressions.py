@@ -40,6 +40,7 @@ from muse_lightning.errors import UserError
         ("MIT AND", False),
         ("MIT MIT", False),
         ("()", False),
+        ("(OR MIT", False),
         ("NOASSERTION", False),
         ("NONE", False),
         ("", False),

@@ -18,8 +18,8 @@ COMMONS_CLAUSE = """
 """
 
 
-def holds(content: str | bytes, *licences: str, complete: bool = True) -> bool:
-    return recognise(content.encode() if isinstance(content, str) else content) == LicenceText(licences, complete)
+def holds(text: str, *licences: str) -> bool:
+    return recognise(text.encode()) == LicenceText(licences, is_complete=True, is_restricted=False)
 
 
 def filled(licence: str) -> str:
@@ -104,18 +104,19 @@ def test_several_licences_in_one_file_are_all_found():
 
 
 @pytest.mark.parametrize(
-    "addition",
+    ("addition", "is_restricted"),
     [
-        "The Software shall be used for Good, not Evil.",
-        COMMONS_CLAUSE,
-        "This software may be used for non-commercial purposes only.",
-        "Files in b/ are under our proprietary terms.",
-        "Other words stand here, which nobody knows. " * 10,
+        ("The Software shall be used for Good, not Evil.", True),
+        (COMMONS_CLAUSE, True),
+        ("This software may be used for non-commercial purposes only.", True),
+        ("Files in b/ are under our proprietary terms.", True),
+        ("Other words stand here, which nobody knows. " * 10, False),
     ],
     ids=["json", "commons", "non-commercial", "proprietary", "long"],
 )
-def test_additions_that_change_a_licence_leave_it_incomplete(addition):
-    assert holds(filled("MIT") + "\n" + addition, "MIT", complete=False)
+def test_additions_that_change_a_licence_leave_it_incomplete(addition, is_restricted):
+    text = filled("MIT") + "\n" + addition
+    assert recognise(text.encode()) == LicenceText(("MIT",), is_complete=False, is_restricted=is_restricted)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_additions_that_change_a_licence_leave_it_incomplete(addition):
     ],
 )
 def test_what_is_no_licence_text_gives_none(content):
-    assert recognise(content) == LicenceText((), False)
+    assert recognise(content) == LicenceText((), is_complete=False, is_restricted=False)
 
 
 @given(st.binary(max_size=400) | st.lists(st.sampled_from(TEXTS["MIT"].split()), max_size=200).map(" ".join))

@@ -125,9 +125,14 @@ class TestMetadata:
         assert found({"Cargo.toml": self.cargo, "LICENSE": MIT, "COPYING": APACHE}) == "MIT OR Apache-2.0"
         assert found({"Cargo.toml": b'[package]\nlicense = "GPL-3.0-or-later"', "COPYING": GPL3}) == "GPL-3.0-or-later"
 
-    def test_explains_a_text_that_is_not_understood_but_not_one_that_says_more(self):
+    def test_explains_what_is_not_understood_but_takes_nothing_back(self):
         assert found({"Cargo.toml": self.cargo, "LICENSE": UNKNOWN}) == "MIT OR Apache-2.0"
-        assert found({"Cargo.toml": self.cargo, "LICENSE": UNKNOWN + GPL3}) == "GPL-3.0-only AND LicenseRef-unknown"
+        assert found({"Cargo.toml": self.cargo, "LICENSE": MIT + UNKNOWN}) == "MIT OR Apache-2.0"
+        assert found({"Cargo.toml": self.cargo, "LICENSE": GPL3 + UNKNOWN}) == "(MIT OR Apache-2.0) AND GPL-3.0-only"
+
+    def test_does_not_lift_a_restriction(self):
+        evil = MIT + b"The Software shall be used for Good, not Evil.\n"
+        assert found({"package.json": b'{"license": "MIT"}', "LICENSE": evil}) == "MIT AND LicenseRef-unknown"
 
     def test_of_a_folder_counts_there(self):
         assert found({"LICENSE": MIT, "web/package.json": b'{"license": "ISC"}'}, "web/a.js") == "ISC"
