@@ -37,6 +37,8 @@ VERBS = {
     "bench attention": Verb(
         "check MuSe attention, then time it beside others", "muse_lightning.function_commands.run_function"
     ),
+    "data audit": Verb("what a run has read: coverage, repeats, gaps", "muse_lightning.function_commands.run_function"),
+    "bench data": Verb("time the loader alone", "muse_lightning.function_commands.run_function"),
     "bench prepare": Verb(
         "time the preparation of data beside the tokenizer alone", "muse_lightning.function_commands.run_function"
     ),

@@ -15,6 +15,8 @@ from muse_lightning.errors import UserError
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data inspect": ("muse_lightning.data.inspection.inspect", ("dataset",)),
     "tokenizer train": ("muse_lightning.data.tokenizer_training.train_tokenizer", ()),
+    "data audit": ("muse_lightning.data.audit.audit", ("run",)),
+    "bench data": ("muse_lightning.data.loading_bench.bench_data", ()),
     "bench prepare": ("muse_lightning.data.preparation_bench.bench_prepare", ()),
     "bench attention": ("muse_lightning.measure.bench.command.bench_attention", ()),
 }

@@ -41,7 +41,7 @@ def test_every_block_decodes_to_the_documents_in_it(data, capsys):
 
 def test_boundaries_by_hand(data, capsys):
     data.predict_split = "val"
-    blocks = list(data.predict_dataloader().dataset)
+    blocks = list(data.predict_dataloader().blocks())
     row = next(i for i, block in enumerate(blocks) if (block.starts > 0).any())
     tokens = blocks[row].tokens.numpy()
     (position,) = blocks[row].starts[blocks[row].starts > 0].tolist()
