@@ -1,13 +1,17 @@
 """Which licence each file of a repository is under: by tags, licence files, metadata and folders."""
 
 import json
+import re
 import textwrap
+from collections import Counter
+from importlib.metadata import PathDistribution, distributions
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from identify.vendor.licenses import LICENSES
 
+from muse_lightning.data.licence_expressions import identifiers
 from muse_lightning.data.licences import LicenceFinder, declared_licence, is_licence_name
 
 TEXTS = {name: text.encode() for name, text in LICENSES}
@@ -244,3 +248,29 @@ def test_any_files_are_taken_and_give_the_same_twice(files, declared):
 def test_wrapped_texts_with_other_holders_hold_for_folders_too():
     text = "Copyright 1999, 2003-2007 Some University\n" + textwrap.fill(MIT.decode().partition("[fullname]")[2], 60)
     assert found({"pkg/LICENSE.txt": text.encode()}, "pkg/a.py") == "MIT"
+
+
+def agreement(distribution: PathDistribution) -> str:
+    """Whether the licence files of an installed distribution mean what its metadata declares."""
+    finder = LicenceFinder()
+    own = re.compile(r"[^/]+\.dist-info/(?:licen[cs]es?/)?[^/]+", re.IGNORECASE)
+    names = [file for file in distribution.files or () if own.fullmatch(str(file)) and is_licence_name(str(file))]
+    texts = [file for file in names if file.name != "METADATA"]
+    for file in texts:
+        finder.add(str(file), file.read_binary())
+    declared = declared_licence("METADATA", distribution.read_text("METADATA").encode())
+    if not texts or declared is None:
+        return "nothing to compare"
+    found = {name.removesuffix("-only").removesuffix("-or-later") for name in identifiers(finder.licence_of("a.py"))}
+    if "LicenseRef-unknown" in found:
+        return "not understood"
+    known = {name.removesuffix("-only").removesuffix("-or-later") for name in identifiers(declared)}
+    return "agrees" if found == known else "differs"
+
+
+def test_licence_files_of_the_installed_packages_mean_what_their_metadata_says():
+    counts = Counter(map(agreement, distributions()))
+    compared = counts["agrees"] + counts["not understood"] + counts["differs"]
+    assert compared > 50
+    assert counts["agrees"] >= 0.75 * compared
+    assert counts["differs"] <= 0.06 * compared
