@@ -24,7 +24,7 @@ from muse_lightning.data.prepared import (
     check_different,
     listed_datasets,
 )
-from muse_lightning.data.remote import ChunkCache, is_url
+from muse_lightning.data.remote import ChunkCache, copy_tokenizer, is_url
 from muse_lightning.data.selection import FileOrder, Limits
 from muse_lightning.data.streaming import EvaluationLoader, Share, TrainLoader
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, load_tokenizer
@@ -86,7 +86,8 @@ class TokenDataModule(L.LightningDataModule):
             dataset: Folder of the prepared dataset. It is made there if missing, and again if anything it depends on
                 changed. Or the URL of one that is prepared: s3://, gs://, hf:// and others of fsspec.
             sources: Where documents come from. null: the dataset must be there already, and is taken as it is.
-            tokenizer: bytes (256 ids, nothing to train), or the path of a tokenizer.json.
+            tokenizer: bytes (256 ids, nothing to train), or the path or URL of a tokenizer.json or of a prepared
+                dataset that has one.
             seq_len: Context in tokens. Any length, without preparing the data again.
             batch_size: Sequences per device and step. Memory grows with batch_size * seq_len.
             document_mask: Whether attention stops at document boundaries. Documents are repositories; it never stops
@@ -187,7 +188,8 @@ class TokenDataModule(L.LightningDataModule):
             archive_limits=archive_limits,
         )
         self._mistake = ""
-        self.tokenizer = load_tokenizer(tokenizer, special_tokens)
+        file = str(copy_tokenizer(tokenizer, self._cache.folder)) if is_url(tokenizer) else tokenizer
+        self.tokenizer = load_tokenizer(file, special_tokens)
         self.vocab_size = self.tokenizer.vocab_size
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes)
         self._opened: list[PreparedDataset] | None = None

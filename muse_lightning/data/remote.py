@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import obstore.fsspec
 
-from muse_lightning.data.card import CARD_NAME, INDEX_NAME, TOKENIZER_NAME, ChunkEntry
+from muse_lightning.data.card import CARD_NAME, INDEX_NAME, TOKENIZER_NAME, ChunkEntry, read_card
 from muse_lightning.data.item_loader import Chunk, Chunks
 from muse_lightning.errors import UserError
 from muse_lightning.files import exclusive_lock, sha256_bytes, sha256_file
@@ -166,24 +166,41 @@ def copy_file(url: str, target: Path) -> None:
 
 
 def copy_description(url: str, cache_dir: Path) -> Path:
-    """Copy what describes a dataset, all but its chunks: dataset.json, tokenizer.json, each split's index.json.
+    """Copy what describes a dataset: dataset.json, and index.json of each split.
 
     Returns:
         The folder of the copies.
     Raises:
-        UserError: there is no dataset.json, or it cannot be read.
+        UserError: there is no dataset.json, or one of them cannot be read.
     """
     folder = cache_dir / f"dataset-{sha256_bytes(url.encode())[:16]}"
-    system, path = filesystem(url)
-    names = [CARD_NAME, TOKENIZER_NAME, *(f"{split}/{INDEX_NAME}" for split in _SPLITS)]
     with exclusive_lock(folder):
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name == CARD_NAME or system.exists(f"{path}/{name}"):
-                # Other ranks may be reading the copy that is there.
-                copy_file(f"{url}/{name}", folder / f"{name}.partial")
-                os.replace(folder / f"{name}.partial", folder / name)
+        _replace_copy(f"{url}/{CARD_NAME}", folder / CARD_NAME)
+        for split in _SPLITS:
+            if split in read_card(folder).splits:
+                _replace_copy(f"{url}/{split}/{INDEX_NAME}", folder / split / INDEX_NAME)
     return folder
+
+
+def copy_tokenizer(url: str, cache_dir: Path) -> Path:
+    """Copy a tokenizer: the file that the URL names, or that of the dataset that it names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = url if url.endswith(".json") else f"{url.rstrip('/')}/{TOKENIZER_NAME}"
+    path = cache_dir / f"tokenizer-{sha256_bytes(file.encode())[:16]}.json"
+    with exclusive_lock(path):
+        _replace_copy(file, path)
+    return path
+
+
+def _replace_copy(url: str, target: Path) -> None:
+    """Copy a file in place of one that other ranks may be reading."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial-copy")
+    copy_file(url, partial)
+    os.replace(partial, target)
 
 
 def _touched(path: Path) -> bool:

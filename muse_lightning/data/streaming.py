@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,9 @@ class BlockLoader:
         # The libraries that talk to object stores have threads, which a forked process would wait for in vain.
         is_remote = any(isinstance(split.chunks, CachedChunks) for split in reader.splits)
         self._start_method = "forkserver" if is_remote and num_workers else None
+        if self._start_method:
+            # Once for all workers, not in each.
+            get_context("forkserver").set_forkserver_preload([__name__])
 
     def _read(self, batches: Iterable[Sequence[BlockId]]) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(

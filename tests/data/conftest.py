@@ -66,7 +66,13 @@ def prepare_small(root: Path, seed: int) -> Path:
     sources = [Folders(write_repositories(root / "repositories", seed=seed))]
     dataset = root / "dataset"
     data = TokenDataModule(
-        str(dataset), sources, seq_len=1, batch_size=1, val_fraction=0.3, test_fraction=0.1, chunk_bytes=8000
+        str(dataset),
+        sources,
+        seq_len=1,
+        batch_size=1,
+        val_fraction=0.3,
+        max_document_bytes=6000,
+        chunk_bytes=6000,
     )
     data.prepare_data()
     return dataset
