@@ -37,9 +37,10 @@ from muse_lightning.errors import UserError
 
 _PACK_BYTES = 32 << 20
 _SMALLEST_PACK_BYTES = 1 << 20
-# Of a limit in bytes: reading stops when so much is there, since the last bytes may be found only after many
-# repositories that are too large.
+# Of a limit in bytes: reading stops when so much is there, or when so many times the limit was read and anything fits,
+# since the last bytes may be found only after many repositories that are too large.
 _ENOUGH = 0.95
+_MOST_READ = 4
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def build(
     )
     reading.skipped.update(documents.skipped)
     if not len(documents):
-        shutil.rmtree(staging)
         listed = sum(len(pack.repositories()) for pack in reading.packs)
+        shutil.rmtree(staging)
         raise UserError(
             f"nothing is left of {listed} listed repositories after the filters and limits"
             f"{skipped_text(reading.skipped)}; loosen data.filters or the limits, or give other sources"
@@ -201,18 +202,21 @@ class _Enough:
 
     def __init__(self, max_bytes: int | None, max_documents: int | None) -> None:
         self._max_bytes, self._max_documents = max_bytes, max_documents
-        self._bytes = 0
+        self._taken = self._read = 0
         self._names: set[tuple[int, bytes]] = set()
 
     def after(self, repositories: np.ndarray) -> bool:
         """Count one more pack's repositories, each that still fits."""
         for row in repositories[repositories["size"] > 0]:
-            if self._max_bytes is None or self._bytes + int(row["size"]) <= self._max_bytes:
-                self._bytes += int(row["size"])
+            self._read += int(row["size"])
+            if self._max_bytes is None or self._taken + int(row["size"]) <= self._max_bytes:
+                self._taken += int(row["size"])
                 if self._max_documents is not None:
                     self._names.add((int(row["source"]), row["name_digest"].tobytes()))
-        return (self._max_bytes is not None and self._bytes >= _ENOUGH * self._max_bytes) or (
-            self._max_documents is not None and len(self._names) >= self._max_documents
+        if self._max_documents is not None and len(self._names) >= self._max_documents:
+            return True
+        return self._max_bytes is not None and (
+            self._taken >= _ENOUGH * self._max_bytes or (self._taken > 0 and self._read >= _MOST_READ * self._max_bytes)
         )
 
 

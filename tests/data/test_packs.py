@@ -19,7 +19,7 @@ def read(folder: Path, *units: MemoryUnit, filters: Filters | None = None) -> tu
     folder.mkdir()
     counted = []
     result = job.run(folder, None, lambda *counts: counted.append(counts))
-    assert [sum(column) for column in zip(*counted, strict=True)][0] == sum(unit.size for unit in units)
+    assert sum(size for size, _, _ in counted) == sum(unit.size for unit in units)
     pack = Pack(folder, result["languages"], result["licences"])
     data, names = pack.content.read_bytes(), pack.names()
     found, position, repositories = [], 0, []
