@@ -3,15 +3,18 @@
 import hashlib
 import os
 import platform
+import resource
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import tokenizers
 
 from muse_lightning.data.building import Preparation
+from muse_lightning.data.card import read_card
 from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLimits
 from muse_lightning.data.filters import DEFAULT_FILTERS, Filters
 from muse_lightning.data.prepare import prepare_dataset
@@ -41,44 +44,73 @@ def bench_prepare(
         filters: Which files are left out.
     """
     if tokenizer == "bytes":
-        raise UserError(
-            "tokenizer: bytes found, the path of a tokenizer.json expected; `muse tokenizer train` makes one"
-        )
+        raise UserError("tokenizer: bytes found, a tokenizer.json expected; `muse tokenizer train` makes one")
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= workers <= len(cores):
         raise UserError(f"workers: {workers} found, 1 to {len(cores)} expected (cores of this process)")
-    os.sched_setaffinity(0, cores[:workers])
     # Both are read when the first text is encoded.
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.sched_setaffinity(0, cores[:workers])
+    try:
+        _bench(sources, tokenizer, workers, repeats, filters)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _bench(sources: list[DocumentSource], tokenizer: str, workers: int, repeats: int, filters: Filters) -> None:
     chosen = load_tokenizer(tokenizer)
     raw = tokenizers.Tokenizer.from_str(chosen.to_json() or "")
     texts = list(_texts(sources, filters))
     size = sum(len(text.encode()) for text in texts)
     batches = list(_batches(texts))
     how = Preparation(filters, Limits(), {}, "shuffle", 0, 64 << 20, workers)
-    print(
-        f"{len(texts):,} files, {size / 1e6:,.1f} MB; {workers} core(s), {platform.processor() or platform.machine()}"
-    )
+    print(f"{len(texts):,} files, {size / 1e6:,.1f} MB; {workers} core(s) of {platform.machine()}")
     ratios = []
     for _ in range(repeats):
-        alone = _seconds_of(raw, batches, is_fast=False)
-        fast = _seconds_of(raw, batches, is_fast=True)
+        alone = _Timed(lambda: _encode(raw.encode_batch, batches))
+        fast = _Timed(lambda: _encode(raw.encode_batch_fast, batches))
         with tempfile.TemporaryDirectory(dir=".", prefix=".bench-prepare-") as folder:
-            start = time.perf_counter()
-            card = prepare_dataset(Path(folder) / "dataset", sources, chosen, tokenizer, how)
-            whole = time.perf_counter() - start
+            dataset = Path(folder) / "dataset"
+            whole = _Timed(partial(prepare_dataset, dataset, sources, chosen, tokenizer, how))
+            card = read_card(dataset)
         if card.files != len(texts):
             raise UserError(f"sources: {card.files} files prepared, {len(texts)} tokenized; did they change meanwhile?")
-        tokens = card.splits["train"].tokens
-        ratios.append(alone / whole)
+        ratios.append(alone.seconds / whole.seconds)
+        print(f"encode_batch:      {alone.rates(size)}")
+        print(f"encode_batch_fast: {fast.rates(size)}")
+        print(f"prepare:           {whole.rates(size)}, {card.splits['train'].tokens / 1e6:,.1f}M tokens")
         print(
-            f"encode_batch {alone:.2f} s ({size / alone / 1e6:.2f} MB/s), encode_batch_fast {fast:.2f} s "
-            f"({size / fast / 1e6:.2f} MB/s), prepare {whole:.2f} s ({size / whole / 1e6:.2f} MB/s, "
-            f"{tokens / whole / 1e6:.2f}M tokens/s): {alone / whole:.0%} of encode_batch, {fast / whole:.0%} of "
-            "encode_batch_fast"
+            f"prepare runs at {alone.seconds / whole.seconds:.0%} of encode_batch, "
+            f"{fast.seconds / whole.seconds:.0%} of encode_batch_fast; by processor time "
+            f"{alone.cpu_seconds / whole.cpu_seconds:.0%} and {fast.cpu_seconds / whole.cpu_seconds:.0%}"
         )
     print(f"median {median(ratios):.0%} of encode_batch, from {min(ratios):.0%} to {max(ratios):.0%}")
+
+
+class _Timed:
+    """Elapsed time and processor time, of this process and those it waited for, that some work takes."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        start, cpu_start = time.perf_counter(), _cpu_seconds()
+        work()
+        self.seconds = time.perf_counter() - start
+        self.cpu_seconds = _cpu_seconds() - cpu_start
+
+    def rates(self, size: int) -> str:
+        return f"{self.seconds:.2f} s ({size / self.seconds / 1e6:.2f} MB/s), processor time {self.cpu_seconds:.2f} s"
+
+
+def _cpu_seconds() -> float:
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def _encode(encode: Callable[..., object], batches: Sequence[list[str]]) -> None:
+    for batch in batches:
+        encode(batch, add_special_tokens=False)
 
 
 def _texts(sources: Sequence[DocumentSource], filters: Filters) -> Iterator[str]:
@@ -109,11 +141,3 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _seconds_of(tokenizer: tokenizers.Tokenizer, batches: Sequence[list[str]], is_fast: bool) -> float:
-    encode = tokenizer.encode_batch_fast if is_fast else tokenizer.encode_batch
-    start = time.perf_counter()
-    for batch in batches:
-        encode(batch, add_special_tokens=False)
-    return time.perf_counter() - start
