@@ -90,7 +90,7 @@ class TestWithoutTorch:
         ("validate", ["--ckpt_path"]),
         ("test", ["--ckpt_path"]),
         ("predict", ["--ckpt_path", "--data.predict_split"]),
-        ("prepare", ["--data.sources", "--print_config"]),
+        ("prepare", ["--data.sources", "--print_config", "Larger files are left out"]),
         ("info", ["--config"]),
         ("data inspect", ["dataset", "--block"]),
         ("tokenizer train", ["--sources", "--vocab_size"]),
