@@ -14,6 +14,10 @@ import numpy as np
 from muse_lightning.data.order import BlockOrder
 from muse_lightning.errors import UserError
 
+_LOTS_AT_ONCE = 1024
+# Blocks: less than about two leave the turns of the datasets fixed, so that ranks differ; more makes shares rougher.
+_LOT_BLOCKS = 4.0
+
 
 class BlockId(NamedTuple):
     """Which block: number of the dataset in the recipe, its epoch (from 1), chunk in the card, block in the chunk."""
@@ -63,19 +67,20 @@ class Plan:
     **One dataset**: an epoch is every block once, in whole global batches. What is left over at its end, less than one
     of them, is dropped; each epoch has another order, so it is dropped from another place.
 
-    **Several**: the next block is of the dataset that is furthest behind its weight. So every step has the wanted
-    shares, within two blocks, whatever the step. A dataset that is used up starts its next epoch at once, in another
-    order; nothing is dropped. An epoch of the plan, which counts for the trainer alone, is as many blocks as the
-    datasets that are read have together.
+    **Several**: the next block is of the dataset that is furthest behind its weight, give or take up to four blocks
+    by lot. So at every step each has its share within a few blocks, and no rank gets one dataset more often than another
+    rank does, as it would if they came in a fixed turn. A dataset that is used up starts its next epoch at once, in
+    another order; nothing is dropped. An epoch of the plan, which counts for the trainer alone, is as many blocks as
+    the datasets that are read have together.
 
-    Source: the rule is that of Megatron-LM's blended datasets, with a start that the seed decides.
+    Source: without the lot the rule is that of Megatron-LM's blended datasets.
     """
 
     def __init__(self, parts: Sequence[Part], seed: int, global_batch: int) -> None:
         """
         Args:
             parts: The datasets; at least one has a weight above 0 and blocks.
-            seed: Of the order of blocks, and of which dataset comes first.
+            seed: Of the order of blocks, and of the lots.
             global_batch: Blocks of one batch of all ranks.
         """
         self.parts = tuple(parts)
@@ -83,7 +88,7 @@ class Plan:
         self.global_batch = global_batch
         total = sum(part.weight for part in self.parts)
         self._weights = [part.weight / total for part in self.parts]
-        self._start = np.random.RandomState([seed, len(self.parts)]).random_sample(len(self.parts)).tolist()
+        self._lots: tuple[int, list[list[float]]] = (-1, [])
         self._orders: dict[int, tuple[int, BlockOrder]] = {}
         self._sizes = [sum(part.counts) for part in self.parts]
         self._epoch_blocks = sum(size for size, weight in zip(self._sizes, self._weights, strict=True) if weight > 0)
@@ -137,11 +142,20 @@ class Plan:
         """The dataset that is furthest behind its weight."""
         if len(drawn) == 1:
             return 0
-        read = sum(drawn) + 1
+        read = sum(drawn)
+        lots = self._lots_at(read)
         return max(
             (index for index, weight in enumerate(self._weights) if weight > 0),
-            key=lambda index: self._weights[index] * read - drawn[index] + self._start[index],
+            key=lambda index: self._weights[index] * read - drawn[index] + lots[index],
         )
+
+    def _lots_at(self, read: int) -> list[float]:
+        """A number of blocks for each dataset, for the block after `read` blocks; drawn many at a time."""
+        draw, row = divmod(read, _LOTS_AT_ONCE)
+        if self._lots[0] != draw:
+            lots = np.random.RandomState([self.seed, draw]).random_sample((_LOTS_AT_ONCE, len(self.parts)))
+            self._lots = draw, (_LOT_BLOCKS * lots).tolist()
+        return self._lots[1][row]
 
     def to_state(self, position: Position) -> dict[str, Any]:
         """A position in plain values, by fingerprint: for a checkpoint."""
