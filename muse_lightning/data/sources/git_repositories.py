@@ -2,8 +2,10 @@
 
 import glob
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,11 @@ from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLim
 from muse_lightning.data.sources.downloads import cache_folder
 from muse_lightning.data.sources.git_clones import clone, is_url, without_credentials
 from muse_lightning.data.sources.git_store import (
-    HAS_PYGIT2,
     NO_FILE,
     CommitReader,
     TreeEntry,
     git_folder,
+    is_repository,
     objects_size,
     resolve_commit,
 )
@@ -50,8 +52,6 @@ class GitRepositories(DocumentSource):
             cache: Folder that keeps clones of URLs. null: muse-lightning in the user's cache folder.
             refresh: Whether to ask for branches and tags of URLs again. Otherwise a clone is used as it is.
         """
-        if not HAS_PYGIT2:
-            raise UserError("GitRepositories needs the package pygit2: pip install 'muse-lightning[git]'")
         if not repositories:
             raise UserError("GitRepositories: repositories is empty; give paths or URLs")
         self.repositories = list(repositories)
@@ -87,16 +87,22 @@ class GitRepositories(DocumentSource):
             path = clone(location, revision, self.cache / "git", self.refresh)
             # Where the clone has the one commit that was asked for, HEAD is it.
             at = "HEAD" if (path / "refs" / "heads" / "wanted").exists() else revision
-            yield self._unit(f"{shown}#{revision}", "/".join(owner_and_name), str(path), at, must_exist=True)
+            try:
+                yield self._unit(f"{shown}#{revision}", "/".join(owner_and_name), str(path), at, must_exist=True)
+            except UserError:
+                # So that the server is asked again next time.
+                shutil.rmtree(path, ignore_errors=True)
+                raise
             return
         pattern = os.path.expanduser(location)
-        paths = [pattern] if os.path.lexists(pattern) else sorted(p for p in glob.glob(pattern) if os.path.isdir(p))
+        is_one = os.path.lexists(pattern)
+        paths = [pattern] if is_one else [path for path in glob.glob(pattern) if is_repository(path)]
         if not paths:
-            raise UserError(f"GitRepositories: {location}: no such folder; give a repository's path or its URL")
+            raise UserError(f"GitRepositories: {location}: no git repository; give a repository's path or its URL")
         for path_text in paths:
             absolute = os.path.abspath(path_text)
             name = os.path.basename(absolute).removesuffix(".git")
-            yield self._unit(f"{absolute}#{revision}", name, absolute, revision, must_exist=paths == [pattern])
+            yield self._unit(f"{absolute}#{revision}", name, absolute, revision, must_exist=is_one)
 
     def _unit(self, name: str, repository: str, location: str, revision: str, must_exist: bool) -> "GitUnit":
         """A unit; one that names what is wrong when it is read where a repository among many is broken."""
@@ -107,7 +113,10 @@ class GitRepositories(DocumentSource):
             commit = resolve_commit(folder, revision)
         except DamagedSource as error:
             if must_exist:
-                raise UserError(f"GitRepositories: {error}; give a repository and a revision that it has") from error
+                shown = name.rpartition("#")[0]
+                raise UserError(
+                    f"GitRepositories: {shown}: {error}; give a repository and a revision that it has"
+                ) from error
             return GitUnit(name, 0, str(error), location, "", repository, self.rules)
         return GitUnit(name, objects_size(folder), commit, folder, commit, repository, self.rules)
 
@@ -130,8 +139,8 @@ class GitUnit(SourceUnit):
         if not self.commit:
             raise DamagedSource(self.stamp)
         skipped: Counter[str] = Counter()
-        reader = CommitReader(self.folder, self.commit)
-        yield Repository(self.repository, self._files(reader, limits, skipped), skipped, revision=self.commit)
+        with closing(CommitReader(self.folder, self.commit)) as reader:
+            yield Repository(self.repository, self._files(reader, limits, skipped), skipped, revision=self.commit)
 
     def _files(self, reader: CommitReader, limits: ReadLimits, skipped: Counter[str]) -> Iterator[SourceFile]:
         left = limits.max_unpacked_bytes
@@ -139,13 +148,9 @@ class GitUnit(SourceUnit):
             for_licence = self._purpose(entry, skipped)
             if for_licence is None:
                 continue
-            size = reader.size(entry)
-            if size is not None and size > limits.max_file_bytes:
-                skipped["oversize"] += 1
-                continue
-            content = None if size is None else reader.content(entry)
-            if content is None:
-                skipped["unreadable"] += 1
+            content = reader.content(entry, limits.max_file_bytes)
+            if isinstance(content, str):
+                skipped[content] += 1
                 continue
             left -= len(content)
             if left < 0:

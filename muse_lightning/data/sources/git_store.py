@@ -1,34 +1,26 @@
-"""A git repository's objects and references, read without its configuration and without running git.
+"""A git repository's references and the tree of one commit, read without its configuration and without running git.
 
-libgit2 reads the object store alone. A repository's own configuration (which may name programs, or files to include),
-its hooks, its work tree and its alternates (stores elsewhere) are never opened.
+A repository's own configuration (which may name programs, or files to include), its hooks and its work tree are never
+opened.
 """
 
 import os
-import shutil
-import stat
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from muse_lightning.data.documents import DamagedSource
-from muse_lightning.data.sources.local import PathRules
+from dulwich.objectspec import parse_commit, parse_object
+from dulwich.refs import DictRefsContainer
+from dulwich.repo import BaseRepo
 
-try:
-    import pygit2
-    from pygit2.enums import ObjectType, RepositoryOpenFlag
-except ImportError:
-    HAS_PYGIT2 = False
-else:
-    HAS_PYGIT2 = True
+from muse_lightning.data.documents import DamagedSource
+from muse_lightning.data.sources.git_objects import BLOB, COMMIT, TREE, BrokenObjectError, GitObjects, broken_named
+from muse_lightning.data.sources.local import PathRules, read_regular
 
 _MAX_REFERENCE_BYTES = 1 << 12
 _MAX_PACKED_REFERENCES_BYTES = 1 << 28
-_CONFIG = "[core]\n\trepositoryformatversion = 0\n\tbare = true\n"
-
 # Commits and trees; the largest trees in use have some 100,000 entries of 50 bytes.
-_MAX_TREE_BYTES = 64 << 20
+_MAX_TREE_BYTES = 32 << 20
 _MAX_PATH = 4096
 _ID_BYTES = 20
 _FOLDER = 0o040000
@@ -41,7 +33,8 @@ class TreeEntry(NamedTuple):
 
     path: str
     mode: int
-    id: "pygit2.Oid"
+    id: bytes
+    """40 digits."""
 
 
 def git_folder(location: str) -> str | None:
@@ -60,65 +53,55 @@ def git_folder(location: str) -> str | None:
     return None
 
 
+def is_repository(location: str) -> bool:
+    """Whether a folder (no link) looks like a repository, as far as that can be told without reading it."""
+    if os.path.islink(location):
+        return False
+    return os.path.lexists(os.path.join(location, ".git")) or os.path.isdir(os.path.join(location, "objects"))
+
+
 def resolve_commit(folder: str, revision: str) -> str:
-    """The full id of the commit that a revision names, as git reads revisions (a branch, a tag, an id, HEAD~3).
+    """The full id of the commit that a revision names: a branch, a tag, an id or its beginning, HEAD~3, HEAD^2.
 
     Raises:
         DamagedSource: there is no such commit, or a needed object is missing.
     """
-    # libgit2 resolves revisions for repositories only; this one has the real objects and references, nothing else.
-    with tempfile.TemporaryDirectory(prefix="muse-git-") as bare:
-        try:
-            _copy_references(folder, bare)
-            repository = pygit2.Repository(bare, RepositoryOpenFlag.NO_SEARCH)
-            repository.set_odb(open_objects(folder))
-            return str(repository.revparse_single(revision).peel(pygit2.Commit).id)
-        except (pygit2.GitError, KeyError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise DamagedSource(f"{folder}: no commit {revision!r} ({reason})") from error
-
-
-def _copy_references(folder: str, bare: str) -> None:
-    with open(os.path.join(bare, "config"), "x") as file:
-        file.write(_CONFIG)
-    os.mkdir(os.path.join(bare, "objects"))
-    os.mkdir(os.path.join(bare, "refs"))
-    _copy_regular(folder, bare, "HEAD", _MAX_REFERENCE_BYTES)
-    _copy_regular(folder, bare, "packed-refs", _MAX_PACKED_REFERENCES_BYTES)
-    for root, _, names in os.walk(os.path.join(folder, "refs")):
-        below = os.path.relpath(root, folder)
-        os.makedirs(os.path.join(bare, below), exist_ok=True)
-        for name in names:
-            _copy_regular(folder, bare, os.path.join(below, name), _MAX_REFERENCE_BYTES)
-
-
-def _copy_regular(folder: str, bare: str, name: str, limit: int) -> None:
-    """Copy a reference file; what is no regular file (a link, a pipe) or too long is as good as absent."""
+    objects = GitObjects(folder, _MAX_TREE_BYTES)
     try:
-        status = os.lstat(os.path.join(folder, name))
+        repository = BaseRepo(objects, DictRefsContainer(_references(folder)))  # type: ignore[arg-type]
+        with broken_named("it"):
+            # The one knows short ids, the other ~ and ^.
+            if "~" in revision or "^" in revision:
+                revision = parse_object(repository, revision).id.decode()  # type: ignore[arg-type]
+            return parse_commit(repository, revision).id.decode()
+    except BrokenObjectError as error:
+        raise DamagedSource(f"no commit {revision!r} ({error})") from error
+    finally:
+        objects.close()
+
+
+def _references(folder: str) -> dict[bytes, bytes]:
+    """Every reference by its full name. What is no regular file (a link, a pipe) or too long is as good as absent."""
+    found: dict[bytes, bytes] = {}
+    for line in _read(folder, "packed-refs", _MAX_PACKED_REFERENCES_BYTES).splitlines():
+        name = line[41:]
+        if line[40:41] == b" " and name.startswith(b"refs/"):
+            found[name] = line[:40]
+    paths = ["HEAD"]
+    for root, _, names in os.walk(os.path.join(folder, "refs")):
+        paths += [os.path.relpath(os.path.join(root, name), folder) for name in names]
+    for path in paths:
+        content = _read(folder, path, _MAX_REFERENCE_BYTES).strip()
+        if content:
+            found[os.fsencode(path)] = content
+    return found
+
+
+def _read(folder: str, path: str, limit: int) -> bytes:
+    try:
+        return read_regular(os.path.join(folder, path), limit) or b""
     except OSError:
-        return
-    if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
-        shutil.copyfile(os.path.join(folder, name), os.path.join(bare, name), follow_symlinks=False)
-
-
-def open_objects(folder: str) -> "pygit2.Odb":
-    """The object store, after a look that it lies where it says.
-
-    Raises:
-        DamagedSource: it borrows objects from elsewhere, or has a link in it.
-    """
-    objects = os.path.join(folder, "objects")
-    if os.path.lexists(os.path.join(objects, "info", "alternates")):
-        raise DamagedSource(f"{folder} borrows objects of another repository; run `git repack -a -d` in it first")
-    for place in (objects, os.path.join(objects, "pack"), os.path.join(objects, "info")):
-        links = [place] if os.path.islink(place) else []
-        if not links and os.path.isdir(place):
-            with os.scandir(place) as entries:
-                links = [entry.path for entry in entries if entry.is_symlink()]
-        if links:
-            raise DamagedSource(f"{links[0]} is a link; objects are read from the repository's own folder only")
-    return pygit2.Odb(objects)
+        return b""
 
 
 def objects_size(folder: str) -> int:
@@ -139,15 +122,18 @@ class CommitReader:
             folder: What `git_folder` returned.
             commit: Full id.
         Raises:
-            DamagedSource: the commit or its tree is missing.
+            DamagedSource: the commit is missing or broken.
         """
-        self._objects = open_objects(folder)
         self._place = f"{folder}, commit {commit}"
-        header = self._read(pygit2.Oid(hex=commit), ObjectType.COMMIT).split(b"\n", 1)[0]
-        try:
-            self._tree = pygit2.Oid(hex=header.removeprefix(b"tree ").decode("ascii"))
-        except ValueError as error:
-            raise DamagedSource(f"{self._place}: names no tree") from error
+        self._objects = GitObjects(folder, _MAX_TREE_BYTES)
+        header = self._needed(commit.encode(), COMMIT).split(b"\n", 1)[0]
+        self._tree = header.removeprefix(b"tree ")
+        if len(self._tree) != 2 * _ID_BYTES or not self._tree.isalnum():
+            raise DamagedSource(f"{self._place}: names no tree")
+
+    def close(self) -> None:
+        """Close the packs."""
+        self._objects.close()
 
     def entries(self, rules: PathRules, limit: int, skipped: Counter[str]) -> Iterator[TreeEntry]:
         """The commit's files, links and submodules, in the order of the paths' bytes.
@@ -178,31 +164,29 @@ class CommitReader:
                 else:
                     pending.append(child)
 
-    def size(self, entry: TreeEntry) -> int | None:
-        """Bytes of a file, or None where its object is missing or no file."""
+    def content(self, entry: TreeEntry, limit: int) -> bytes | str:
+        """A file's bytes; or why it is left out: `oversize` for more than `limit` bytes, which are not unpacked, and
+        `unreadable` where its object is missing, broken or no file."""
         try:
-            kind, size = self._objects.read_header(entry.id)
-        except (pygit2.GitError, KeyError, ValueError, OSError):
-            return None
-        return size if kind == ObjectType.BLOB else None
-
-    def content(self, entry: TreeEntry) -> bytes | None:
-        """A file's bytes, or None where its object is missing or broken."""
-        try:
-            return self._objects.read(entry.id)[1]
-        except (pygit2.GitError, KeyError, ValueError, OSError):
-            return None
+            kind, size = self._objects.look(entry.id)
+            if kind != BLOB:
+                return "unreadable"
+            return "oversize" if size > limit else self._objects.read(entry.id, limit)[1]
+        except BrokenObjectError:
+            return "unreadable"
 
     def _list(self, folder: TreeEntry, skipped: Counter[str]) -> list[TreeEntry]:
         """The entries of a tree object, each path once; names that git would not check out are counted."""
-        data = self._read(folder.id, ObjectType.TREE)
+        data = self._needed(folder.id, TREE)
         found: dict[str, TreeEntry] = {}
         position = 0
         while position < len(data):
             end = data.find(b"\0", position)
             mode, space, name = data[position:end].partition(b" ")
-            if end < 0 or not space or not mode.isdigit() or end + 1 + _ID_BYTES > len(data):
-                raise DamagedSource(f"{self._place}: tree {folder.id} is broken")
+            if end < 0 or not space or not mode.isdigit() or b"8" in mode or b"9" in mode:
+                raise DamagedSource(f"{self._place}: tree {folder.id.decode()} is broken")
+            if end + 1 + _ID_BYTES > len(data):
+                raise DamagedSource(f"{self._place}: tree {folder.id.decode()} ends too early")
             position = end + 1 + _ID_BYTES
             path = (f"{folder.path}/" if folder.path else "") + os.fsdecode(name)
             if name in (b"", b".", b"..") or b"/" in name or len(path) > _MAX_PATH:
@@ -210,14 +194,14 @@ class CommitReader:
             elif path in found:
                 skipped["shadowed"] += 1
             else:
-                found[path] = TreeEntry(path, int(mode, 8), pygit2.Oid(raw=data[end + 1 : position]))
+                found[path] = TreeEntry(path, int(mode, 8), data[end + 1 : position].hex().encode())
         return sorted(found.values(), key=lambda e: os.fsencode(e.path) + (b"/" if e.mode == _FOLDER else b""))
 
-    def _read(self, oid: "pygit2.Oid", wanted: "ObjectType") -> bytes:
+    def _needed(self, name: bytes, wanted: int) -> bytes:
         try:
-            kind, size = self._objects.read_header(oid)
-            if kind == wanted and size <= _MAX_TREE_BYTES:
-                return self._objects.read(oid)[1]
-        except (pygit2.GitError, KeyError, ValueError, OSError) as error:
-            raise DamagedSource(f"{self._place}: object {oid} is missing or broken") from error
-        raise DamagedSource(f"{self._place}: object {oid} is no {wanted.name.lower()} of a possible size")
+            kind, content = self._objects.read(name, _MAX_TREE_BYTES)
+        except BrokenObjectError as error:
+            raise DamagedSource(f"{self._place}: object {name.decode()} is missing or broken ({error})") from error
+        if kind != wanted:
+            raise DamagedSource(f"{self._place}: object {name.decode()} is of another kind than it has to be")
+        return content

@@ -9,6 +9,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from muse_lightning.errors import UserError
@@ -49,11 +50,10 @@ class PackageIndex:
             ignore_compatibility=True,
         )
 
-    def download(self, name: str, version: str, folder: Path) -> str:
-        """Fetch the source distribution of a release, or a wheel where there is none, and compare the index's digest.
+    def download(self, name: str, version: str, folder: Path) -> None:
+        """Fetch the source distribution of a release, or a wheel where there is none, into a folder, and compare the
+        index's digest.
 
-        Returns:
-            The file's name in `folder`.
         Raises:
             UserError: there is no such release, or the network fails.
         """
@@ -70,7 +70,6 @@ class PackageIndex:
             place = self._finder.download(links[0], folder)
             if place.parent != folder:
                 shutil.copyfile(place, folder / place.name)
-            return place.name
         except UserError:
             raise
         # The client raises errors of its own library and of the sockets below.
@@ -79,6 +78,7 @@ class PackageIndex:
             raise UserError(f"PyPIPackages: {release}: {reason}; check the index and the network") from error
 
 
+@cache
 def pip_settings() -> dict[str, str]:
     """What pip is configured with: its files, then variables such as PIP_INDEX_URL. Empty where pip is not there."""
     command = [sys.executable, "-m", "pip", "config", "list"]

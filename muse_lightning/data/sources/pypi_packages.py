@@ -66,10 +66,16 @@ class PyPIPackages(DocumentSource):
         }
 
     def units(self) -> Iterator[SourceUnit]:
-        index = PackageIndex(self.index_url)
-        with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            places = list(pool.map(lambda release: self._fetch(release, index), self.packages))
-        for release, place in zip(self.packages, places, strict=True):
+        missing = [release for release in self.packages if self._cached(release) is None]
+        if missing:
+            index = PackageIndex(self.index_url)
+            with ThreadPoolExecutor(_CONNECTIONS) as pool:
+                # As a list, so that an error of any of them is raised.
+                list(pool.map(lambda release: self._fetch(release, index), missing))
+        for release in self.packages:
+            place = self._cached(release)
+            if place is None:
+                raise UserError(f"PyPIPackages: {self.cache} was changed while {release.key} was read; start again")
             digest = sha256_file(place)
             if release.sha256 not in ("", digest):
                 raise UserError(
@@ -80,20 +86,22 @@ class PyPIPackages(DocumentSource):
             # The name as the list spells it, should the metadata say none.
             yield replace(unit, declared=unit.declared._replace(name=release.name, version=release.version))
 
-    def _fetch(self, release: "_Release", index: PackageIndex) -> Path:
-        """The release's archive in the cache."""
+    def _cached(self, release: "_Release") -> Path | None:
+        """The release's archive in the cache, if it is there."""
         folder = self.cache / "pypi" / release.key
-        for place in folder.iterdir() if folder.is_dir() else ():
-            return place
+        return next(folder.iterdir(), None) if folder.is_dir() else None
+
+    def _fetch(self, release: "_Release", index: PackageIndex) -> None:
+        """Put a release's archive into the cache, whole or not at all."""
+        folder = self.cache / "pypi" / release.key
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = folder.with_name(f".{release.key}.{uuid.uuid4().hex[:8]}.partial")
         partial.mkdir()
         try:
-            name = index.download(release.name, release.version, partial)
+            index.download(release.name, release.version, partial)
             os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return folder / name
 
 
 class _Release(NamedTuple):

@@ -59,8 +59,8 @@ def bounded_lines(stream: BoundedStream, limit: int) -> Iterator[bytes | None]:
         yield None if length > limit else b"".join(held)
 
 
-def parquet_rows(file: IO[bytes], columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a Parquet file, with those of the named columns that it has.
+def parquet_rows(file: IO[bytes], columns: Sequence[str] | None) -> Iterator[Row]:
+    """The rows of a Parquet file, with those of the named columns that it has, or with all.
 
     Raises:
         DamagedSource: it is no Parquet file, or a column of a row group is too long.
@@ -73,9 +73,9 @@ def parquet_rows(file: IO[bytes], columns: Sequence[str]) -> Iterator[Row]:
     try:
         # Page by page: a row group is never in memory as a whole.
         table = parquet.ParquetFile(file, buffer_size=_PIECE, pre_buffer=False, memory_map=False)
+        wanted = [name for name in table.schema_arrow.names if columns is None or name in columns]
         for group in range(table.num_row_groups):
-            _check_row_group(table.metadata.row_group(group), columns)
-        wanted = [name for name in table.schema_arrow.names if name in columns]
+            _check_row_group(table.metadata.row_group(group), wanted)
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:

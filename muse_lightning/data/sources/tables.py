@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import fsspec
@@ -20,6 +20,10 @@ from muse_lightning.errors import UserError, nearest
 _JSON = (".jsonl", ".json", ".ndjson")
 _PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
 _ENDINGS = (*(ending + packed for ending in _JSON for packed in _PACKED), ".parquet")
+
+
+# Rows that are looked at for the names of columns: JSON lines may leave out what is null.
+_LOOKED_AT = 32
 
 
 class Columns(NamedTuple):
@@ -134,25 +138,26 @@ class TableUnit(SourceUnit):
             yield Repository(self.name, (), skipped[0])
 
     def check_columns(self) -> None:
-        """Compare the configured columns with those of the first row.
+        """Compare the configured columns with those of the first rows.
 
         Raises:
             UserError: one is not there.
         """
         try:
-            with self._open_rows(ReadLimits()) as rows:
-                row = next((row for row in rows if not isinstance(row, str)), None)
+            with self._open_rows(ReadLimits(), all_columns=True) as rows:
+                found = {name for row in islice(rows, _LOOKED_AT) if not isinstance(row, str) for name in row}
         except DamagedSource:
+            # Named when it is read.
             return
-        missing = [] if row is None else [name for name in self.columns.names if name not in row]
-        if row is not None and missing:
-            raise UserError(f"Tables: {self.name}: no column {missing[0]!r}; it has {nearest(missing[0], row)}")
+        missing = next((name for name in self.columns.names if name not in found), None)
+        if found and missing is not None:
+            raise UserError(f"Tables: {self.name}: no column {missing!r}; it has {nearest(missing, found)}")
 
     @contextmanager
-    def _open_rows(self, limits: ReadLimits) -> Iterator[Iterator[Row | str]]:
+    def _open_rows(self, limits: ReadLimits, all_columns: bool = False) -> Iterator[Iterator[Row | str]]:
         with damage_named(self.name), fsspec.open(self.name, "rb") as file:
             if self.name.endswith(".parquet"):
-                yield parquet_rows(file, self.columns.names)
+                yield parquet_rows(file, None if all_columns else self.columns.names)
             else:
                 yield json_rows(file, self.size, limits)
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from muse_lightning.data.documents import DocumentSource, ReadLimits
+from muse_lightning.data.documents import DocumentSource, ReadLimits, SourceUnit
 
 LIMITS = ReadLimits(max_file_bytes=10_000, max_members=500, max_unpacked_bytes=80 << 20, max_ratio=50)
 
@@ -95,6 +95,11 @@ def contents(source: DocumentSource, limits: ReadLimits = LIMITS) -> dict[str, d
             files = found.setdefault(repository.name, {})
             files.update((file.path, file.content) for file in repository.files if not file.for_licence)
     return found
+
+
+def read_all(unit: SourceUnit, limits: ReadLimits = LIMITS) -> int:
+    """Read a unit to its end; the number of files."""
+    return sum(1 for repository in unit.read(limits) for _ in repository.files)
 
 
 def counted(source: DocumentSource, limits: ReadLimits = LIMITS) -> dict[str, int]:
