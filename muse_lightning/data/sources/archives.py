@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from muse_lightning.data.documents import DocumentSource, ReadLimits, Repository, SourceFile, SourceUnit
 from muse_lightning.data.licences import is_licence_name
 from muse_lightning.data.sources import declarations
-from muse_lightning.data.sources.archive_members import Member, open_members
+from muse_lightning.data.sources.archive_members import Member, clean_path, open_members
 from muse_lightning.data.sources.declarations import Declaration, read_declaration
 from muse_lightning.data.sources.downloads import Download, cache_folder, fetch
 from muse_lightning.data.sources.local import EXCLUDE, PathRules, file_stamp, walk
@@ -199,10 +199,11 @@ def _read_files(
         for number, member in enumerate(members):
             if member.kind == "folder":
                 continue
-            if not member.path:
+            # Looked at again without the shared folder: what follows it may begin like a root.
+            path = member.path and clean_path(member.path.removeprefix(survey.folder))
+            if not member.path or not path:
                 skipped["outside"] += 1
                 continue
-            path = member.path.removeprefix(survey.folder)
             reason = _reason(member, path, rules, limits)
             if reason is None and survey.latest.get(_digest(member.path)) != number:
                 reason = "shadowed"

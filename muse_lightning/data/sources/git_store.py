@@ -14,6 +14,7 @@ from dulwich.refs import DictRefsContainer
 from dulwich.repo import BaseRepo
 
 from muse_lightning.data.documents import DamagedSource
+from muse_lightning.data.sources.archive_members import clean_path
 from muse_lightning.data.sources.git_objects import BLOB, COMMIT, TREE, BrokenObjectError, GitObjects, broken_named
 from muse_lightning.data.sources.local import PathRules, read_regular
 
@@ -21,7 +22,6 @@ _MAX_REFERENCE_BYTES = 1 << 12
 _MAX_PACKED_REFERENCES_BYTES = 1 << 28
 # Commits and trees; the largest trees in use have some 100,000 entries of 50 bytes.
 _MAX_TREE_BYTES = 32 << 20
-_MAX_PATH = 4096
 _ID_BYTES = 20
 _FOLDER = 0o040000
 # Why an entry of a commit is no file. Files have mode 100644, 100755 or, in old repositories, 100664.
@@ -189,7 +189,7 @@ class CommitReader:
                 raise DamagedSource(f"{self._place}: tree {folder.id.decode()} ends too early")
             position = end + 1 + _ID_BYTES
             path = (f"{folder.path}/" if folder.path else "") + os.fsdecode(name)
-            if name in (b"", b".", b"..") or b"/" in name or len(path) > _MAX_PATH:
+            if b"/" in name or clean_path(path) != path or not name:
                 skipped["outside"] += 1
             elif path in found:
                 skipped["shadowed"] += 1
