@@ -105,6 +105,7 @@ def _card(
     of_revision = revisions(reading.packs, len(identities))
     for number, identity in enumerate(identities):
         own = source_of_file == number
+        names = {documents.names[name] for name in documents.name[used & (documents.source == number)].tolist()}
         sources.append(
             {
                 "identity": identity,
@@ -112,7 +113,7 @@ def _card(
                 "documents": int((used & (documents.source == number)).sum()),
                 "files": int(own.sum()),
                 "bytes": int(files["size"][own].sum()),
-                "revisions": of_revision[number],
+                "revisions": {name: text for name, text in of_revision[number].items() if name in names},
                 "damaged": {unit: why for source, unit, why in reading.damaged if source == number},
             }
         )

@@ -59,7 +59,8 @@ class DatasetCard:
     """Bytes of text of each id."""
     sources: list[dict[str, Any]]
     """What each source gave to the dataset: its `identity`; numbers of `units` read, `documents`, `files` and `bytes`;
-    `revisions` (of the repositories that have one, by name) and `damaged` units (by name, with what is wrong)."""
+    `revisions` (of the repositories written that have one, by name) and `damaged` units (by name, with what is
+    wrong)."""
     languages: dict[str, dict[str, int]]
     """`files` and `bytes` in the dataset, by language."""
     licences: dict[str, dict[str, int]]
