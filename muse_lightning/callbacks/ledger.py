@@ -39,7 +39,12 @@ class Ledger(L.Callback):
         # Only rank 0 is sure to know the folder of the run.
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
         # Now, while no rank has begun to write.
-        self._before = ledger_files(self.folder) or _ledger_of_checkpoint(trainer.ckpt_path)
+        self._before = ledger_files(self.folder)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find the ledger of the run that the checkpoint is of: that lies in its folder `checkpoints`."""
+        if not self._before and trainer.ckpt_path:
+            self._before = ledger_files(Path(trainer.ckpt_path).absolute().parent.parent / FOLDER_NAME)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over what the checkpoint's run has noted, and begin."""
@@ -77,8 +82,3 @@ class Ledger(L.Callback):
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
-
-
-def _ledger_of_checkpoint(checkpoint: Any) -> dict[int, Path]:
-    """The files of the run that a checkpoint is of: it lies in that run's folder `checkpoints`."""
-    return ledger_files(Path(checkpoint).absolute().parent.parent / FOLDER_NAME) if checkpoint else {}

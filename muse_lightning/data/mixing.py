@@ -68,10 +68,10 @@ class Plan:
     of them, is dropped; each epoch has another order, so it is dropped from another place.
 
     **Several**: the next block is of the dataset that is furthest behind its weight, give or take up to four blocks
-    by lot. So at every step each has its share within a few blocks, and no rank gets one dataset more often than another
-    rank does, as it would if they came in a fixed turn. A dataset that is used up starts its next epoch at once, in
-    another order; nothing is dropped. An epoch of the plan, which counts for the trainer alone, is as many blocks as
-    the datasets that are read have together.
+    by lot. So at every step each has its share within a few blocks, and no rank gets one dataset more often than
+    another rank does, as it would if they came in a fixed turn. A dataset that is used up starts its next epoch at
+    once, in another order; nothing is dropped. An epoch of the plan, which counts for the trainer alone, is as many
+    blocks as the datasets that are read have together.
 
     Source: without the lot the rule is that of Megatron-LM's blended datasets.
     """
