@@ -17,7 +17,8 @@ from tests.data.test_prepare_stages import ByteTokenizer, how, prepare_dataset
 
 if __name__ == "__main__":
     source = Folders(Path(sys.argv[1]))
-    card = prepare_dataset(Path(sys.argv[2]), [source], ByteTokenizer(), "bytes", how(num_workers=2, chunk_bytes=1 << 20))
+    preparation = how(num_workers=2, chunk_bytes=1 << 20)
+    card = prepare_dataset(Path(sys.argv[2]), [source], ByteTokenizer(), "bytes", preparation)
     peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(json.dumps({"files": card.files, "peaks_kib": peaks}))
 """
