@@ -34,7 +34,8 @@ def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequ
     function: Callable[..., None] = getattr(import_module(module), name)
     parser = ArgumentParser(prog=f"muse {verb}", description=description, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with these keys; may be repeated.")
-    parser.add_function_arguments(function, as_positional=bool(positional))
+    # sub_configs: a source may be the path of a file of its own, so that two recipes share it.
+    parser.add_function_arguments(function, as_positional=bool(positional), sub_configs=True)
     check = ConfigCheck(parser, {}, allowed)
     if not {"-h", "--help"} & set(args):
         for layer in read_layers(args, positional):
