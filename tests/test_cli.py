@@ -59,7 +59,7 @@ class TestWithoutTorch:
     def test_help_lists_every_verb(self, muse: Muse) -> None:
         code, out, _ = muse("--help")
         assert code == 0
-        assert len(VERBS) == 9
+        assert len(VERBS) == 12
         for name, verb in VERBS.items():
             assert f"  {name} " in out
             assert verb.description in out
@@ -218,6 +218,7 @@ class TestRunFolder:
         assert sorted(path.name for path in Path("runs/tiny/version_1").iterdir()) == [
             "config.yaml",
             "environment.json",
+            "ledger",
             "lock",
         ]
 
