@@ -42,6 +42,17 @@ LINKS_AT_INSTANTIATION = {"model.tokenizer_size": "data.vocab_size"}
 LINKS = LINKS_AT_PARSE | LINKS_AT_INSTANTIATION
 """Target -> source: values that must agree are given once."""
 
+ANY_MODEL = {
+    "vocab_size": 2**31 - 1,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2**31 - 1,
+}
+"""Stands in for a model where data alone is prepared and the recipe has none: nothing is too large for it."""
+
 EPILOG = """
 --config takes a file or recipe:NAME (a packaged recipe) and may be repeated: later files and flags win. Any key of a
 file is also a flag: --model.attention=Muse --model.attention.top_k=8 --model.config=presets/75m.yaml
@@ -123,6 +134,8 @@ class MuseCLI(LightningCLI):
             parser.link_arguments(source, target)
         for target, source in LINKS_AT_INSTANTIATION.items():
             parser.link_arguments(source, target, apply_on="instantiate")
+        if self.builds == "data":
+            parser.set_defaults({f"model.config.{name}": value for name, value in ANY_MODEL.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse files and flags.

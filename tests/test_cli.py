@@ -22,7 +22,7 @@ from muse_lightning.commands import MuseCLI
 from muse_lightning.configuration.packaged import recipes_folder
 from muse_lightning.data.card import read_card
 from muse_lightning.training.module import LanguageModel
-from tests.recipe import Muse
+from tests.recipe import RECIPE, Muse
 
 
 @pytest.fixture
@@ -193,6 +193,11 @@ class TestRunFolder:
         for _ in range(2):
             assert muse.with_recipe("fit", "--trainer.max_steps=1")[0] == 0
         assert muse.versions() == ["runs/tiny/version_0", "runs/tiny/version_1"]
+
+    def test_prepare_needs_no_model(self, muse: Muse) -> None:
+        Path("data.yaml").write_text(RECIPE[RECIPE.index("data:") :])
+        assert muse("prepare", "--config", "data.yaml")[0] == 0
+        assert Path("dataset/dataset.json").is_file()
 
     def test_other_verbs(self, muse: Muse) -> None:
         assert muse.with_recipe("prepare")[0] == 0

@@ -145,6 +145,14 @@ def read_regular(location: str, limit: int) -> bytes | None:
         return None if content is not None and len(content) > limit else content
 
 
+def read_or_none(location: str, limits: ReadLimits) -> bytes | None:
+    """A file's content, or None where it cannot be read or is too long."""
+    try:
+        return read_regular(location, limits.max_file_bytes)
+    except OSError:
+        return None
+
+
 def read_found(
     found: Iterator[Found], rules: PathRules, limits: ReadLimits, skipped: Counter[str]
 ) -> Iterator[SourceFile]:

@@ -10,12 +10,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import distributions
-from itertools import groupby
-from typing import Any
+from itertools import chain, groupby
+from typing import Any, NamedTuple
 
-from muse_lightning.data.documents import DocumentSource, ReadLimits, Repository, SourceUnit
-from muse_lightning.data.sources.declarations import read_declaration
-from muse_lightning.data.sources.local import FolderUnit, Found, PathRules, file_stamp, folder_unit, read_found, walk
+from muse_lightning.data.documents import DocumentSource, ReadLimits, Repository, SourceFile, SourceUnit
+from muse_lightning.data.licences import is_licence_name
+from muse_lightning.data.sources.declarations import Declaration, read_declaration
+from muse_lightning.data.sources.local import (
+    FolderUnit,
+    Found,
+    PathRules,
+    file_stamp,
+    folder_unit,
+    read_found,
+    read_or_none,
+    walk,
+)
 from muse_lightning.errors import UserError
 
 _EXCLUDE = (".*", "__pycache__", "*.dist-info", "*.egg-info", "*.libs")
@@ -110,7 +120,7 @@ class _InstalledUnit(FolderUnit):
 
     def read(self, limits: ReadLimits) -> Iterator[Repository]:
         for repository in super().read(limits):
-            yield _with_declaration(repository, os.path.dirname(self.root))
+            yield _with_declaration(repository, os.path.dirname(self.root), limits)
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ class _ModuleUnit(SourceUnit):
         for name, found in groupby(_modules(self.root, self.rules), key=_module_name):
             skipped: Counter[str] = Counter()
             repository = Repository(name, read_found(found, self.rules, limits, skipped), skipped)
-            yield _with_declaration(repository, self.root)
+            yield _with_declaration(repository, self.root, limits)
 
 
 def _module_unit(root: str, rules: PathRules) -> _ModuleUnit:
@@ -150,18 +160,42 @@ def _module_name(found: Found) -> str:
     return found.path.partition(".")[0]
 
 
-def _with_declaration(repository: Repository, root: str) -> Repository:
-    version, licence = _declarations(root).get(repository.name, ("", None))
-    return replace(repository, licence=licence, revision=version)
+def _with_declaration(repository: Repository, root: str, limits: ReadLimits) -> Repository:
+    """The repository with its version and licence, and the licence files that lie in its metadata."""
+    metadata = _metadata(root).get(repository.name)
+    if metadata is None:
+        return repository
+    licences = (
+        SourceFile(f"{metadata.folder}/{entry.path}", content, for_licence=True)
+        for entry in walk(os.path.join(root, metadata.folder), PathRules())
+        if entry.status is not None and is_licence_name(entry.path)
+        if (content := read_or_none(entry.location, limits)) is not None
+    )
+    return replace(
+        repository,
+        files=chain(licences, repository.files),
+        licence=metadata.declared.licence,
+        revision=metadata.declared.version or "",
+    )
+
+
+class _Metadata(NamedTuple):
+    """What is known of an installed package."""
+
+    folder: str
+    """Its .dist-info, beside it."""
+    declared: Declaration
 
 
 @lru_cache(maxsize=4)
-def _declarations(root: str) -> dict[str, tuple[str, str | None]]:
-    """Version and licence of the top-level packages and modules in a folder, from the metadata beside them."""
-    found = {}
+def _metadata(root: str) -> dict[str, _Metadata]:
+    """The metadata of the top-level packages and modules in a folder."""
+    found: dict[str, _Metadata] = {}
     for distribution in distributions(path=[root]):
         metadata = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
-        declaration = read_declaration("METADATA", metadata.encode(errors="surrogateescape"))
-        for name in {path.parts[0].partition(".")[0] for path in distribution.files or () if path.parts}:
-            found[name] = (declaration.version or "", declaration.licence)
+        declared = read_declaration("METADATA", metadata.encode(errors="surrogateescape"))
+        files = [path for path in distribution.files or () if path.parts]
+        folder = next((path.parts[0] for path in files if path.parts[0].endswith(".dist-info")), None)
+        if folder is not None:
+            found |= {path.parts[0].partition(".")[0]: _Metadata(folder, declared) for path in files}
     return found

@@ -1,11 +1,15 @@
 """Rows of JSON lines and Parquet files, one after the other, in bounded memory."""
 
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
 from muse_lightning.data.documents import DamagedSource, ReadLimits
+from muse_lightning.data.sources import parquet_reader
 from muse_lightning.data.sources.unpacking import BoundedStream, open_unpacked, ratio_limit
 from muse_lightning.errors import UserError
 
@@ -13,11 +17,6 @@ _PIECE = 1 << 20
 # JSON may write one byte of text as six ("\u0001"); the rest is for the other columns.
 _ESCAPED = 6
 _OTHER_COLUMNS = 1 << 20
-# Rows of a Parquet file that are decoded at once.
-_BATCH_ROWS = 32
-# A column's share of one row group, unpacked: what one row can have at most. Writers are advised to make row groups
-# of 512 MiB to 1 GiB for all columns together (https://parquet.apache.org/docs/file-format/configurations/).
-_MAX_COLUMN_CHUNK = 1 << 30
 
 Row = dict[str, Any]
 
@@ -59,34 +58,35 @@ def bounded_lines(stream: BoundedStream, limit: int) -> Iterator[bytes | None]:
         yield None if length > limit else b"".join(held)
 
 
-def parquet_rows(file: IO[bytes], columns: Sequence[str] | None) -> Iterator[Row]:
-    """The rows of a Parquet file, with those of the named columns that it has, or with all.
+@contextmanager
+def open_parquet_rows(name: str, columns: Sequence[str] | None, limits: ReadLimits) -> Iterator[Iterator[Row | str]]:
+    """The rows of a Parquet file, with those of the named columns that it has, or with all; as `json_rows` gives them.
 
+    A process of its own reads the file: a damaged one can make the library abort, and would take the preparation along.
+
+    Args:
+        name: What fsspec opens.
+        columns: Names of columns; None for all.
+        limits: Bounds a row.
     Raises:
-        DamagedSource: it is no Parquet file, or a column of a row group is too long.
+        DamagedSource: it is no Parquet file, or its reader died of it.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError("Parquet files need the package pyarrow: pip install 'muse-lightning[tables]'") from error
-    try:
-        # Page by page: a row group is never in memory as a whole.
-        table = parquet.ParquetFile(file, buffer_size=_PIECE, pre_buffer=False, memory_map=False)
-        wanted = [name for name in table.schema_arrow.names if columns is None or name in columns]
-        for group in range(table.num_row_groups):
-            _check_row_group(table.metadata.row_group(group), wanted)
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise DamagedSource(f"is no readable Parquet file: {' '.join(str(error).split())}") from error
-
-
-def _check_row_group(group: Any, columns: Sequence[str]) -> None:
-    for index in range(group.num_columns):
-        column = group.column(index)
-        if column.path_in_schema in columns and column.total_uncompressed_size > _MAX_COLUMN_CHUNK:
+    command = [sys.executable, "-m", parquet_reader.__name__, name, json.dumps(columns)]
+    with tempfile.TemporaryFile() as messages:
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages) as reader:
+            assert reader.stdout is not None
+            ended = False
+            try:
+                yield json_rows(reader.stdout, 0, limits)
+                ended = not reader.stdout.read(1)
+            finally:
+                if not ended:
+                    reader.kill()
+        if ended and reader.returncode != 0:
+            messages.seek(0)
+            text = " ".join(messages.read(1 << 16).decode(errors="replace").split())
+            if reader.returncode == parquet_reader.NOT_INSTALLED:
+                raise UserError(text)
             raise DamagedSource(
-                f"column {column.path_in_schema!r} has {column.total_uncompressed_size:,} bytes in one row group, "
-                f"{_MAX_COLUMN_CHUNK:,} are allowed"
+                text if reader.returncode == parquet_reader.DAMAGED else f"its reader died: {text[-300:]}"
             )

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import fsspec
 from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLimits, Repository, SourceFile, SourceUnit
 from muse_lightning.data.sources.archive_members import clean_path
 from muse_lightning.data.sources.local import file_stamp
-from muse_lightning.data.sources.table_rows import Row, json_rows, parquet_rows
+from muse_lightning.data.sources.table_rows import Row, json_rows, open_parquet_rows
 from muse_lightning.data.sources.unpacking import damage_named
 from muse_lightning.errors import UserError, nearest
 
@@ -155,11 +155,12 @@ class TableUnit(SourceUnit):
 
     @contextmanager
     def _open_rows(self, limits: ReadLimits, all_columns: bool = False) -> Iterator[Iterator[Row | str]]:
-        with damage_named(self.name), fsspec.open(self.name, "rb") as file:
+        with damage_named(self.name), ExitStack() as stack:
             if self.name.endswith(".parquet"):
-                yield parquet_rows(file, None if all_columns else self.columns.names)
+                columns = None if all_columns else self.columns.names
+                yield stack.enter_context(open_parquet_rows(self.name, columns, limits))
             else:
-                yield json_rows(file, self.size, limits)
+                yield json_rows(stack.enter_context(fsspec.open(self.name, "rb")), self.size, limits)
 
     def _texts(self, limits: ReadLimits, skipped: list[Counter[str]]) -> Iterator[_Text]:
         """The rows that can be used. `skipped[0]`, whichever counter that is by then, counts the others."""

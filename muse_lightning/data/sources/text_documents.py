@@ -17,7 +17,7 @@ from muse_lightning.data.sources.local import (
     file_stamp,
     folder_unit,
     read_found,
-    read_regular,
+    read_or_none,
     walk,
 )
 from muse_lightning.errors import UserError
@@ -117,7 +117,7 @@ class _TextUnit(SourceUnit):
         inherited = [
             SourceFile(path, content, for_licence=True)
             for path, location in inherited_licences(self.root, self.folder)
-            if (content := _read_or_none(location, limits)) is not None
+            if (content := read_or_none(location, limits)) is not None
         ]
         found = walk(place, self.rules, recursive=self.recursive)
         if self.group != "file":
@@ -154,10 +154,3 @@ def inherited_licences(root: str, folder: str) -> list[tuple[str, str]]:
         if found:
             return found
     return []
-
-
-def _read_or_none(location: str, limits: ReadLimits) -> bytes | None:
-    try:
-        return read_regular(location, limits.max_file_bytes)
-    except OSError:
-        return None

@@ -272,7 +272,8 @@ def fuzz_parquet(max_examples: int) -> None:
             path.write_bytes(content)
             check_source(lambda: Tables([str(path)], path="path"))
 
-        run(test, mutated(buffer.getvalue()), max_examples)
+        # A process is started for each.
+        run(test, mutated(buffer.getvalue()), max(max_examples // 20, 2))
 
 
 def _git(max_examples: int, pack: bool) -> None:

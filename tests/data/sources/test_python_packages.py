@@ -2,7 +2,6 @@
 
 import sys
 import sysconfig
-from itertools import islice
 
 import pytest
 
@@ -23,7 +22,9 @@ def packages(tmp_path, monkeypatch):
     for path in ("six.py", "_hidden.pyi", "numpy/core/a.py", "numpy/__pycache__/a.py", "numpy/README.md"):
         write(installed / path)
     write(installed / "numpy-2.0.dist-info" / "METADATA", METADATA)
-    write(installed / "numpy-2.0.dist-info" / "RECORD", b"numpy/core/a.py,,\nsix.py,,\n")
+    write(installed / "numpy-2.0.dist-info" / "licenses" / "LICENSE", b"licence\n")
+    record = b"numpy/core/a.py,,\nsix.py,,\nnumpy-2.0.dist-info/METADATA,,\n"
+    write(installed / "numpy-2.0.dist-info" / "RECORD", record)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library if name == "stdlib" else installed))
     return tmp_path
 
@@ -52,12 +53,19 @@ def test_version_and_licence_come_from_the_metadata_beside_a_package(packages):
     assert found[f"{sys.implementation.name}/json"][1] == "PSF-2.0"
 
 
+def test_licence_files_of_the_metadata_are_given_for_the_licence_only(packages):
+    (unit,) = [unit for unit in PythonPackages().units() if unit.name == "numpy"]
+    (repository,) = unit.read(LIMITS)
+    given = [file.path for file in repository.files if file.for_licence]
+    assert given == ["numpy-2.0.dist-info/METADATA", "numpy-2.0.dist-info/licenses/LICENSE"]
+
+
 def test_packages_on_this_machine():
     found = {unit.name: unit for unit in PythonPackages().units()}
     (library,) = found[f"{sys.implementation.name}/json"].read(ReadLimits())
     assert "decoder.py" in [file.path for file in library.files]
     (torch,) = found["torch"].read(ReadLimits())
-    assert "__init__.py" in [file.path for file in islice(torch.files, 100) if "/" not in file.path]
+    assert next(file.path for file in torch.files if not file.for_licence) == "_C/__init__.pyi"
     assert torch.licence is not None
     assert len(found) > 50
 

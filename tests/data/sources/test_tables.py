@@ -12,10 +12,11 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 
 from muse_lightning.data.documents import DamagedSource
-from muse_lightning.data.sources import Tables, table_rows
+from muse_lightning.data.sources import Tables, parquet_reader
 from muse_lightning.data.sources.table_rows import bounded_lines
 from muse_lightning.data.sources.unpacking import BoundedStream
 from muse_lightning.errors import UserError
@@ -143,12 +144,32 @@ def test_columns_of_parquet_are_compared(tmp_path):
         list(source(parquet(tmp_path / "a.parquet", [{**row, "license": "MIT"} for row in ROWS]), text="texts").units())
 
 
-def test_a_row_group_of_gigabytes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_rows, "_MAX_COLUMN_CHUNK", 1000)
-    rows = [{**ROWS[2], "license": "MIT", "text": os.urandom(2000).hex()}]
-    (unit,) = source(parquet(tmp_path / "a.parquet", rows)).units()
-    with pytest.raises(DamagedSource, match=r"column 'text' has \d+,\d+ bytes in one row group, 1,000 are allowed"):
+def test_a_row_group_of_gigabytes_is_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(parquet_reader, "_MAX_COLUMN_CHUNK", 1000)
+    place = parquet(tmp_path / "a.parquet", [{**ROWS[2], "license": "MIT", "text": os.urandom(2000).hex()}])
+    assert parquet_reader.main(str(place), ["text"]) == parquet_reader.DAMAGED
+    assert "column 'text' has 12,0" in capfd.readouterr().err
+
+
+def test_a_reader_that_aborts_is_a_damaged_table(tmp_path, monkeypatch):
+    place = parquet(tmp_path / "a.parquet", [{**row, "license": "MIT"} for row in ROWS])
+    (unit,) = source(place).units()
+    abort = write(
+        tmp_path / "aborting.py", b"import os, sys\nprint('last words', file=sys.stderr, flush=True)\nos.abort()\n"
+    )
+    monkeypatch.setattr(parquet_reader, "__name__", abort.stem)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(DamagedSource, match=r"a.parquet: its reader died: last words"):
         list(unit.read(LIMITS))
+
+
+def test_a_table_that_is_not_read_to_its_end_leaves_no_process(tmp_path):
+    rows = [{**ROWS[0], "license": "MIT", "repo_name": str(number), "text": "x" * 9000} for number in range(200)]
+    (unit,) = source(parquet(tmp_path / "a.parquet", rows)).units()
+    pieces = unit.read(LIMITS)
+    next(pieces)
+    pieces.close()
+    assert not psutil.Process().children()
 
 
 class Endless(io.RawIOBase):
