@@ -1,8 +1,11 @@
 """Blocks of any length, with the documents in them, read from litdata's chunk files, whose content is checked whenever
 one is opened."""
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,6 @@ import torch
 from muse_lightning.data.card import ChunkEntry, SplitEntry
 from muse_lightning.data.mixing import BlockId
 from muse_lightning.errors import UserError
-from muse_lightning.files import sha256_file
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,21 @@ class Chunk:
         Raises:
             UserError: it is missing, or its content is not what was written.
         """
-        check_chunk(path, entry.sha256)
         itemsize = np.dtype(dtype).itemsize
         header_bytes = 4 * (entry.documents + 2)
-        self.starts = document_starts(path, itemsize)
-        if len(self.starts) != entry.documents or path.stat().st_size != header_bytes + entry.tokens * itemsize:
-            raise UserError(f"data chunk {path} does not hold what dataset.json says; prepare the dataset again")
-        self.tokens = np.memmap(path, dtype=dtype, mode="r", offset=header_bytes, shape=(entry.tokens,))
+        try:
+            # Opened once: the file may be removed, to make room for another, at any time.
+            with path.open("rb") as file:
+                check_content(file, path, entry.sha256)
+                self.starts = document_starts(file, itemsize)
+                size = os.fstat(file.fileno()).st_size
+                if len(self.starts) != entry.documents or size != header_bytes + entry.tokens * itemsize:
+                    raise UserError(
+                        f"data chunk {path} does not hold what dataset.json says; prepare the dataset again"
+                    )
+                self.tokens = np.memmap(file, dtype=dtype, mode="r", offset=header_bytes, shape=(entry.tokens,))
+        except OSError as error:
+            raise UserError(f"data chunk {path}: {error.strerror}; prepare the dataset again") from error
 
     def block(self, index: int, block_size: int) -> Block:
         """Block number `index` of `block_size` tokens."""
@@ -136,16 +146,13 @@ class BlockReader(torch.utils.data.Dataset[Block]):
         return {**self.__dict__, "_open": {}}
 
 
-def check_chunk(path: Path | str, sha256: str) -> None:
-    """Compare a chunk file with the manifest.
+def check_content(file: BufferedReader, path: Path, sha256: str) -> None:
+    """Compare an open chunk file with the manifest.
 
     Raises:
-        UserError: it is missing, or its content is not what was written.
+        UserError: its content is not what was written.
     """
-    try:
-        found = sha256_file(path)
-    except OSError as error:
-        raise UserError(f"data chunk {path}: {error.strerror}; prepare the dataset again") from error
+    found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise UserError(
             f"data chunk {path} is damaged: its SHA-256 is {found[:12]}... instead of {sha256[:12]}...; "
@@ -153,10 +160,14 @@ def check_chunk(path: Path | str, sha256: str) -> None:
         )
 
 
-def document_starts(path: Path | str, itemsize: int) -> np.ndarray:
+def document_starts(file: Path | BufferedReader, itemsize: int) -> np.ndarray:
     """int64 [documents in the chunk]: the token at which each begins, from the chunk's header of byte offsets."""
-    count = int(np.fromfile(path, dtype=np.uint32, count=1)[0])
-    offsets = np.fromfile(path, dtype=np.uint32, count=count + 1, offset=4).astype(np.int64)
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return document_starts(opened, itemsize)
+    file.seek(0)
+    count = int(np.fromfile(file, dtype=np.uint32, count=1)[0])
+    offsets = np.fromfile(file, dtype=np.uint32, count=count + 1).astype(np.int64)
     return (offsets[:-1] - offsets[0]) // itemsize
 
 

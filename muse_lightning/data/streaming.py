@@ -92,14 +92,20 @@ class BlockLoader:
         try:
             yield from loader
         except UserError as error:
-            # torch raises a worker's error again with its whole traceback as the message.
+            if not self._num_workers:
+                raise
+            # torch raises a worker's error again with its whole traceback as the message. The traceback here would keep
+            # the queues to the workers until the cyclic collector frees them, in an order in which torch cannot tell
+            # the workers to end and waits for each of them for five seconds.
             message = str(error).strip().rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
-            raise UserError(message) from error
+            raise UserError(message) from error.with_traceback(None)
         except (ConnectionError, EOFError, RuntimeError) as error:
             # The first two are what torch lets through when a worker dies while a batch is being handed over.
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
-            raise DataWorkerError("a data worker died: killed, or out of memory; try fewer data.num_workers") from error
+            raise DataWorkerError(
+                "a data worker died: killed, or out of memory; try fewer data.num_workers"
+            ) from error.with_traceback(None)
 
 
 class EvaluationLoader(BlockLoader):
@@ -259,6 +265,10 @@ class Prefetch:
         self._reader = reader
         self._plan = plan
         self._seen: dict[int, tuple[int, int]] = {}
+        # Two chunks of each dataset, or the one that is read would make room for the next.
+        needed = 2 * sum(max(chunk.size_bytes for chunk in split.entry.chunks) for split in reader.splits)
+        caches = [split.chunks.cache for split in reader.splits if isinstance(split.chunks, CachedChunks)]
+        self._has_room = all(cache.max_bytes >= needed for cache in caches)
         # Its threads start with the first file that is fetched: none where all is local.
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prefetch")
 
@@ -268,7 +278,7 @@ class Prefetch:
         if not isinstance(chunks, CachedChunks) or self._seen.get(which.dataset) == (which.epoch, which.chunk):
             return
         self._seen[which.dataset] = which.epoch, which.chunk
-        following = self._plan.order(which.dataset, which.epoch).chunk_after(which.chunk)
+        following = self._plan.order(which.dataset, which.epoch).chunk_after(which.chunk) if self._has_room else None
         for chunk in [which.chunk] if following is None else [which.chunk, following]:
             self._threads.submit(chunks.fetch, self._reader.splits[which.dataset].entry.chunks[chunk])
 

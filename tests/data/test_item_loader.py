@@ -1,11 +1,13 @@
 """Blocks and their documents against a plain reading of the chunk files; damaged chunks; files that litdata alone
 also reads."""
 
+import gc
 import json
 import os
 import random
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,8 +49,9 @@ def test_blocks_of_any_length(make_data, seq_len):
     assert len(expected) == sum(chunk.tokens // (seq_len + 1) for chunk in data.card.splits["train"].chunks)
 
     entry = data.card.splits["train"]
-    plain = [read_block(data.dataset / "train", entry, data.card.dtype, seq_len, i) for i in range(len(expected))]
-    assert [(block.tokens.tolist(), block.starts.tolist()) for block in plain] == expected
+    for index in range(0, len(expected), 1 + len(expected) // 100):
+        block = read_block(data.dataset / "train", entry, data.card.dtype, seq_len, index)
+        assert (block.tokens.tolist(), block.starts.tolist()) == expected[index]
     with pytest.raises(IndexError):
         read_block(data.dataset / "train", entry, data.card.dtype, seq_len, len(expected))
 
@@ -75,6 +78,10 @@ def test_a_flipped_bit_is_one_line(make_data, num_workers):
         list(data.train_dataloader())
     assert str(error.value).startswith(f"data chunk {chunk} is damaged: its SHA-256 is ")
     assert "\n" not in str(error.value)
+    begin = time.monotonic()
+    del error
+    gc.collect()
+    assert time.monotonic() - begin < 4, "workers were waited for"
     with pytest.raises(UserError, match=r"chunk-1-0.bin is damaged"):
         list(data.training_blocks())
 

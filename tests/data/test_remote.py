@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from muse_lightning.data import TokenDataModule
+from muse_lightning.data import TokenDataModule, item_loader
 from muse_lightning.data.card import read_card
 from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_file
 from muse_lightning.errors import UserError
@@ -104,6 +104,31 @@ def test_the_cache_stays_within_its_bounds(upload, tmp_path, monkeypatch):
         assert [batch["record"] for batch in train] == [batch["record"] for batch in expected]
     assert largest < max(sizes) <= limit
     assert len(sizes) > len(chunks), "nothing was fetched twice: nothing had been evicted"
+
+
+def test_a_file_that_is_removed_while_it_is_open_stays_readable(upload, tmp_path, monkeypatch):
+    """Any time after it was opened, another process may need its room."""
+    entry = read_card(upload).splits["train"].chunks[0]
+    chunks = CachedChunks(f"file://{upload}/train", ChunkCache(tmp_path / "cache", 10**6))
+    expected = chunks.open(entry, "uint16").tokens.tolist()
+    check = item_loader.check_content
+
+    def check_and_remove(file, path, sha256) -> None:
+        check(file, path, sha256)
+        path.unlink()
+
+    monkeypatch.setattr(item_loader, "check_content", check_and_remove)
+    assert chunks.open(entry, "uint16").tokens.tolist() == expected
+    assert not cached(tmp_path / "cache")
+
+
+def test_the_next_chunk_waits_where_there_is_no_room_for_two(upload, tmp_path):
+    chunks = read_card(upload).splits["train"].chunks
+    data = module(f"file://{upload}", tmp_path / "cache", cache_bytes=max(chunk.size_bytes for chunk in chunks))
+    iterator = iter(data.train_dataloader())
+    next(iterator)
+    time.sleep(0.3)
+    assert len(cached(tmp_path / "cache")) == 1
 
 
 def test_what_was_asked_for_longest_ago_makes_room(upload, tmp_path):
