@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from muse_lightning.data import building
+from muse_lightning.data import assembly, building
 from muse_lightning.data.building import Preparation
 from muse_lightning.data.card import DatasetCard, read_card
 from muse_lightning.data.filters import Filters
@@ -117,10 +117,10 @@ class TestContent:
         assert "'none*' matches no repository that was read" in capsys.readouterr().err
 
     def test_the_readme_goes_first(self, tmp_path):
-        source = MemorySource({"r": {"a.py": b"x = 1\n", "README.md": b"# r\n", "z.py": b"y = 1\n"}})
+        source = MemorySource({"r": {"A.py": b"x = 1\n", "README.md": b"# r\n", "z.py": b"y = 1\n"}})
         prepare(tmp_path / "set", source, preparation=how(fractions={}, readme_first=True))
         (document,) = documents_of(tmp_path / "set", "train")
-        assert document.startswith("<|repo_name|>r\n<|file_sep|>README.md\n# r\n<|file_sep|>a.py\n")
+        assert document.startswith("<|repo_name|>r\n<|file_sep|>README.md\n# r\n<|file_sep|>A.py\n")
 
     def test_short_documents_are_dropped(self, tmp_path):
         source = MemorySource(REPOSITORIES)
@@ -286,6 +286,24 @@ def test_a_second_call_says_what_was_finished(tmp_path, monkeypatch, capsys):
 
 def interrupt(*arguments: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_what_the_disk_gives_back_is_compared_with_the_card(tmp_path, monkeypatch):
+    source = MemorySource(REPOSITORIES)
+
+    def place_damaged(chunk: Path, folder: Path) -> None:
+        content = bytearray(chunk.read_bytes())
+        content[-1] ^= 1
+        (folder / chunk.name).write_bytes(content)
+
+    monkeypatch.setattr(assembly, "_place", place_damaged)
+    with pytest.raises(
+        UserError, match=r"data chunk .*chunk-0-0.bin: the disk gives back other bytes than were written"
+    ):
+        prepare(tmp_path / "set", source)
+    assert not (tmp_path / "set").exists()
+    monkeypatch.undo()
+    prepare(tmp_path / "set", source)
 
 
 @pytest.fixture
