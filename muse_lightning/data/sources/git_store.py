@@ -15,7 +15,8 @@ from dulwich.repo import BaseRepo
 
 from muse_lightning.data.documents import DamagedSource
 from muse_lightning.data.sources.archive_members import clean_path
-from muse_lightning.data.sources.git_objects import BLOB, COMMIT, TREE, BrokenObjectError, GitObjects, broken_named
+from muse_lightning.data.sources.git_objects import GitObjects
+from muse_lightning.data.sources.git_packs import BLOB, COMMIT, TREE, BrokenObjectError, broken_named
 from muse_lightning.data.sources.local import PathRules, read_regular
 
 _MAX_REFERENCE_BYTES = 1 << 12
