@@ -181,11 +181,12 @@ def _streams(
 ) -> Iterator[tuple[list[tuple[int, SourceUnit]], int | None, int | None]]:
     """Sequences of units that are read until there is enough: units, bytes wanted, documents wanted.
 
-    Where not all is wanted, units are drawn in seeded order: a prefix of it is read, whatever the number of processes.
+    Where not all is wanted, units are drawn in seeded order, that of documents where units are named as these: a prefix
+    of it is read, whatever the number of processes.
     """
     limits, weights = how.limits, how.source_weights
     wanted = [(source, unit) for source, unit in units if weights is None or weights[source] > 0]
-    seeded = sorted(wanted, key=lambda item: (order_key(how.seed, "unit", item[1].name), item[0]))
+    seeded = sorted(wanted, key=lambda item: (order_key(how.seed, item[1].name, ""), item[0]))
     if weights is not None and limits.max_bytes is not None:
         for number, weight in enumerate(weights):
             if weight > 0:

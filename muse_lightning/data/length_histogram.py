@@ -51,7 +51,7 @@ def draw_lengths(dataset: Path, card: DatasetCard, path: Path) -> None:
     axes = figure.add_subplot()
     for split, of_split in lengths.items():
         label = f"{split}: {len(of_split):,} documents, {of_split.sum():,} tokens"
-        axes.hist(of_split, edges, weights=of_split / of_split.sum(), histtype="step", label=label)
+        axes.hist(of_split, edges.tolist(), weights=of_split / of_split.sum(), histtype="step", label=label)
     for limit in LONG_DOCUMENT_TOKENS:
         axes.axvline(limit, color="0.7", linestyle=":", zorder=0)
     axes.set(xscale="log", xlabel="tokens of the document", ylabel="share of the tokens", title=dataset.name)

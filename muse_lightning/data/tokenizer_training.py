@@ -54,7 +54,7 @@ def train_tokenizer(
         raise UserError(f"output: cannot create {output.parent}: {error.strerror}") from error
     units = [unit for source in sources for unit in source.units()]
     # Stable: equal names of two sources stay in the order of the sources.
-    units.sort(key=lambda unit: order_key(seed, "unit", unit.name))
+    units.sort(key=lambda unit: order_key(seed, unit.name, ""))
     files = used = documents = 0
 
     def texts() -> Iterator[str]:

@@ -242,7 +242,7 @@ def finished_jobs(tmp_path: Path) -> dict[str, int]:
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.usefixtures("small_stages")
 def test_what_was_finished_before_a_kill_is_not_done_again(tmp_path, workers, capsys):
-    """Killed again and again, at whatever moment a dozen more jobs are finished, until it gets through."""
+    """Killed again and again, at whatever moment sixteen more jobs are finished, until it gets through."""
     reference = tmp_path / "reference"
     prepare(reference, MemorySource(REPOSITORIES))
     kept: dict[str, int] = {}
@@ -250,7 +250,7 @@ def test_what_was_finished_before_a_kill_is_not_done_again(tmp_path, workers, ca
     while True:
         process = start(tmp_path, workers)
         before = len(kept)
-        while process.poll() is None and len(finished_jobs(tmp_path)) < before + 12:
+        while process.poll() is None and len(finished_jobs(tmp_path)) < before + 16:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
