@@ -142,6 +142,24 @@ def test_what_was_asked_for_longest_ago_makes_room(upload, tmp_path):
     assert [path.exists() for path in paths] == [True, False, True, True]
 
 
+def test_downloads_at_the_same_time_count_each_other(upload, tmp_path, monkeypatch):
+    entries = read_card(upload).splits["train"].chunks[:3]
+    cache = ChunkCache(tmp_path / "cache", sum(entry.size_bytes for entry in entries) - 1)
+
+    def slow_copy(url: str, target: Path) -> None:
+        time.sleep(0.3)
+        copy_file(url, target)
+
+    def fetch(entry) -> Path:
+        return cache.fetch(f"file://{upload}/train/{entry.filename}", entry)
+
+    first = fetch(entries[0])
+    monkeypatch.setattr("muse_lightning.data.remote.copy_file", slow_copy)
+    with ThreadPoolExecutor(2) as threads:
+        others = list(threads.map(fetch, entries[1:]))
+    assert [path.exists() for path in (first, *others)] == [False, True, True]
+
+
 def test_many_readers_download_once(upload, tmp_path, monkeypatch):
     entry = read_card(upload).splits["train"].chunks[0]
     asked = []
