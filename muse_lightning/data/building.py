@@ -41,6 +41,8 @@ _SMALLEST_PACK_BYTES = 1 << 20
 # since the last bytes may be found only after many repositories that are too large.
 _ENOUGH = 0.95
 _MOST_READ = 4
+# Enough to keep a disk busy.
+_WRITERS = 4
 
 
 @dataclass(frozen=True)
@@ -311,8 +313,10 @@ def _write(
         members = np.split(rows, np.flatnonzero(np.diff(shard)) + 1)
         jobs = shard_jobs(parts, tokens, part, members, np.dtype(tokenizer.dtype).name)
         with StageProgress("writing", int(tokens[rows].sum())) as progress:
-            # Threads: nearly all of it is copying and hashing, which needs no process of its own.
-            written[name] = list(run_jobs(root / name, jobs, progress, num_workers=how.num_workers, in_threads=True))
+            # Threads: nearly all of it is copying and hashing, which needs no process of its own. Few, as each holds a
+            # chunk.
+            threads = min(how.num_workers, _WRITERS)
+            written[name] = list(run_jobs(root / name, jobs, progress, num_workers=threads, in_threads=True))
         finished += progress.finished_before
     _report_finished("shards", finished, sum(map(len, written.values())))
     return written
