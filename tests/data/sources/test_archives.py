@@ -16,6 +16,7 @@ import pytest
 from muse_lightning.data.documents import DamagedSource, Repository
 from muse_lightning.data.sources import Archives, Download
 from muse_lightning.data.sources.archives import declared_by_file_name
+from muse_lightning.data.sources.unpacking import BoundedStream
 from muse_lightning.errors import UserError
 from tests.data.sources.builders import LIMITS, REPOSITORIES, contents, counted, read_all, special, tar, write, zipped
 
@@ -241,6 +242,23 @@ def test_a_header_without_an_end_is_refused(tmp_path):
     path = tmp_path / "header.tar"
     path.write_bytes(info.tobuf() + bytes(60 << 20))
     assert "asks for 62,914,560 bytes at once" in refusal(path)
+
+
+def test_many_headers_of_one_member_are_refused(tmp_path):
+    info = tarfile.TarInfo("a/b.py")
+    info.type, info.size = tarfile.XHDTYPE, 400 << 10
+    record = b"%d comment=" % (400 << 10)
+    one = info.tobuf() + record + b"x" * ((400 << 10) - len(record) - 1) + b"\n"
+    refused = refusal(write(tmp_path / "headers.tar", one * 3 + tarfile.TarInfo("a/b.py").tobuf() + bytes(1024)))
+    assert "has a header of more than 1,048,576 bytes" in refused
+
+
+def test_a_stream_is_read_forwards_only():
+    stream = BoundedStream(io.BytesIO(bytes(100)), 1000, 1000)
+    stream.read(20)
+    assert stream.seek(30) == stream.tell() == 30
+    with pytest.raises(DamagedSource, match="backwards"):
+        stream.seek(29)
 
 
 def test_a_negative_length_does_not_read_backwards(tmp_path):

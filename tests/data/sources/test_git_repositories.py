@@ -188,6 +188,14 @@ def test_a_broken_file_is_counted(repository, damage):
     assert counted(source(repository)) == {"unreadable": 1}
 
 
+def test_an_object_with_the_content_of_another_is_counted(repository):
+    one, other, *_ = objects(repository, "blob")
+    content = other.read_bytes()
+    one.unlink()
+    one.write_bytes(content)
+    assert counted(source(repository)) == {"unreadable": 1}
+
+
 @pytest.mark.parametrize("kind", ["tree", "commit"])
 def test_a_missing_folder_is_one_line(repository, kind):
     (unit,) = source(repository).units()
