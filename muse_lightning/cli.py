@@ -33,9 +33,14 @@ VERBS = {
     "predict": Verb("write the log-likelihood of every token", "muse_lightning.commands.run_trainer"),
     "prepare": Verb("build the dataset of a recipe", "muse_lightning.commands.prepare"),
     "data inspect": Verb("decode blocks of a prepared dataset", "muse_lightning.function_commands.run_function"),
+    "data audit": Verb("what a run has read: coverage, repeats, gaps", "muse_lightning.function_commands.run_function"),
     "tokenizer train": Verb("train a byte-level BPE tokenizer", "muse_lightning.function_commands.run_function"),
     "bench attention": Verb(
         "check MuSe attention, then time it beside others", "muse_lightning.function_commands.run_function"
+    ),
+    "bench data": Verb("time the loader alone", "muse_lightning.function_commands.run_function"),
+    "bench prepare": Verb(
+        "time the preparation of data beside the tokenizer alone", "muse_lightning.function_commands.run_function"
     ),
     "info": Verb("versions, devices and kernels; with --config, what a recipe takes", "muse_lightning.commands.info"),
 }

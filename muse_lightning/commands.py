@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import muse_lightning.attention
 import muse_lightning.data.sources  # noqa: F401
 from muse_lightning.callbacks import DEFAULT_CALLBACKS
+from muse_lightning.callbacks.ledger import Ledger
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import progress_bar
 from muse_lightning.configuration.check import ConfigCheck, explain
@@ -26,6 +27,7 @@ from muse_lightning.configuration.layers import load_with_presets, read_layers
 from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
+from muse_lightning.data.ledger import FOLDER_NAME
 from muse_lightning.errors import UserError, find_cause
 from muse_lightning.measure.info import environment, machine_report, recipe_report
 from muse_lightning.training.module import LanguageModel
@@ -39,6 +41,17 @@ LINKS_AT_PARSE = {"model.seq_len": "data.seq_len", "data.seed": "seed_everything
 LINKS_AT_INSTANTIATION = {"model.tokenizer_size": "data.vocab_size"}
 LINKS = LINKS_AT_PARSE | LINKS_AT_INSTANTIATION
 """Target -> source: values that must agree are given once."""
+
+ANY_MODEL = {
+    "vocab_size": 2**31 - 1,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2**31 - 1,
+}
+"""Stands in for a model where data alone is prepared and the recipe has none: nothing is too large for it."""
 
 EPILOG = """
 --config takes a file or recipe:NAME (a packaged recipe) and may be repeated: later files and flags win. Any key of a
@@ -121,6 +134,8 @@ class MuseCLI(LightningCLI):
             parser.link_arguments(source, target)
         for target, source in LINKS_AT_INSTANTIATION.items():
             parser.link_arguments(source, target, apply_on="instantiate")
+        if self.builds == "data":
+            parser.set_defaults({f"model.config.{name}": value for name, value in ANY_MODEL.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse files and flags.
@@ -203,6 +218,7 @@ class MuseCLI(LightningCLI):
             (trainer["enable_progress_bar"] is not False, ProgressBar, progress_bar),
             (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
             (trainer["enable_checkpointing"] is not False, Checkpoint, self._checkpoint_callback),
+            (self.verb == "fit", Ledger, lambda: Ledger(self.run_folder.path / FOLDER_NAME)),
             (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),
             *((self.verb in ("fit", "validate"), kind, kind) for kind in DEFAULT_CALLBACKS),
         ]

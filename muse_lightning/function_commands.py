@@ -15,6 +15,9 @@ from muse_lightning.errors import UserError
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data inspect": ("muse_lightning.data.inspection.inspect", ("dataset",)),
     "tokenizer train": ("muse_lightning.data.tokenizer_training.train_tokenizer", ()),
+    "data audit": ("muse_lightning.data.audit.audit", ("run",)),
+    "bench data": ("muse_lightning.data.loading_bench.bench_data", ()),
+    "bench prepare": ("muse_lightning.data.preparation_bench.bench_prepare", ()),
     "bench attention": ("muse_lightning.measure.bench.command.bench_attention", ()),
 }
 """Verb -> its function, imported when the verb is used, and the parameters that are given without a flag."""
@@ -31,7 +34,8 @@ def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequ
     function: Callable[..., None] = getattr(import_module(module), name)
     parser = ArgumentParser(prog=f"muse {verb}", description=description, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with these keys; may be repeated.")
-    parser.add_function_arguments(function, as_positional=bool(positional))
+    # sub_configs: a source may be the path of a file of its own, so that two recipes share it.
+    parser.add_function_arguments(function, as_positional=bool(positional), sub_configs=True)
     check = ConfigCheck(parser, {}, allowed)
     if not {"-h", "--help"} & set(args):
         for layer in read_layers(args, positional):

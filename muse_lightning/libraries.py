@@ -9,14 +9,8 @@ from importlib import import_module
 WARNINGS = (
     # Lightning 2.6 asks torch in a way that torch deprecates; only a new Lightning can change it.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # The dataset of blocks gives every worker its own share.
-    r"Your `IterableDataset` has `__len__` defined",
-    # How many processes read batches is data.num_workers, chosen in the recipe.
-    r"The '\w+' does not have many workers",
     # Predictions are numbered by batch, in stored order.
     r"Couldn't infer the batch indices fetched from your dataloader",
-    # litdata copies what it read at once.
-    r"The given buffer is not writable",
     # Every run has a folder of its own, so that of the checkpoint is always another one.
     r"The dirpath has changed from .* therefore `best_model_score`",
 )

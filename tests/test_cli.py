@@ -22,7 +22,7 @@ from muse_lightning.commands import MuseCLI
 from muse_lightning.configuration.packaged import recipes_folder
 from muse_lightning.data.card import read_card
 from muse_lightning.training.module import LanguageModel
-from tests.recipe import Muse
+from tests.recipe import RECIPE, Muse
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ class TestWithoutTorch:
     def test_help_lists_every_verb(self, muse: Muse) -> None:
         code, out, _ = muse("--help")
         assert code == 0
-        assert len(VERBS) == 9
+        assert len(VERBS) == 12
         for name, verb in VERBS.items():
             assert f"  {name} " in out
             assert verb.description in out
@@ -90,7 +90,7 @@ class TestWithoutTorch:
         ("validate", ["--ckpt_path"]),
         ("test", ["--ckpt_path"]),
         ("predict", ["--ckpt_path", "--data.predict_split"]),
-        ("prepare", ["--data.sources", "--print_config"]),
+        ("prepare", ["--data.sources", "--print_config", "Larger files are left out"]),
         ("info", ["--config"]),
         ("data inspect", ["dataset", "--block"]),
         ("tokenizer train", ["--sources", "--vocab_size"]),
@@ -194,6 +194,11 @@ class TestRunFolder:
             assert muse.with_recipe("fit", "--trainer.max_steps=1")[0] == 0
         assert muse.versions() == ["runs/tiny/version_0", "runs/tiny/version_1"]
 
+    def test_prepare_needs_no_model(self, muse: Muse) -> None:
+        Path("data.yaml").write_text(RECIPE[RECIPE.index("data:") :])
+        assert muse("prepare", "--config", "data.yaml")[0] == 0
+        assert Path("dataset/dataset.json").is_file()
+
     def test_other_verbs(self, muse: Muse) -> None:
         assert muse.with_recipe("prepare")[0] == 0
         assert Path("dataset/dataset.json").is_file()
@@ -218,6 +223,7 @@ class TestRunFolder:
         assert sorted(path.name for path in Path("runs/tiny/version_1").iterdir()) == [
             "config.yaml",
             "environment.json",
+            "ledger",
             "lock",
         ]
 

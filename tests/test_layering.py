@@ -43,7 +43,7 @@ EXTERNAL: dict[str, set[str]] = {
 }
 # Imports inside functions: the command line starts quickly by them, and a package that need not be there needs them.
 LAZY_UNITS = CLI
-LAZY_PACKAGES = {"transformers", "triton", "fla"}
+LAZY_PACKAGES = {"transformers", "triton", "fla", "pyarrow", "unearth", "zstandard"}
 NOT_FOR_PACKAGES = {"tests", "benchmarks", "tools", "recipes"}
 
 

@@ -23,7 +23,7 @@ def test_lightning_without_what_torchmetrics_brings() -> None:
 def test_only_listed_messages_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     with warnings.catch_warnings(record=True) as caught, quiet_libraries(), caplog.at_level("INFO", logger.name):
-        warnings.warn("Your `IterableDataset` has `__len__` defined. In combination", stacklevel=1)
+        warnings.warn("The dirpath has changed from 'a' to 'b', therefore `best_model_score`", stacklevel=1)
         warnings.warn("something that matters", stacklevel=1)
         logger.info("💡 Tip: For seamless cloud logging")
         logger.info("GPU available: True")

@@ -15,6 +15,8 @@ from muse_lightning.cli import main
 RECIPES = Path(__file__).parent.parent / "recipes"
 WHOLE = sorted(RECIPES.glob("*.yaml"))
 OVERLAYS = sorted((RECIPES / "overlays").glob("*.yaml"))
+DATA = sorted((RECIPES / "data").glob("*.yaml"))
+SOURCES = sorted((RECIPES / "data" / "sources").glob("*.yaml"))
 SMOKE = RECIPES / "overlays" / "smoke.yaml"
 DENSE = sorted(RECIPES.glob("*-dense.yaml"))
 
@@ -46,7 +48,9 @@ def test_all_recipes_are_found() -> None:
     assert len(WHOLE) == 7
     assert len(DENSE) == 3
     assert len(OVERLAYS) == 1
-    assert len(list(RECIPES.rglob("*.yaml"))) == len(WHOLE) + len(OVERLAYS)
+    assert len(DATA) == 5
+    assert len(SOURCES) == 3
+    assert len(list(RECIPES.rglob("*.yaml"))) == len(WHOLE) + len(OVERLAYS) + len(DATA) + len(SOURCES)
 
 
 def normalised(value: Any) -> Any:
@@ -77,6 +81,30 @@ def test_every_leaf_is_a_parameter(recipe: Path) -> None:
             ]
         else:
             assert normalised(parsed[path]) == normalised(value), path
+
+
+@pytest.mark.parametrize("recipe", DATA, ids=lambda path: path.stem)
+def test_data_is_prepared_without_a_model(recipe: Path) -> None:
+    """A recipe of data alone parses, its values stand where it says, and every file in its lists is pinned."""
+    verb = ["tokenizer", "train"] if recipe.stem.endswith("-tokenizer") else ["prepare"]
+    with redirect_stdout(io.StringIO()) as text:
+        assert main([*verb, "--config", str(recipe), "--print_config"]) == 0
+    parsed = leaves(yaml.safe_load(text.getvalue()))
+    stated = leaves(yaml.safe_load(recipe.read_text()))
+    assert len(stated) >= 10
+    at = "sources" if "sources" in stated else "data.sources"
+    (file,) = stated.pop(at)
+    (source,) = parsed[at]
+    assert (
+        normalised(source)["class_path"].rpartition(".")[2]
+        == yaml.safe_load((recipe.parent / file).read_text())["class_path"]
+    )
+    arguments = source["init_args"]
+    pins = [package.partition("sha256:")[2] for package in arguments.get("packages") or []]
+    pins += [download["sha256"] for download in arguments.get("downloads") or []]
+    assert len(pins) > 15
+    assert all(len(pin) == 64 for pin in pins)
+    assert {path: parsed[path] for path in stated} == stated
 
 
 @pytest.mark.parametrize("dense", DENSE, ids=lambda path: path.stem)

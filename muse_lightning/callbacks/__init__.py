@@ -2,6 +2,7 @@
 
 from muse_lightning.callbacks.attention_error import AttentionError
 from muse_lightning.callbacks.gradient_norm import GradientNorm
+from muse_lightning.callbacks.ledger import Ledger
 from muse_lightning.callbacks.loss_by_position import LossByPosition
 from muse_lightning.callbacks.memory_use import MemoryUse
 from muse_lightning.callbacks.ngram_baseline import NgramBaseline
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionError",
     "DeviceThroughput",
     "GradientNorm",
+    "Ledger",
     "LossByPosition",
     "MemoryUse",
     "NgramBaseline",

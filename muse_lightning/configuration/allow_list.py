@@ -74,6 +74,8 @@ def only_allowed_modules(extra: Sequence[str]) -> Iterator[None]:
         instantiate_subclass_spec_in_any=False,
         # A configuration is read from local files only, never from an address.
         config_read_mode_fsspec_enabled=False,
+        # The help of a dataclass's field is the text under it.
+        docstring_parse_attribute_docstrings=True,
     )
     try:
         yield

@@ -9,6 +9,7 @@ from typing import NotRequired, TypedDict
 import torch
 
 from muse_lightning.data.item_loader import Block
+from muse_lightning.data.ledger import batch_record
 
 IGNORED_LABEL = -100
 """A label that is none."""
@@ -25,13 +26,21 @@ class Batch(TypedDict):
     cu_seqlens: NotRequired[torch.Tensor]
     """int32 [power of two, at least 64]: where sequences begin in the flattened B * T inputs (every row and every
     document), then B * T repeated. Absent when documents are not masked from each other."""
+    record: NotRequired[str]
+    """What the ledger notes of it, `ledger.batch_record`; in training only. Text, so that it stays on the host."""
 
 
 class Collate:
     """Blocks to a batch. A class, not a closure: data workers must be able to receive it by pickle."""
 
-    def __init__(self, document_mask: bool) -> None:
+    def __init__(self, document_mask: bool, with_record: bool = False) -> None:
+        """
+        Args:
+            document_mask: Whether batches have `cu_seqlens`.
+            with_record: Whether they have a `record`.
+        """
         self.document_mask = document_mask
+        self.with_record = with_record
 
     def __call__(self, blocks: Sequence[Block]) -> Batch:
         tokens = torch.stack([block.tokens for block in blocks]).to(torch.int64)  # [B, T + 1]
@@ -42,6 +51,8 @@ class Collate:
         batch = Batch(input_ids=tokens[:, :-1].contiguous(), labels=labels)
         if self.document_mask:
             batch["cu_seqlens"] = cumulative_lengths([block.starts for block in blocks], tokens.shape[1] - 1)
+        if self.with_record:
+            batch["record"] = batch_record(blocks)
         return batch
 
 

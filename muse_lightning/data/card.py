@@ -12,7 +12,7 @@ import numpy as np
 from muse_lightning.errors import UserError
 from muse_lightning.files import sha256_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CARD_NAME = "dataset.json"
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -57,8 +57,18 @@ class DatasetCard:
     dtype: str
     token_bytes: list[int]
     """Bytes of text of each id."""
+    sources: list[dict[str, Any]]
+    """What each source gave to the dataset: its `identity`; numbers of `units` read, `documents`, `files` and `bytes`;
+    `revisions` (of the repositories written that have one, by name) and `damaged` units (by name, with what is
+    wrong)."""
+    languages: dict[str, dict[str, int]]
+    """`files` and `bytes` in the dataset, by language."""
+    licences: dict[str, dict[str, int]]
+    """`files` and `bytes` in the dataset, by SPDX expression."""
     skipped_files: dict[str, int]
-    """Files left out, by reason."""
+    """Files left out, by reason. Thresholds are in `inputs`."""
+    dropped_documents: dict[str, dict[str, int]]
+    """`documents` and `bytes` left out whole, by reason."""
     files: int
     """Files written."""
     inputs: dict[str, Any]

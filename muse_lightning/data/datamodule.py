@@ -3,22 +3,35 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-from litdata.utilities.env import _DistributedEnv
 
 from muse_lightning.data.batches import Collate
-from muse_lightning.data.card import DatasetCard, check_index, count_blocks, largest_seq_len, read_card
-from muse_lightning.data.documents import DocumentSource
+from muse_lightning.data.card import DatasetCard
+from muse_lightning.data.documents import DEFAULT_ARCHIVE_LIMITS, ArchiveLimits, DocumentSource
 from muse_lightning.data.filters import DEFAULT_FILTERS, Filters
-from muse_lightning.data.item_loader import Block
-from muse_lightning.data.prepare import Preparation, damaged_chunks, prepare_dataset
+from muse_lightning.data.item_loader import Block, BlockReader
+from muse_lightning.data.ledger import LedgerDataset, LedgerHeader
+from muse_lightning.data.mixing import Plan
+from muse_lightning.data.order import Order
+from muse_lightning.data.prepare import Preparation, prepare_dataset
+from muse_lightning.data.prepared import (
+    MixtureEntry,
+    PreparedDataset,
+    check_blocks,
+    check_different,
+    listed_datasets,
+)
+from muse_lightning.data.remote import ChunkCache, copy_tokenizer, is_url
 from muse_lightning.data.selection import FileOrder, Limits
-from muse_lightning.data.streaming import BlockDataset, BlockLoader, Order
+from muse_lightning.data.streaming import EvaluationLoader, Share, TrainLoader
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, load_tokenizer
 from muse_lightning.errors import UserError
 
+DEFAULT_CACHE_DIR = Path("~/.cache/muse-lightning/chunks")
+_OTHER_DATA = "give data.sources to prepare the data again"
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
@@ -33,7 +46,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        dataset: Path,
+        dataset: str | None = None,
         sources: list[DocumentSource] | None = None,
         tokenizer: str = "bytes",
         *,
@@ -45,22 +58,36 @@ class TokenDataModule(L.LightningDataModule):
         val_fraction: float = 0.01,
         test_fraction: float = 0.0,
         file_order: FileOrder = "shuffle",
+        readme_first: bool = False,
         prepare_seed: int = 0,
         prepare_workers: int = 1,
         max_documents: int | None = None,
         max_bytes: int | None = None,
         max_document_bytes: int = 33_554_432,
+        min_document_tokens: int = 0,
+        long_document_tokens: int = 65_536,
+        long_document_share: float | None = None,
+        source_weights: list[float] | None = None,
+        held_out: list[str] | None = None,
+        deduplicate: bool = True,
+        skip_damaged: bool = True,
         chunk_bytes: int = 67_108_864,
         filters: Filters = DEFAULT_FILTERS,
+        archive_limits: ArchiveLimits = DEFAULT_ARCHIVE_LIMITS,
         special_tokens: SpecialTokens = DEFAULT_SPECIAL_TOKENS,
         predict_split: str = "val",
+        mixture: list[MixtureEntry] | None = None,
+        ranks_per_block: int = 1,
+        cache_dir: Path = DEFAULT_CACHE_DIR,
+        cache_bytes: int = 107_374_182_400,
     ) -> None:
         """
         Args:
             dataset: Folder of the prepared dataset. It is made there if missing, and again if anything it depends on
-                changed.
+                changed. Or the URL of one that is prepared: s3://, gs://, hf:// and others of fsspec.
             sources: Where documents come from. null: the dataset must be there already, and is taken as it is.
-            tokenizer: bytes (256 ids, nothing to train), or the path of a tokenizer.json.
+            tokenizer: bytes (256 ids, nothing to train), or the path or URL of a tokenizer.json or of a prepared
+                dataset that has one.
             seq_len: Context in tokens. Any length, without preparing the data again.
             batch_size: Sequences per device and step. Memory grows with batch_size * seq_len.
             document_mask: Whether attention stops at document boundaries. Documents are repositories; it never stops
@@ -68,9 +95,11 @@ class TokenDataModule(L.LightningDataModule):
             num_workers: Processes that read batches; 0 reads in the training process. The batches are the same for any
                 number.
             seed: Of the order of batches. Recipes link it from seed_everything.
-            val_fraction: Share of the listed bytes whose repositories are held out for validation; 0 for no validation.
-            test_fraction: Share held out for `muse test`; 0 for none.
+            val_fraction: Share of the bytes kept whose repositories are held out for validation; 0 for no validation.
+            test_fraction: Share held out for `muse test`; 0 for none. What held_out names is `test` instead, if there
+                is any.
             file_order: Order of files in a document: shuffle (seeded) or path.
+            readme_first: Whether the README in a document's topmost folder goes before its other files.
             prepare_seed: Of the split, the order of documents and of files. Apart from seed, so that runs of several
                 seeds share a dataset and its held-out repositories.
             prepare_workers: Processes that prepare; the dataset is the same for any number.
@@ -79,11 +108,28 @@ class TokenDataModule(L.LightningDataModule):
                 null for all.
             max_document_bytes: A larger repository is cut by folder into several documents. In bytes, which are known
                 before text becomes tokens; a token stands for at least one byte, so this bounds the tokens too.
+            min_document_tokens: Shorter documents are dropped.
+            long_document_tokens: From how many tokens on a document is long.
+            long_document_share: Share of train's tokens that must lie in long documents; short ones are dropped, by
+                prepare_seed, until it is reached. null: as it comes.
+            source_weights: Share of each source in the bytes, in any unit and in the order of sources: as many
+                documents are used as keep them without repeating any. null: all of each.
+            held_out: Names of repositories, or patterns such as numpy* and org/*, that are never in train; they are
+                the split test.
+            deduplicate: Whether of files with equal content, in whatever repositories, one is used.
+            skip_damaged: Whether a damaged archive or repository is left out, named and counted; false: an error.
             chunk_bytes: Bytes of source text per chunk file, about. A chunk is read by one worker after the other and
                 held in memory when written; of each, the last tokens that fill no block go unused.
             filters: Which files are left out.
+            archive_limits: What an archive may unpack to.
             special_tokens: Names of the special tokens, looked up in the tokenizer or added to it.
             predict_split: The split that `muse predict` reads.
+            mixture: Instead of dataset: several prepared datasets, folders or URLs, with weights. Of the tokens trained
+                on, each has the share that its weight has of all weights; a dataset that is used up starts again.
+            ranks_per_block: As many ranks that follow each other read the same blocks, for ranks that share a sequence.
+            cache_dir: Folder where chunks of remote datasets are kept, shared by all runs.
+            cache_bytes: Most bytes there, of one machine. Room for a few chunks for each dataset and rank is enough;
+                room for all of them makes the next epoch local.
         """
         super().__init__()
         for name, value, least in (
@@ -92,6 +138,8 @@ class TokenDataModule(L.LightningDataModule):
             ("num_workers", num_workers, 0),
             ("prepare_workers", prepare_workers, 1),
             ("chunk_bytes", chunk_bytes, 1),
+            ("ranks_per_block", ranks_per_block, 1),
+            ("cache_bytes", cache_bytes, 1),
         ):
             if value < least:
                 raise UserError(f"data.{name}: {value} found, at least {least} expected")
@@ -100,7 +148,15 @@ class TokenDataModule(L.LightningDataModule):
                 f"data.val_fraction + data.test_fraction: {val_fraction} + {test_fraction} found, "
                 "each at least 0 and together less than 1 expected"
             )
-        self.dataset = dataset.expanduser()
+        self._listed = listed_datasets(dataset, mixture)
+        if sources is not None and (dataset is None or is_url(str(dataset))):
+            raise UserError(
+                "data.sources: given, but only data.dataset as a folder can be prepared; prepare each dataset by a "
+                "recipe of its own, and set data.sources to null here"
+            )
+        self.dataset = Path(self._listed[0][0]).expanduser()
+        self._cache = ChunkCache(cache_dir.expanduser(), cache_bytes)
+        self.ranks_per_block = ranks_per_block
         self.sources = sources
         self.tokenizer_name = tokenizer
         self.seq_len = seq_len
@@ -111,46 +167,71 @@ class TokenDataModule(L.LightningDataModule):
         self.predict_split = predict_split
         self.preparation = Preparation(
             filters=filters,
-            limits=Limits(max_documents, max_bytes, max_document_bytes),
+            limits=Limits(
+                max_documents,
+                max_bytes,
+                max_document_bytes,
+                min_document_tokens,
+                long_document_tokens,
+                long_document_share,
+            ),
             fractions={"val": val_fraction, "test": test_fraction},
             file_order=file_order,
             seed=prepare_seed,
             chunk_bytes=chunk_bytes,
             num_workers=prepare_workers,
+            readme_first=readme_first,
+            deduplicate=deduplicate,
+            skip_damaged=skip_damaged,
+            held_out=tuple(held_out or ()),
+            source_weights=None if source_weights is None else tuple(source_weights),
+            archive_limits=archive_limits,
         )
         self._mistake = ""
-        self.tokenizer = load_tokenizer(tokenizer, special_tokens)
+        file = str(copy_tokenizer(tokenizer, self._cache.folder)) if is_url(tokenizer) else tokenizer
+        self.tokenizer = load_tokenizer(file, special_tokens)
         self.vocab_size = self.tokenizer.vocab_size
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes)
-        self._card: DatasetCard | None = None
+        self._opened: list[PreparedDataset] | None = None
+        self._train: TrainLoader | None = None
+        self._train_state: dict[str, Any] | None = None
 
     @property
     def card(self) -> DatasetCard:
-        """The dataset's card; read when first asked for.
+        """The card of the dataset, of several that of the first; read when first asked for.
 
         Raises:
-            UserError: the folder holds no dataset, or one of another tokenizer.
+            UserError: see `datasets`.
         """
-        if self._card is None:
-            card = read_card(self.dataset)
-            if card.tokenizer["sha256"] != self.tokenizer.sha256:
-                raise UserError(
-                    f"{self._other_tokenizer(card)}; configure that one, or give data.sources to prepare the data again"
-                )
-            self._card = card
-        return self._card
+        return self.datasets[0].card
 
-    def _other_tokenizer(self, card: DatasetCard) -> str:
-        """What tells the configured tokenizer from the dataset's, in words."""
-        name, prepared_name = self.tokenizer_name, card.tokenizer["name"]
+    @property
+    def datasets(self) -> list[PreparedDataset]:
+        """The dataset, or those of the mixture; opened when first asked for.
+
+        Raises:
+            UserError: one is not there, or of another tokenizer, or two are the same.
+        """
+        if self._opened is None:
+            opened = [PreparedDataset.open(*listed, self._cache) for listed in self._listed]
+            for dataset in opened:
+                if dataset.card.tokenizer["sha256"] != self.tokenizer.sha256:
+                    raise UserError(f"{self._other_tokenizer(dataset)}; configure that one, or {_OTHER_DATA}")
+            check_different(opened)
+            self._opened = opened
+        return self._opened
+
+    def _other_tokenizer(self, dataset: PreparedDataset) -> str:
+        """What tells the configured tokenizer from a dataset's, in words."""
+        name, prepared_name = self.tokenizer_name, dataset.card.tokenizer["name"]
         if name != prepared_name:
-            return f"data.tokenizer: {name} found, but {self.dataset} was prepared with {prepared_name}"
-        found, prepared = asdict(self.tokenizer.special_tokens), card.tokenizer["special_tokens"]
+            return f"data.tokenizer: {name} found, but {dataset.name} was prepared with {prepared_name}"
+        found, prepared = asdict(self.tokenizer.special_tokens), dataset.card.tokenizer["special_tokens"]
         changed = [field for field in found if found[field] != prepared[field]]
         if changed:
             here, there = (", ".join(f"{field} {of[field]!r}" for field in changed) for of in (found, prepared))
-            return f"data.special_tokens: {here} found, but {self.dataset} was prepared with {there}"
-        return f"data.tokenizer: {name} found, but {self.dataset} was prepared with another file of that name"
+            return f"data.special_tokens: {here} found, but {dataset.name} was prepared with {there}"
+        return f"data.tokenizer: {name} found, but {dataset.name} was prepared with another file of that name"
 
     def prepare_data(self) -> None:
         """Make the dataset if it is missing or stale. Lightning calls this on one rank while the others wait.
@@ -160,7 +241,7 @@ class TokenDataModule(L.LightningDataModule):
         """
         if self.sources is None:
             return
-        self._card = None
+        self._opened = None
         try:
             prepare_dataset(self.dataset, self.sources, self.tokenizer, self.tokenizer_name, self.preparation)
         except UserError as error:
@@ -177,88 +258,139 @@ class TokenDataModule(L.LightningDataModule):
         mistake = self._mistake if self.trainer is None else self.trainer.strategy.broadcast(self._mistake)
         if mistake:
             raise UserError(mistake)
-        damaged = damaged_chunks(self.dataset, self.card)
-        if damaged:
-            raise UserError(f"data chunk {damaged[0]}; prepare the dataset again")
-        for split in _STAGE_SPLITS.get(stage, (self.predict_split,)):
-            if stage == "fit" and split == "val" and split not in self.card.splits:
-                continue
-            self._check_split(split)
+        splits = _STAGE_SPLITS.get(stage, (self.predict_split,))
+        for dataset in self.datasets:
+            dataset.check(splits)
+        for split in splits:
+            if stage != "fit" or split != "val" or self._with(split):
+                self._check_split(split)
+
+    def _with(self, split: str) -> list[PreparedDataset]:
+        """The datasets that have a split and are read in it."""
+        return [
+            dataset
+            for dataset in self.datasets
+            if split in dataset.card.splits and (dataset.weight > 0 or split != "train")
+        ]
 
     def _check_split(self, split: str) -> None:
-        if split not in self.card.splits:
+        datasets = self._with(split)
+        missing = [dataset for dataset in self.datasets if split not in dataset.card.splits]
+        if not datasets or (split == "train" and missing):
+            name, splits = missing[0].name, ", ".join(missing[0].card.splits)
             raise UserError(
-                f"split {split!r} is empty: {self.dataset} has {', '.join(self.card.splits)}; "
+                f"split {split!r} is empty: {name} has {splits}; "
                 f"set data.{split}_fraction above 0 and give data.sources"
                 if split in ("val", "test")
-                else f"data.predict_split: {split!r} found, {self.dataset} has {', '.join(self.card.splits)}"
+                else f"data.predict_split: {split!r} found, {name} has {splits}"
             )
-        entry = self.card.splits[split]
-        check_index(self.dataset / split, entry, self.card.dtype)
-        ranks = self._world_size
+        readers = self._share.readers
         # A training batch is always whole, the last one of an evaluation need not be.
-        needed = ranks * self.batch_size if split == "train" else ranks
-        found = count_blocks(entry, self.seq_len)
-        if found < needed:
-            per_rank = f" of batch_size {self.batch_size}" if split == "train" else ""
-            largest = largest_seq_len(entry, needed)
-            cure = f"the largest that works is {largest}" if largest else "no context is short enough: give more data"
-            raise UserError(
-                f"data.seq_len: {self.seq_len} found; split {split!r} ({entry.tokens:,} tokens) has {found} blocks of "
-                f"that length, {needed} are needed for {ranks} rank(s){per_rank}; {cure}"
-            )
+        needed = readers * self.batch_size if split == "train" else readers
+        per = f"{readers} rank(s)" if self.ranks_per_block == 1 else f"{readers} groups of {self.ranks_per_block} ranks"
+        check_blocks(
+            datasets,
+            split,
+            self.seq_len,
+            needed,
+            per + (f" of batch_size {self.batch_size}" if split == "train" else ""),
+        )
 
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
-    def _dataset(self, split: str, order: Order) -> BlockDataset:
-        return BlockDataset(
-            (self.dataset / split).absolute(),
-            self.card.split(split),
-            self.seq_len,
-            # A validation is the same one in runs of several seeds.
-            seed=self.seed if order == "reshuffled" else 0,
-            order=order,
-            drop_last=order == "reshuffled",
-            fingerprint=self.card.fingerprint,
-        )
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
 
-    def _loader(self, split: str, order: Order) -> BlockLoader:
-        return BlockLoader(
-            self._dataset(split, order),
+    @property
+    def _share(self) -> Share:
+        return Share.of(self._rank, self._world_size, self.ranks_per_block)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Whole batches, in another order in each epoch; after a checkpoint was loaded, those that follow it.
+
+        Raises:
+            UserError: the checkpoint is of other data.
+        """
+        self._train = self._train_loader()
+        if self._train_state is not None:
+            self._train.load_state_dict(self._train_state)
+        return self._train
+
+    def _train_loader(self) -> TrainLoader:
+        share = self._share
+        parts = [dataset.part(self.seq_len) for dataset in self.datasets]
+        return TrainLoader(
+            BlockReader([dataset.split("train") for dataset in self.datasets], self.seq_len),
+            Collate(self.document_mask, with_record=True),
+            self.num_workers,
+            plan=Plan(parts, self.seed, share.readers * self.batch_size),
             batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=Collate(self.document_mask),
-            pin_memory=torch.cuda.is_available(),
+            share=share,
         )
 
-    def train_dataloader(self) -> BlockLoader:
-        """Whole batches, in another order in each epoch."""
-        return self._loader("train", "reshuffled")
+    def _evaluation_loader(self, split: str, order: Order) -> EvaluationLoader:
+        return EvaluationLoader(
+            BlockReader([dataset.split(split) for dataset in self._with(split)], self.seq_len),
+            Collate(self.document_mask),
+            self.num_workers,
+            batch_size=self.batch_size,
+            share=self._share,
+            order=order,
+        )
 
-    def val_dataloader(self) -> BlockLoader | list[BlockLoader]:
+    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
         """Every block, in one random order that is the same for every validation, run and seed: the first batches, all
         that `limit_val_batches` leaves, are of many documents. An empty list when no validation was asked for."""
-        return self._loader("val", "shuffled") if "val" in self.card.splits else []
+        return self._evaluation_loader("val", "shuffled") if self._with("val") else []
 
-    def test_dataloader(self) -> BlockLoader:
+    def test_dataloader(self) -> EvaluationLoader:
         """Every block, in stored order."""
-        return self._loader("test", "stored")
+        return self._evaluation_loader("test", "stored")
 
-    def predict_dataloader(self) -> BlockLoader:
+    def predict_dataloader(self) -> EvaluationLoader:
         """Every block of the split `predict_split`, in stored order."""
-        return self._loader(self.predict_split, "stored")
+        return self._evaluation_loader(self.predict_split, "stored")
 
     def training_blocks(self) -> Iterator[Block]:
         """The blocks that all ranks together read in a first epoch, in that order."""
-        return self._blocks("train", "reshuffled")
+        loader = self._train_loader()
+        for batch, _ in loader.plan.epoch(loader.plan.start()):
+            yield from (loader.reader[which] for which in batch)
 
     def validation_blocks(self) -> Iterator[Block]:
         """The blocks that all ranks together read in a validation, in that order."""
-        return self._blocks("val", "shuffled")
+        return self._evaluation_loader("val", "shuffled").blocks()
 
-    def _blocks(self, split: str, order: Order) -> Iterator[Block]:
-        dataset = self._dataset(split, order)
-        dataset.distributed_env = _DistributedEnv(world_size=1, global_rank=0, num_nodes=1)
-        return iter(dataset)
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in the data.
+
+        The loader has it too, but Lightning restores no loader where an epoch has ended and epochs are counted.
+        """
+        return {"train": self._train.state_dict()} if self._train is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next `train_dataloader` go on from there."""
+        self._train_state = state_dict.get("train")
+
+    @property
+    def batches_read(self) -> int:
+        """Batches that this rank has trained on since the first step of the run."""
+        return self._train.batches_read if self._train is not None else 0
+
+    def ledger_header(self, batch: int) -> LedgerHeader:
+        """What the ledger says of the batches from number `batch` on."""
+        return LedgerHeader(
+            datasets=[
+                LedgerDataset(part.name, part.fingerprint, part.weight, list(part.counts))
+                for part in (dataset.part(self.seq_len) for dataset in self.datasets)
+            ],
+            rank=self._rank,
+            world_size=self._world_size,
+            ranks_per_block=self.ranks_per_block,
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            batch=batch,
+        )

@@ -1,54 +1,106 @@
-"""What a source gives: documents (repositories) made of files, listed without reading a byte of their content."""
+"""What a source gives: units that one process reads at a time, each with repositories made of files."""
 
-import hashlib
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+from muse_lightning.errors import UserError
+
+
+class DamagedSource(ValueError):  # noqa: N818
+    """A unit that cannot be read as a whole: a corrupt archive, missing git objects. The text is one line.
+
+    Raised by `SourceUnit.read`, or while the files of one of its repositories are consumed. What the unit gave before
+    is then dropped, the unit is counted and named, and the preparation goes on.
+    """
+
 
 @dataclass(frozen=True)
-class SourceFile(ABC):
-    """One file of a repository, by name until it is read."""
+class ArchiveLimits:
+    """What one archive may unpack to, against decompression bombs; one that exceeds them is a damaged unit."""
+
+    max_members: int = 1_000_000
+    """Members of any kind."""
+    max_unpacked_bytes: int = 16 << 30
+    """Bytes of all members together."""
+    max_ratio: int = 200
+    """Unpacked bytes per byte of the archive. deflate reaches 1032 at most (zlib.net/zlib_tech.html); source text
+    rarely more than 10."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_members", "max_unpacked_bytes", "max_ratio"):
+            if getattr(self, name) < 1:
+                raise UserError(f"archive_limits.{name}: {getattr(self, name)} found, at least 1 expected")
+
+
+DEFAULT_ARCHIVE_LIMITS = ArchiveLimits()
+
+
+@dataclass(frozen=True)
+class ReadLimits(ArchiveLimits):
+    """What a source may take into memory or unpack."""
+
+    max_file_bytes: int = 1_000_000
+    """Longer files are counted (`oversize`) without being read into memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a repository."""
 
     path: str
-    """Path inside the repository with forward slashes. Bytes that are not UTF-8 are kept as `os.fsdecode` does
+    """Inside the repository, with forward slashes. Bytes that are not UTF-8 as `os.fsdecode` gives them
     (surrogates)."""
-    size: int
-    """Length in bytes when it was listed."""
-    stamp: str
-    """A text that changes whenever the content may have changed."""
-
-    @abstractmethod
-    def read(self) -> bytes:
-        """The whole content. Raises OSError when the file cannot be read."""
+    content: bytes
+    for_licence: bool = False
+    """Whether the file is given only so that the repository's licences can be found: counted as `suffix`, never
+    kept."""
 
 
-@dataclass(frozen=True)
-class Document:
-    """One repository, or one part of a huge one: the unit of splitting, shuffling and document masks."""
+@dataclass
+class Repository:
+    """A document to be, as a source reads it."""
 
     name: str
-    """Name of the repository, as the model sees it. All documents of one name land in the same split."""
-    files: tuple[SourceFile, ...]
-    part: str = ""
-    """Where a cut repository goes on: the path of the part's first file. Empty for a whole repository."""
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    """Number of files left out while listing, by reason."""
+    """As the model sees it. All documents of one name, from any unit and any source, land in the same split."""
+    files: Iterable[SourceFile]
+    """Consumed once, in a deterministic order, one in memory at a time."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """While the files are consumed, the source counts here by reason what it leaves out."""
+    licence: str | None = None
+    """SPDX expression, where the source declares one."""
+    revision: str = ""
+    """Commit or version, where there is one."""
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files, as listed."""
-        return sum(file.size for file in self.files)
+
+class SourceUnit(ABC):
+    """What one process reads at a time: a folder, an archive, a git repository at a commit, a table file.
+
+    Contract: it can be pickled; reading is deterministic, executes and imports nothing of what it reads, and never
+    leaves the place it describes (no symbolic link is followed).
+    """
+
+    name: str
+    """Unique in its source. Decides the order; shown in messages."""
+    size: int
+    """Bytes, about: for progress and to share out the work."""
+    stamp: str
+    """Changes whenever the content may have changed."""
+
+    @abstractmethod
+    def read(self, limits: ReadLimits) -> Iterator[Repository]:
+        """The repositories of this unit. The files of one are consumed before the next is asked for.
+
+        Raises:
+            DamagedSource: the unit cannot be read.
+        """
 
 
 class DocumentSource(ABC):
-    """Lists documents. A recipe names a class of this kind by `class_path`; its constructor arguments are its fields.
-
-    Contract: listing is deterministic (equal files give equal documents in equal order), reads no file, executes and
-    imports nothing of what it lists, and follows no symbolic link. Documents can be pickled.
-    """
+    """A place that documents come from. A recipe names a class of this kind by `class_path`; its constructor arguments
+    are its fields."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -56,67 +108,9 @@ class DocumentSource(ABC):
         depends on."""
 
     @abstractmethod
-    def documents(self) -> Iterator[Document]:
-        """All documents, sorted by name.
+    def units(self) -> Iterator[SourceUnit]:
+        """All units, sorted by the bytes of their names. Cheap: nothing is read that a stamp does not need.
 
         Raises:
             UserError: the place that the source describes is missing, empty or unreadable.
         """
-
-
-def listing_digest(documents: list[Document]) -> str:
-    """Hexadecimal SHA-256 over name, path, size and stamp of every file: equal exactly when nothing that was listed
-    changed."""
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(b"\0document\0" + os.fsencode(document.name))
-        for file in document.files:
-            # NUL cannot occur in a path, so that no two listings run together into the same bytes.
-            digest.update(b"\0" + os.fsencode(file.path) + f"\0{file.size}\0{file.stamp}".encode())
-    return digest.hexdigest()
-
-
-def cut_by_folder(document: Document, max_bytes: int) -> list[Document]:
-    """Cut a repository into documents of at most `max_bytes` listed bytes, keeping folders together where they fit.
-
-    Sub-folders that are too large are cut in turn; neighbours in path order are put together as long as they fit. A
-    single larger file stays a document of its own. Every part keeps the repository's name and the full paths.
-    """
-    if document.size <= max_bytes:
-        return [document]
-    files = sorted(document.files, key=lambda file: os.fsencode(file.path).split(b"/"))
-    parts: list[list[SourceFile]] = []
-    current: list[SourceFile] = []
-    # Groups still to be placed, last first: (files, depth of the path component at which to cut them).
-    pending = [(files, 0)]
-    while pending:
-        group, depth = pending.pop()
-        size = sum(file.size for file in group)
-        if size > max_bytes and len(group) > 1:
-            pending.extend((child, depth + 1) for child in reversed(_children(group, depth)))
-            continue
-        if current and sum(file.size for file in current) + size > max_bytes:
-            parts.append(current)
-            current = []
-        current = current + group
-    if current:
-        parts.append(current)
-    return [
-        replace(document, files=tuple(part), part=part[0].path, skipped=document.skipped if index == 0 else {})
-        for index, part in enumerate(parts)
-    ]
-
-
-def _children(files: list[SourceFile], depth: int) -> list[list[SourceFile]]:
-    """Files grouped by the sub-folder they lie in at `depth`; a file directly in the folder is a group of its own."""
-    groups: list[list[SourceFile]] = []
-    last_folder: str | None = None
-    for file in files:
-        components = file.path.split("/")
-        folder = components[depth] if len(components) > depth + 1 else None
-        if folder is not None and folder == last_folder:
-            groups[-1].append(file)
-        else:
-            groups.append([file])
-        last_folder = folder
-    return groups

@@ -5,23 +5,32 @@ from pathlib import Path
 
 from muse_lightning.data.card import TOKENIZER_NAME, DatasetCard, check_index, count_blocks, read_card
 from muse_lightning.data.item_loader import read_block
+from muse_lightning.data.length_histogram import draw_lengths
 from muse_lightning.data.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
 from muse_lightning.errors import UserError
 
+_SHOWN = 12
 
-def inspect(dataset: Path, split: str = "train", block: int | None = None, seq_len: int = 2048) -> None:
-    """Show a prepared dataset's card, and decode one of its blocks with the documents in it.
+
+def inspect(
+    dataset: Path, split: str = "train", block: int | None = None, seq_len: int = 2048, histogram: Path | None = None
+) -> None:
+    """Show a prepared dataset's card, decode one of its blocks with the documents in it, draw how long documents are.
 
     Args:
         dataset: Folder of the prepared dataset.
         split: The split that the block is taken from.
         block: Number of the block in stored order, from 0; null shows the card alone.
         seq_len: Context of the block in tokens.
+        histogram: PNG file to draw the lengths of all documents in; null draws none.
     """
     card = read_card(dataset)
     print("\n".join(describe_card(dataset, card)))
     if block is not None:
         print("\n".join(describe_block(dataset, card, split, block, seq_len)))
+    if histogram is not None:
+        draw_lengths(dataset, card, histogram)
+        print(f"lengths of documents: {histogram}")
 
 
 def describe_card(dataset: Path, card: DatasetCard) -> list[str]:
@@ -29,8 +38,14 @@ def describe_card(dataset: Path, card: DatasetCard) -> list[str]:
     lines = [
         f"{dataset}: fingerprint {card.fingerprint[:12]}, format {card.format_version}",
         f"tokenizer {card.tokenizer['name']}: {card.tokenizer['vocab_size']:,} ids, stored as {card.dtype}",
-        f"sources: {', '.join(_source_text(source) for source in card.inputs['sources'])}",
     ]
+    for source in card.sources:
+        revisions = f", {len(source['revisions']):,} revisions" if source["revisions"] else ""
+        lines.append(
+            f"source {_source_text(source['identity'])}: {source['units']:,} units read, {source['documents']:,} "
+            f"documents, {source['files']:,} files, {source['bytes']:,} bytes{revisions}"
+        )
+        lines += [f"  damaged: {_printable(unit)}: {why}" for unit, why in source["damaged"].items()]
     for name, split in card.splits.items():
         long_share = ", ".join(f">= {int(k) // 1024}k {v:.0%}" for k, v in split.long_document_share.items())
         lines.append(
@@ -40,6 +55,10 @@ def describe_card(dataset: Path, card: DatasetCard) -> list[str]:
         )
     skipped = ", ".join(f"{reason} {count:,}" for reason, count in card.skipped_files.items()) or "none"
     lines.append(f"files: {card.files:,} written; left out: {skipped}")
+    for reason, gone in card.dropped_documents.items():
+        lines.append(f"documents left out for {reason}: {gone['documents']:,} ({gone['bytes']:,} bytes)")
+    lines.append(f"languages by bytes: {_shares(card.languages)}")
+    lines.append(f"licences by bytes: {_shares(card.licences)}")
     thresholds = {**card.inputs["filters"], **card.inputs["limits"]}
     lines.append("made with: " + ", ".join(f"{key} {value}" for key, value in thresholds.items()))
     return lines
@@ -79,3 +98,16 @@ def _stored_tokenizer(dataset: Path, card: DatasetCard) -> Tokenizer:
 
 def _source_text(source: dict[str, object]) -> str:
     return f"{source['class']}({', '.join(f'{key}={value}' for key, value in source.items() if key != 'class')})"
+
+
+def _shares(counts: dict[str, dict[str, int]]) -> str:
+    """The largest shares of the bytes, and how many others there are."""
+    total = sum(count["bytes"] for count in counts.values())
+    largest = sorted(counts, key=lambda name: -counts[name]["bytes"])[:_SHOWN]
+    shown = [f"{name} {counts[name]['bytes'] / total:.1%}" for name in largest]
+    return ", ".join([*shown, f"{len(counts) - _SHOWN} more"] if len(counts) > _SHOWN else shown)
+
+
+def _printable(name: str) -> str:
+    """A name that any terminal takes: bytes that were not UTF-8 as a replacement character."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,10 +1,9 @@
-"""Documents to one litdata chunk: read, filter, encode, write. A shard is written by one process and depends on
-nothing else."""
+"""Third stage: ids to litdata chunks. A shard is one chunk, written by one thread, and depends on nothing else."""
 
+import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +13,64 @@ from litdata import TokensLoader
 from litdata.streaming.writer import BinaryWriter
 
 from muse_lightning.data.card import INDEX_NAME, ChunkEntry
-from muse_lightning.data.documents import Document
-from muse_lightning.data.filters import Filters
-from muse_lightning.data.selection import FileOrder, order_files
-from muse_lightning.data.tokenizer import Tokenizer
-from muse_lightning.files import sha256_file
+from muse_lightning.data.encoding import EncodedPart
+from muse_lightning.data.jobs import Job, Meter
+from muse_lightning.errors import UserError
+from muse_lightning.files import sha256_bytes, sha256_file
 
-# Text given to the tokenizer at once: enough to keep its threads busy, little enough for their results.
-_ENCODE_BYTES = 4 << 20
 # litdata's offsets are uint32. A shard is cut long before this, so that it is always one chunk.
 _LITDATA_CHUNK_BYTES = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """What one process needs to write one shard."""
+class ShardJob(Job):
+    """Documents to write into one chunk."""
 
-    folder: Path
     index: int
-    documents: list[Document]
-    filters: Filters
-    file_order: FileOrder
-    seed: int
+    parts: list[Path]
+    """Files of ids."""
+    part: np.ndarray
+    """int64 [documents]. The file of each document."""
+    start: np.ndarray
+    """int64 [documents]. Its first id there."""
+    tokens: np.ndarray
+    """int64 [documents]."""
+    dtype: str
+    key: str
+    size: int
 
-
-@dataclass
-class ShardResult:
-    """What was written. `chunk` and `config` are None when no file passed the filters."""
-
-    chunk: ChunkEntry | None = None
-    litdata_chunk: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    document_tokens: list[int] = field(default_factory=list)
-    text_bytes: int = 0
-    files: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
+    def run(self, folder: Path, context: Any, meter: Meter) -> dict[str, Any]:
+        writer = _ShardWriter(folder, self.index)
+        itemsize = np.dtype(self.dtype).itemsize
+        # litdata's chunk: number of items, where each begins and the last ends, the items.
+        header_bytes = 4 * (len(self.part) + 2)
+        ends = header_bytes + itemsize * np.cumsum(self.tokens)
+        if ends[-1] > _LITDATA_CHUNK_BYTES:
+            raise UserError("data.chunk_bytes: a chunk of 4 GiB or more cannot be written; make it smaller")
+        digest = hashlib.sha256(np.array([len(self.part), header_bytes, *ends], dtype="<u4").tobytes())
+        for row, (part, start, tokens) in enumerate(
+            zip(self.part.tolist(), self.start.tolist(), self.tokens.tolist(), strict=True)
+        ):
+            ids = np.fromfile(self.parts[part], dtype=self.dtype, count=tokens, offset=start * itemsize)
+            digest.update(ids.tobytes())
+            writer.add_item(row, torch.from_numpy(ids))
+        writer.done()
+        # litdata leaves each writer's part of the index in a file of its own, to be merged.
+        index = folder / f"{self.index}.{INDEX_NAME}"
+        content = json.loads(index.read_text())
+        index.unlink()
+        (litdata_chunk,) = content["chunks"]
+        path = folder / litdata_chunk["filename"]
+        chunk = ChunkEntry(
+            filename=path.name,
+            sha256=digest.hexdigest(),
+            size_bytes=int(ends[-1]),
+            tokens=int(self.tokens.sum()),
+            documents=len(self.part),
+        )
+        check_written(path, chunk)
+        meter(self.size, 0, chunk.tokens)
+        return {"chunk": asdict(chunk), "litdata_chunk": litdata_chunk, "config": content["config"]}
 
 
 class _ShardWriter(BinaryWriter):
@@ -64,97 +86,45 @@ class _ShardWriter(BinaryWriter):
         return self._shard
 
 
-def write_shard(
-    job: ShardJob, tokenizer: Tokenizer, advance: Callable[[Document, int, int], None] | None = None
-) -> ShardResult:
-    """Write one shard.
+def check_written(path: Path, chunk: ChunkEntry) -> None:
+    """Compare a chunk on the disk with what it should be.
 
-    Args:
-        job: The documents, and where to write them.
-        tokenizer: Text to ids.
-        advance: Called after each document with the document, its number of files and its number of tokens.
+    Raises:
+        UserError: it is something else.
     """
-    result = ShardResult()
-    writer = _ShardWriter(job.folder, job.index)
-    for document in job.documents:
-        ids, files = encode_document(document, tokenizer, job.filters, job.file_order, job.seed, result.skipped)
-        if files:
-            writer.add_item(len(result.document_tokens), torch.from_numpy(ids))
-            result.document_tokens.append(len(ids))
-            result.text_bytes += int(tokenizer.token_bytes[ids].sum())
-            result.files += files
-        if advance is not None:
-            advance(document, files, len(ids))
-    if result.document_tokens:
-        writer.done()
-        # litdata leaves each writer's part of the index in a file of its own, to be merged.
-        part = job.folder / f"{job.index}.{INDEX_NAME}"
-        content = json.loads(part.read_text())
-        part.unlink()
-        result.config = content["config"]
-        (result.litdata_chunk,) = content["chunks"]
-        path = job.folder / result.litdata_chunk["filename"]
-        result.chunk = ChunkEntry(
-            filename=path.name,
-            sha256=sha256_file(path),
-            size_bytes=path.stat().st_size,
-            tokens=sum(result.document_tokens),
-            documents=len(result.document_tokens),
+    if path.stat().st_size != chunk.size_bytes or sha256_file(path) != chunk.sha256:
+        raise UserError(
+            f"data chunk {path}: the disk gives back other bytes than were written; check the disk, then prepare again"
         )
-    return result
 
 
-def encode_document(
-    document: Document,
-    tokenizer: Tokenizer,
-    filters: Filters,
-    file_order: FileOrder,
-    seed: int,
-    skipped: Counter[str],
-) -> tuple[np.ndarray, int]:
-    """Read, filter and encode one document.
-
-    The text is Qwen2.5-Coder's: `<|repo_name|>name`, newline; per file `<|file_sep|>path`, newline, content, and a
-    newline unless the content ends in one; `<|endoftext|>`.
+def shard_jobs(
+    parts: Sequence[EncodedPart], tokens: np.ndarray, part: np.ndarray, shards: Sequence[np.ndarray], dtype: str
+) -> Iterator[ShardJob]:
+    """One job per shard.
 
     Args:
-        skipped: Files left out are counted here by reason.
-    Returns:
-        The ids (empty when no file was kept), and the number of files in them.
+        parts: All ids.
+        tokens: int64 [documents], of all documents in their order.
+        part: int64 [documents]. The number of the part that holds each.
+        shards: For each shard, in its order, its documents.
+        dtype: Of the ids.
     """
-    skipped.update(document.skipped)
-    special = {name: np.array([index], dtype=tokenizer.dtype) for name, index in tokenizer.special_ids.items()}
-    pieces = [special["repo_name"], *tokenizer.encode([_text(document.name) + b"\n"])]
-    files = waiting_bytes = 0
-    waiting: list[bytes] = []
-
-    def flush() -> None:
-        for ids in tokenizer.encode(waiting):
-            pieces.extend((special["file_sep"], ids))
-        waiting.clear()
-
-    for file in order_files(document, file_order, seed):
-        try:
-            content = file.read()
-        except OSError:
-            skipped["unreadable"] += 1
-            continue
-        reason = filters.rejects_content(content)
-        if reason is not None:
-            skipped[reason] += 1
-            continue
-        files += 1
-        waiting.append(_text(file.path) + b"\n" + content + (b"" if content.endswith(b"\n") else b"\n"))
-        waiting_bytes += len(content)
-        if waiting_bytes >= _ENCODE_BYTES:
-            flush()
-            waiting_bytes = 0
-    flush()
-    if not files:
-        return np.empty(0, dtype=tokenizer.dtype), 0
-    return np.concatenate([*pieces, special["end"]]), files
-
-
-def _text(name: str) -> bytes:
-    """A name as bytes; those that were not UTF-8 come back as they are on the disk."""
-    return name.encode("utf-8", errors="surrogateescape")
+    ends = np.cumsum(tokens)
+    first_of_part = np.searchsorted(part, np.arange(len(parts)))
+    starts = ends - tokens
+    starts = starts - starts[first_of_part[part]]
+    for index, rows in enumerate(shards):
+        used, own = np.unique(part[rows], return_inverse=True)
+        told = repr([index, dtype, [parts[number].folder.name for number in used]])
+        key = told.encode() + starts[rows].tobytes() + tokens[rows].tobytes() + own.tobytes()
+        yield ShardJob(
+            index,
+            [parts[number].ids for number in used],
+            own,
+            starts[rows],
+            tokens[rows],
+            dtype,
+            sha256_bytes(key)[:32],
+            int(tokens[rows].sum()),
+        )

@@ -1,224 +1,289 @@
-"""litdata's streaming of one split, in an order that does not depend on the number of data workers.
+"""Batches of blocks, read ahead by worker processes: for training by a plan that can be resumed, for evaluation every
+block once.
 
-litdata deals whole chunks out to workers, so that its batches change with their number. Here the blocks of an epoch
-form one sequence; its batches go to ranks and, within a rank, to workers in turn, which is also how litdata re-deals
-them when a run is resumed on other numbers of ranks and workers. Everything else (reading, worker processes, the exact
-state) is litdata's.
+litdata's StreamingDataset deals whole chunks out to workers, so that batches change with their number; it reads no
+tokens from hf://, cannot give several ranks the same block, and its loader's state was lost where Lightning restores
+none (at the end of an epoch, with max_epochs). Here ids of blocks are dealt out, batch by batch, by torch's DataLoader:
+it keeps their order for any number of workers, and the state is a position in the plan.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
-from litdata import StreamingDataLoader, StreamingDataset
-from litdata.streaming import Cache
-from litdata.streaming.shuffle import Shuffle
-from litdata.utilities.env import _DistributedEnv
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
 
-from muse_lightning.data.card import SplitEntry
-from muse_lightning.data.item_loader import TokensLoader
+from muse_lightning.data.batches import Batch, Collate
+from muse_lightning.data.item_loader import Block, BlockReader
+from muse_lightning.data.mixing import BlockId, Plan, Position
+from muse_lightning.data.order import BlockOrder, Order
+from muse_lightning.data.remote import CachedChunks
 from muse_lightning.errors import UserError
 
-Order = Literal["stored", "shuffled", "reshuffled"]
-"""As stored; one random order for every epoch; another random order in each epoch."""
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch is this process's.
 
-class BlockOrder(Shuffle):
-    """The order of blocks, and which rank and worker reads each.
-
-    An epoch's sequence: chunks, and within each its blocks, both permuted unless the order is "stored". What is left
-    over by whole global batches (`drop_last`), or else by equal numbers of blocks for all ranks, is dropped.
+    Attributes:
+        readers: How many parts there are.
+        reader: Which is ours. Ranks of the same reader read the same blocks.
     """
 
-    def __init__(self, cache: Cache, seed: int, drop_last: bool, order: Order) -> None:
-        super().__init__(cache, seed, drop_last)
-        self.order = order
-        # Blocks of each chunk in the order that __call__ translates to: all of one worker together, then the next
-        # worker's.
-        self._dealt: dict[int, np.ndarray] = {}
+    readers: int = 1
+    reader: int = 0
 
-    def sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Chunk index and block index (counted over all chunks) of every block of an epoch, int64."""
-        intervals = self.cache.get_chunk_intervals()
-        chunks = np.arange(len(intervals))
-        draw = epoch if self.order == "reshuffled" else 0
-        if self.order != "stored":
-            # RandomState, not Generator: its stream is frozen, so that an epoch's order outlives numpy releases.
-            chunks = np.random.RandomState([self.seed, draw]).permutation(chunks)
-        blocks = []
-        for chunk in chunks:
-            inside = np.arange(intervals[chunk][1], intervals[chunk][2])
-            if self.order != "stored":
-                inside = np.random.RandomState([self.seed, draw, chunk]).permutation(inside)
-            blocks.append(inside)
-        return np.repeat(chunks, [len(inside) for inside in blocks]), np.concatenate(blocks)
+    @classmethod
+    def of(cls, rank: int, world_size: int, ranks_per_block: int) -> "Share":
+        """Every `ranks_per_block` ranks that follow each other read the same.
 
-    def get_chunks_and_intervals_per_workers(
-        self, distributed_env: _DistributedEnv, num_workers: int, batch_size: int, current_epoch: int
-    ) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """Per worker (rank * num_workers + worker): the chunks it visits, and an interval of `_dealt` for each
-        visit."""
-        chunks, blocks = self.sequence(current_epoch)
-        world_size = distributed_env.world_size
-        worker, kept = deal(len(chunks), world_size, num_workers, batch_size, self.drop_last)
-        chunks, blocks = chunks[:kept], blocks[:kept]
-        intervals = self.cache.get_chunk_intervals()
-        workers_chunks: list[list[int]] = [[] for _ in range(world_size * num_workers)]
-        workers_intervals: list[list[list[int]]] = [[] for _ in range(world_size * num_workers)]
-        self._dealt = {}
-        # The sequence visits one chunk after the other.
-        borders = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), kept] if kept else []
-        for low, high in pairwise(borders):
-            chunk = int(chunks[low])
-            by_worker = np.argsort(worker[low:high], kind="stable")
-            self._dealt[chunk] = blocks[low:high][by_worker]
-            owners, counts = np.unique(worker[low:high], return_counts=True)
-            begin, _, _, end = intervals[chunk]
-            first = begin
-            for owner, count in zip(owners.tolist(), counts.tolist(), strict=True):
-                workers_chunks[owner].append(chunk)
-                workers_intervals[owner].append([begin, first, first + count, end])
-                first += count
-        return workers_chunks, workers_intervals
-
-    def __call__(self, array: np.ndarray, num_chunks: int, current_epoch: int, chunk_index: int) -> list[int]:
-        """Blocks of one visit, from its positions in the last dealing."""
-        begin = self.cache.get_chunk_intervals()[chunk_index][0]
-        return self._dealt[chunk_index][array - begin].tolist()
+        Raises:
+            UserError: the ranks do not come out even.
+        """
+        if world_size % ranks_per_block:
+            raise UserError(
+                f"data.ranks_per_block: {ranks_per_block} found, a divisor of the {world_size} ranks expected"
+            )
+        return cls(world_size // ranks_per_block, rank // ranks_per_block)
 
 
-def deal(blocks: int, world_size: int, num_workers: int, batch_size: int, drop_last: bool) -> tuple[np.ndarray, int]:
-    """Deal a sequence of blocks out in batches: to ranks in turn, within a rank to workers in turn.
+class DataWorkerError(RuntimeError):
+    """A worker process died."""
 
-    Returns:
-        The worker (rank * num_workers + worker) of each block that is kept, int64, and how many are kept: the first
-        ones. Without `drop_last` the blocks after the last whole global batch are one smaller batch per rank, equal on
-        all ranks.
+
+class BlockLoader:
+    """Batches from ids of blocks. The base of the two loaders below.
+
+    Not itself a torch DataLoader: Lightning would replace the sampler of one.
     """
-    global_batch = world_size * batch_size
-    whole = blocks // global_batch * global_batch
-    kept = whole if drop_last else blocks // world_size * world_size
-    position = np.arange(kept)
-    batch = position // batch_size
-    rank, turn = batch % world_size, batch // world_size
-    if kept > whole:
-        rank[whole:] = (position[whole:] - whole) // ((kept - whole) // world_size)
-    return rank * num_workers + turn % num_workers, kept
+
+    def __init__(self, reader: BlockReader, collate: Collate, num_workers: int) -> None:
+        """
+        Args:
+            reader: Reads a block by its id.
+            collate: Blocks to a batch.
+            num_workers: Processes that read; 0 reads in this one.
+        """
+        self.reader = reader
+        self._collate = collate
+        self._num_workers = num_workers
+        # The libraries that talk to object stores have threads, which a forked process would wait for in vain.
+        is_remote = any(isinstance(split.chunks, CachedChunks) for split in reader.splits)
+        self._start_method = "forkserver" if is_remote and num_workers else None
+        if self._start_method:
+            # Once for all workers, not in each.
+            get_context("forkserver").set_forkserver_preload([__name__])
+
+    def _read(self, batches: Iterable[Sequence[BlockId]]) -> Iterator[Batch]:
+        loader: DataLoader[Any] = DataLoader(
+            self.reader,
+            batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists, read once
+            num_workers=self._num_workers,
+            collate_fn=self._collate,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=self._start_method,
+        )
+        try:
+            yield from loader
+        except UserError as error:
+            if not self._num_workers:
+                raise
+            # torch raises a worker's error again with its whole traceback as the message. The traceback here would keep
+            # the queues to the workers until the cyclic collector frees them, in an order in which torch cannot tell
+            # the workers to end and waits for each of them for five seconds.
+            message = str(error).strip().rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
+            raise UserError(message) from error.with_traceback(None)
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            # The first two are what torch lets through when a worker dies while a batch is being handed over.
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+                raise
+            raise DataWorkerError(
+                "a data worker died: killed, or out of memory; try fewer data.num_workers"
+            ) from error.with_traceback(None)
 
 
-class BlockDataset(StreamingDataset):
-    """Blocks of one split of a prepared dataset."""
+class EvaluationLoader(BlockLoader):
+    """Every block of a split once, of several datasets in one order; without state.
+
+    Batches go to the readers in turn. What the last whole global batch leaves is one smaller batch for each, equal for
+    all: less than a block for each reader is left out.
+    """
 
     def __init__(
         self,
-        folder: Path,
-        entry: SplitEntry,
-        seq_len: int,
+        reader: BlockReader,
+        collate: Collate,
+        num_workers: int,
         *,
-        seed: int,
+        batch_size: int,
+        share: Share,
         order: Order,
-        drop_last: bool,
-        fingerprint: str,
     ) -> None:
-        """
-        Args:
-            folder: The split's folder.
-            entry: Its entry in the card.
-            seq_len: Context; blocks have one token more.
-            seed: Of a random order.
-            order: Of the blocks.
-            drop_last: Whether only whole global batches are read.
-            fingerprint: The dataset's, kept in the state: data that was moved is still the same data.
-        """
-        super().__init__(
-            str(folder),
-            item_loader=TokensLoader(seq_len + 1, entry),
-            shuffle=order == "reshuffled",
-            seed=seed,
-        )
-        self.order = order
-        # Afterwards: the base class warns of not dropping in a distributed run, because its own ranks would get unequal
-        # numbers of blocks.
-        self.drop_last = drop_last
-        self._fingerprint = fingerprint
+        super().__init__(reader, collate, num_workers)
+        self._batch_size = batch_size
+        self._share = share
+        # A validation is the same one in runs of several seeds.
+        self._orders = [BlockOrder(split.counts(reader.seq_len), order, seed=0, epoch=1) for split in reader.splits]
+        sizes = [len(of_one) for of_one in self._orders]
+        self._datasets = np.repeat(np.arange(len(sizes)), sizes)
+        self._offsets = np.concatenate([np.arange(size) for size in sizes])
+        if order != "stored":
+            # Datasets take turns by their sizes, so that the first batches are of all of them.
+            by_share = np.argsort((self._offsets + 0.5) / np.repeat(sizes, sizes), kind="stable")
+            self._datasets, self._offsets = self._datasets[by_share], self._offsets[by_share]
 
-    def _create_shuffler(self, cache: Cache) -> Shuffle:
-        return BlockOrder(cache, self.seed, self.drop_last, self.order)
+    def __len__(self) -> int:
+        of_reader = len(self._offsets) // self._share.readers
+        return -(-of_reader // self._batch_size)
 
-    def state_dict(self, num_samples_yielded: int, num_workers: int, batch_size: int) -> dict[str, Any]:
-        state = super().state_dict(num_samples_yielded, num_workers, batch_size)
-        return {**state, "fingerprint": self._fingerprint}
+    def __iter__(self) -> Iterator[Batch]:
+        return self._read([self._id(position) for position in positions] for positions in self._positions())
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state.
+    def blocks(self) -> Iterator[Block]:
+        """The blocks that all readers together read, in order."""
+        positions = range(len(self._offsets) // self._share.readers * self._share.readers)
+        return (self.reader[self._id(position)] for position in positions)
 
-        Raises:
-            UserError: it was saved with other data, another seed or another context.
-        """
-        block_size = state_dict["item_loader"]["block_size"]
-        for name, saved, current in (
-            ("data.dataset (fingerprint)", state_dict["fingerprint"][:12], self._fingerprint[:12]),
-            ("data.seed", state_dict["seed"], self.seed),
-            ("data.seq_len", block_size - 1, self.item_loader.state_dict()["block_size"] - 1),
-        ):
-            if saved != current:
-                raise UserError(
-                    f"{name}: {current} found, but the checkpoint's data state was saved with {saved}; "
-                    "resume with that, or start a new run from the checkpoint's weights"
-                )
-        super().load_state_dict({**state_dict, "input_dir_path": self.input_dir.path})
+    def _positions(self) -> Iterator[range]:
+        readers, reader = self._share.readers, self._share.reader
+        whole, left = divmod(len(self._offsets) // readers, self._batch_size)
+        for batch in range(whole):
+            first = (batch * readers + reader) * self._batch_size
+            yield range(first, first + self._batch_size)
+        if left:
+            first = whole * readers * self._batch_size + reader * left
+            yield range(first, first + left)
+
+    def _id(self, position: int) -> BlockId:
+        dataset = int(self._datasets[position])
+        return BlockId(dataset, 1, *self._orders[dataset][int(self._offsets[position])])
 
 
-class BlockLoader(StreamingDataLoader):
-    """litdata's loader, exact on other numbers of ranks and workers, and with a worker's UserError as one line."""
+class TrainLoader(BlockLoader):
+    """The batches of a plan, epoch after epoch. Its state is the position after the last batch that was handed out,
+    whatever the workers have read ahead.
 
-    restore: bool
+    An iteration goes on where the last one stopped, to the end of the epoch of the plan.
 
-    def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on after the batches that a state has seen.
+    Attributes:
+        batches_read: Batches handed out since the first step of the run, by this rank.
+    """
 
-        The state is restated for the ranks, workers and batch size of this run: the sequence of blocks depends on none
-        of them. litdata's own way of re-dealing cuts the rest of the epoch to whole batches of all workers, and would
-        lose the last ones. Where the global batch changed and the position is inside a new one, that one is read from
-        its start.
+    def __init__(
+        self,
+        reader: BlockReader,
+        collate: Collate,
+        num_workers: int,
+        *,
+        plan: Plan,
+        batch_size: int,
+        share: Share,
+    ) -> None:
+        super().__init__(reader, collate, num_workers)
+        self.plan = plan
+        self._batch_size = batch_size
+        self._share = share
+        self._position = plan.start()
+        self.batches_read = 0
+        # Batches of this epoch that the trainer has counted, and whether that was before a resume.
+        self._counted = 0
+        self._is_resuming = False
+
+    def __len__(self) -> int:
+        """Batches of this epoch, those before a resume included: a trainer that resumes has counted them."""
+        position = self.plan.begin(self._position)
+        counted = self._counted if position == self._position else 0
+        return counted + self.plan.batches_left(position)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._is_resuming:
+            self._counted = 0
+        self._is_resuming = False
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[Batch]:
+        # Here and not in __iter__: Lightning may ask for an iterator long before it uses it.
+        begin = self.plan.begin(self._position)
+        if begin != self._position:
+            self._position, self._counted = begin, 0
+        ahead: deque[Position] = deque()
+        with Prefetch(self.reader, self.plan) as prefetch:
+            for batch in self._read(self._ids(ahead, prefetch.see)):
+                self._position = ahead.popleft()
+                self._counted += 1
+                self.batches_read += 1
+                yield batch
+
+    def _ids(self, ahead: deque[Position], see: Callable[[BlockId], None]) -> Iterator[list[BlockId]]:
+        first = self._share.reader * self._batch_size
+        for batch, position in self.plan.epoch(self._position):
+            mine = batch[first : first + self._batch_size]
+            for which in mine:
+                see(which)
+            ahead.append(position)
+            yield mine
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, in plain values. The same on all ranks."""
+        return {
+            "seq_len": self.reader.seq_len,
+            "batches_read": self.batches_read,
+            "counted": self._counted,
+            "plan": self.plan.to_state(self._position),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the blocks that a state has seen, on any number of ranks and workers and with any batch size.
 
         Raises:
             UserError: the state is of other data, another seed or another context.
         """
-        saved = obj["dataset"]
-        world_size = self.dataset.distributed_env.world_size
-        workers = max(self.num_workers, 1)
-        batches = saved["num_samples_yielded"] * saved["world_size"] // (world_size * self.batch_size)
-        samples = batches * self.batch_size
-        state = {
-            **saved,
-            "num_samples_yielded": samples,
-            "sample_in_epoch": samples * world_size,
-            "world_size": world_size,
-            "num_workers": workers,
-            "batch_size": self.batch_size,
-        }
-        super().load_state_dict(
-            {**obj, "dataset": state, "num_samples_yielded": samples, "latest_worker_idx": (batches - 1) % workers}
-        )
+        if state["seq_len"] != self.reader.seq_len:
+            raise UserError(
+                f"data.seq_len: {self.reader.seq_len} found, but the checkpoint's data state was saved with "
+                f"{state['seq_len']}; resume with that, or start a new run from the checkpoint's weights"
+            )
+        self._position, notes = self.plan.from_state(state["plan"])
+        for note in notes:
+            rank_zero_info(note)
+        self.batches_read = state["batches_read"]
+        self._counted = state["counted"]
+        self._is_resuming = True
 
-    def __iter__(self) -> Iterator[Any]:
-        left = len(self) - (self._num_samples_yielded_streaming // self.batch_size if self.restore else 0)
-        try:
-            for batch in super().__iter__():
-                left -= 1
-                if left == 0:
-                    # Lightning knows the length and asks for nothing after the last batch. litdata, which ends a
-                    # resume only when it is asked, would go on from the checkpoint again instead of starting the next
-                    # epoch.
-                    self.restore = False
-                yield batch
-        except UserError as error:
-            # torch raises a worker's error again with its whole traceback as the message.
-            message = str(error).strip().rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
-            raise UserError(message) from error
-        except (ConnectionError, EOFError) as error:
-            # What torch lets through when a worker dies while a batch is being handed over.
-            raise RuntimeError("a data worker died: killed, or out of memory; try fewer data.num_workers") from error
+
+class Prefetch:
+    """Fetches the chunks that a plan reads next, so that workers find them there. For local files there is nothing to
+    do, and a failure is left to the worker that needs the file."""
+
+    def __init__(self, reader: BlockReader, plan: Plan) -> None:
+        self._reader = reader
+        self._plan = plan
+        self._seen: dict[int, tuple[int, int]] = {}
+        # Two chunks of each dataset, or the one that is read would make room for the next.
+        needed = 2 * sum(max(chunk.size_bytes for chunk in split.entry.chunks) for split in reader.splits)
+        caches = [split.chunks.cache for split in reader.splits if isinstance(split.chunks, CachedChunks)]
+        self._has_room = all(cache.max_bytes >= needed for cache in caches)
+        # Its threads start with the first file that is fetched: none where all is local.
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prefetch")
+
+    def see(self, which: BlockId) -> None:
+        """Note that a block is about to be read: the first one of a chunk starts the fetching of the next chunk."""
+        chunks = self._reader.splits[which.dataset].chunks
+        if not isinstance(chunks, CachedChunks) or self._seen.get(which.dataset) == (which.epoch, which.chunk):
+            return
+        self._seen[which.dataset] = which.epoch, which.chunk
+        following = self._plan.order(which.dataset, which.epoch).chunk_after(which.chunk) if self._has_room else None
+        for chunk in [which.chunk] if following is None else [which.chunk, following]:
+            self._threads.submit(chunks.fetch, self._reader.splits[which.dataset].entry.chunks[chunk])
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,18 +1,22 @@
 """Training of a byte-level BPE tokenizer on a source: `muse tokenizer train`."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from muse_lightning.data.documents import DocumentSource
+from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLimits, Repository, SourceUnit
 from muse_lightning.data.filters import DEFAULT_FILTERS, Filters
-from muse_lightning.data.selection import Limits, choose_documents
+from muse_lightning.data.selection import order_key
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens
 from muse_lightning.errors import UserError
 from muse_lightning.files import atomic_write
+
+# Of max_bytes: reading stops when so much is there, since the last bytes may be found only after many large files.
+_ENOUGH = 0.99
 
 
 def train_tokenizer(
@@ -31,7 +35,7 @@ def train_tokenizer(
         sources: Where the text comes from, as in a recipe's data.sources.
         output: The file to write, or the folder to write tokenizer.json in. Replaced when it exists.
         vocab_size: Number of ids: 256 bytes, the special tokens, the rest merges.
-        max_bytes: Most bytes of text to learn from. Whole documents are taken in seeded order.
+        max_bytes: Most bytes of text to learn from, taken in seeded order.
         max_documents: Most documents to learn from; null for no limit.
         seed: Which documents are taken when a limit applies.
         filters: Which files are left out.
@@ -48,23 +52,28 @@ def train_tokenizer(
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: cannot create {output.parent}: {error.strerror}") from error
-    listed = [document for source in sources for document in source.documents()]
-    documents = choose_documents(listed, Limits(max_documents, max_bytes), filters, seed)
-
-    files = used = 0
+    units = [unit for source in sources for unit in source.units()]
+    # Stable: equal names of two sources stay in the order of the sources.
+    units.sort(key=lambda unit: order_key(seed, unit.name, ""))
+    files = used = documents = 0
 
     def texts() -> Iterator[str]:
-        nonlocal files, used
-        for document in documents:
-            for file in document.files:
-                try:
-                    content = file.read()
-                except OSError:
+        nonlocal files, used, documents
+        for repository in _repositories(units, ReadLimits(max_file_bytes=filters.max_file_bytes)):
+            kept = 0
+            for file in repository.files:
+                if file.for_licence or filters.check(file.path, file.content).reason is not None:
                     continue
-                if filters.rejects_content(content) is None:
-                    files += 1
-                    used += len(content)
-                    yield content.decode()
+                if max_bytes is not None and used + len(file.content) > max_bytes:
+                    continue
+                kept += 1
+                used += len(file.content)
+                yield file.content.decode()
+            files += kept
+            documents += kept > 0
+            is_full = max_bytes is not None and used >= _ENOUGH * max_bytes
+            if is_full or (max_documents is not None and documents >= max_documents):
+                return
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,8 +86,14 @@ def train_tokenizer(
     )
     tokenizer.train_from_iterator(texts(), trainer)
     if not files:
-        raise UserError(
-            f"sources: no file of {len(listed)} listed repositories passes the filters; nothing to train on"
-        )
+        raise UserError(f"sources: no file of {len(units)} listed units passes the filters; nothing to train on")
     atomic_write(output, tokenizer.to_str(pretty=True))
     print(f"{output}: {tokenizer.get_vocab_size():,} tokens, from {files:,} files, {used / 1e6:,.1f} MB")
+
+
+def _repositories(units: Sequence[SourceUnit], limits: ReadLimits) -> Iterator[Repository]:
+    for unit in units:
+        try:
+            yield from unit.read(limits)
+        except DamagedSource as error:
+            print(f"left out, damaged: {unit.name}: {error}", file=sys.stderr, flush=True)

@@ -45,3 +45,34 @@ def make_data(tmp_path: Path, repositories: Path) -> Callable[..., TokenDataModu
         return TokenDataModule(**{**defaults, **arguments})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared dataset that tests only read, with two chunks or more in `train` and in `val`."""
+    root = tmp_path_factory.mktemp("prepared")
+    return prepare_small(root, seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one, of other text."""
+    root = tmp_path_factory.mktemp("other")
+    return prepare_small(root, seed=1)
+
+
+def prepare_small(root: Path, seed: int) -> Path:
+    """Prepare a dataset of pseudo-text in `root`."""
+    sources = [Folders(write_repositories(root / "repositories", seed=seed))]
+    dataset = root / "dataset"
+    data = TokenDataModule(
+        str(dataset),
+        sources,
+        seq_len=1,
+        batch_size=1,
+        val_fraction=0.3,
+        max_document_bytes=6000,
+        chunk_bytes=6000,
+    )
+    data.prepare_data()
+    return dataset

@@ -43,10 +43,10 @@ def test_share_of_long_documents():
     [
         (None, r"is not a prepared dataset: dataset.json: No such file or directory; `muse prepare` makes one"),
         ("{", r"dataset.json is damaged: not JSON"),
-        ("[]", r"format_version None found, 1 expected"),
-        ('{"format_version": 2}', r"format_version 2 found, 1 expected"),
-        ('{"format_version": 1, "splits": {}}', r"dataset.json is damaged: .*missing"),
-        ('{"format_version": 1, "splits": {"train": {"chunks": []}}}', r"dataset.json is damaged"),
+        ("[]", r"format_version None found, 2 expected"),
+        ('{"format_version": 1}', r"format_version 1 found, 2 expected"),
+        ('{"format_version": 2, "splits": {}}', r"dataset.json is damaged: .*missing"),
+        ('{"format_version": 2, "splits": {"train": {"chunks": []}}}', r"dataset.json is damaged"),
     ],
 )
 def test_what_is_no_card(tmp_path, content, message):

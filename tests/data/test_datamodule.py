@@ -40,7 +40,7 @@ def test_fields_come_from_yaml(repositories, tmp_path):
     config = parser.parse_string(text)
     data = parser.instantiate(config).data
     assert isinstance(data.sources[0], Folders)
-    assert data.sources[0].suffixes == (".py",)
+    assert data.sources[0].rules.suffixes == (".py",)
     assert isinstance(data.sources[1], PythonPackages)
     assert data.preparation.filters == Filters(max_line_bytes=300)
     assert data.tokenizer.special_tokens.end == "<eos>"

@@ -1,9 +1,14 @@
 """`muse data inspect`: what it prints."""
 
+import os
+
 import pytest
 
+from muse_lightning.data import TokenDataModule
 from muse_lightning.data.inspection import inspect
+from muse_lightning.data.length_histogram import document_lengths
 from muse_lightning.errors import UserError
+from tests.data.memory_source import MemorySource, MemoryUnit, text
 
 
 @pytest.fixture
@@ -16,32 +21,39 @@ def data(make_data, repositories):
 
 def test_card(data, capsys):
     inspect(data.dataset)
-    text = capsys.readouterr().out
+    printed = capsys.readouterr().out
     card = data.card
-    assert card.fingerprint[:12] in text
-    assert "tokenizer bytes: 259 ids, stored as uint16" in text
-    assert "Folders(path=" in text
-    assert f"train: {card.splits['train'].documents} documents, {card.splits['train'].tokens:,} tokens" in text
-    assert f"files: {card.files} written; left out: binary 1" in text
-    assert "max_file_bytes 1000000" in text
-    assert "max_document_bytes 100000" in text
-    assert "block" not in text
+    assert card.fingerprint[:12] in printed
+    assert "tokenizer bytes: 259 ids, stored as uint16" in printed
+    source = card.sources[0]
+    assert "source Folders(path=" in printed
+    assert (
+        f"{source['units']} units read, {source['documents']} documents, {card.files} files, {source['bytes']:,}"
+        in printed
+    )
+    assert "languages by bytes: python 100.0%" in printed
+    assert "licences by bytes: unknown 100.0%" in printed
+    assert f"train: {card.splits['train'].documents} documents, {card.splits['train'].tokens:,} tokens" in printed
+    assert f"files: {card.files} written; left out: binary 1" in printed
+    assert "max_file_bytes 1000000" in printed
+    assert "max_document_bytes 100000" in printed
+    assert "block" not in printed
 
 
 def test_every_block_decodes_to_the_documents_in_it(data, capsys):
-    text = ""
+    found = ""
     for block in range(card_blocks := sum(chunk.tokens // 501 for chunk in data.card.splits["train"].chunks)):
         inspect(data.dataset, block=block, seq_len=500)
         printed = capsys.readouterr().out
         assert f"block {block} of {card_blocks} in train: 501 tokens" in printed
-        text += printed
-    assert text.count("document begins ---\n<|repo_name|>repo") == text.count("document begins") > 1
-    assert text.count("--- tokens 0 to ") == card_blocks
+        found += printed
+    assert found.count("document begins ---\n<|repo_name|>repo") == found.count("document begins") > 1
+    assert found.count("--- tokens 0 to ") == card_blocks
 
 
 def test_boundaries_by_hand(data, capsys):
     data.predict_split = "val"
-    blocks = list(data.predict_dataloader().dataset)
+    blocks = list(data.predict_dataloader().blocks())
     row = next(i for i, block in enumerate(blocks) if (block.starts > 0).any())
     tokens = blocks[row].tokens.numpy()
     (position,) = blocks[row].starts[blocks[row].starts > 0].tolist()
@@ -60,6 +72,34 @@ def test_only_the_chunk_of_the_block_is_read(data, capsys):
     assert f"block {count - 1} of {count}" in capsys.readouterr().out
     with pytest.raises(UserError, match=first.filename):
         inspect(data.dataset, block=0, seq_len=500)
+
+
+def test_damage_revisions_and_dropped_documents(tmp_path, capsys):
+    units = [MemoryUnit("a", (("a", {"a.py": text(1, 900), "b.c": text(2, 100)}),), licence="MIT", revision="v1")]
+    units += [MemoryUnit(os.fsdecode(b"b\xe9d"), (("b", {"b.py": b"x\n"}),), damaged="no end")]
+    units += [MemoryUnit("c", (("c", {"c.py": b"x = 1\n"}),))]
+    limits = {"min_document_tokens": 50, "val_fraction": 0}
+    TokenDataModule(tmp_path / "set", [MemorySource(units)], seq_len=8, batch_size=1, **limits).prepare_data()
+    inspect(tmp_path / "set")
+    printed = capsys.readouterr().out
+    assert "3 units read, 1 documents, 2 files, 1,000 bytes, 1 revisions\n  damaged: b\ufffdd: no end\n" in printed
+    assert "documents left out for min_document_tokens: 1 (6 bytes)\n" in printed
+    assert "languages by bytes: python 90.0%, c 10.0%\n" in printed
+    assert "licences by bytes: MIT 100.0%\n" in printed
+
+
+def test_histogram(data, capsys, tmp_path):
+    inspect(data.dataset, histogram=tmp_path / "lengths.png")
+    assert f"lengths of documents: {tmp_path / 'lengths.png'}" in capsys.readouterr().out
+    content = (tmp_path / "lengths.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    inspect(data.dataset, histogram=tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == content
+    for split, entry in data.card.splits.items():
+        lengths = document_lengths(data.dataset, data.card, split)
+        assert (len(lengths), lengths.sum(), lengths.min() > 0) == (entry.documents, entry.tokens, True)
+    with pytest.raises(UserError, match=r"histogram: cannot write .*nowhere.*: No such file"):
+        inspect(data.dataset, histogram=tmp_path / "nowhere" / "a.png")
 
 
 @pytest.mark.parametrize(

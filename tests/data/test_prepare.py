@@ -12,8 +12,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from muse_lightning.data import TokenDataModule, prepare
+from muse_lightning.data import TokenDataModule, assembly
 from muse_lightning.data.card import read_card
+from muse_lightning.data.filters import Filters
 from muse_lightning.data.item_loader import document_starts
 from muse_lightning.data.sources import Folders
 from muse_lightning.errors import UserError
@@ -75,7 +76,7 @@ def test_every_reason_is_counted_and_the_rest_is_there(make_data, repositories, 
     }.items():
         write(repositories / "repo0" / name, content)
     (repositories / "repo0" / "link").symlink_to(tmp_path)
-    data = make_data(filters=prepare.Filters(max_file_bytes=100_000))
+    data = make_data(filters=Filters(max_file_bytes=100_000))
     data.prepare_data()
     assert data.card.skipped_files == dict.fromkeys(
         ("binary", "empty", "generated", "minified", "oversize", "symlink", "undecodable"), 1
@@ -199,7 +200,7 @@ class TestReuse:
             ({"val_fraction": 0.3}, "fractions.val 0.2 -> 0.3"),
             ({"file_order": "path"}, "file_order shuffle -> path"),
             ({"max_documents": 6}, "limits.max_documents None -> 6"),
-            ({"filters": prepare.Filters(max_line_bytes=99)}, "filters.max_line_bytes 1000 -> 99"),
+            ({"filters": Filters(max_line_bytes=99)}, "filters.max_line_bytes 1000 -> 99"),
             ({"chunk_bytes": 9000}, "chunk_bytes 8000 -> 9000"),
         ],
     )
@@ -237,7 +238,7 @@ class TestReuse:
         card["format_version"] = card["inputs"]["format_version"] = 0
         path.write_text(json.dumps(card))
         assert self.is_rebuilt(built, make_data())
-        assert "format_version 0 -> 1" in capsys.readouterr().err
+        assert "format_version 0 -> 2" in capsys.readouterr().err
 
     def test_a_failed_build_leaves_the_old_dataset(self, built, make_data, monkeypatch):
         before = contents(built.dataset)
@@ -245,10 +246,17 @@ class TestReuse:
         def fail(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(prepare, "_write_index", fail)
+        monkeypatch.setattr(assembly, "_write_index", fail)
         with pytest.raises(KeyboardInterrupt):
             make_data(prepare_seed=9).prepare_data()
         assert contents(built.dataset) == before
+        # What was finished is kept for the next call, and goes with its success.
+        assert sorted(path.name for path in built.dataset.parent.glob(".dataset.*")) == [
+            ".dataset.lock",
+            ".dataset.staging",
+        ]
+        monkeypatch.undo()
+        assert self.is_rebuilt(built, make_data(prepare_seed=9))
         assert [path.name for path in built.dataset.parent.glob(".dataset.*")] == [".dataset.lock"]
 
 
@@ -268,7 +276,7 @@ def test_a_split_without_files_is_named(tmp_path):
     write(tmp_path / "code" / "good" / "a.py", "x = 1\n" * 100)
     write(tmp_path / "code" / "bad" / "a.bin", b"\0")
     data = TokenDataModule(tmp_path / "set", [Folders(tmp_path / "code")], seq_len=8, batch_size=1, val_fraction=0.1)
-    with pytest.raises(UserError, match=r"split 'val': no file is left after the filters; .*data.val_fraction to 0"):
+    with pytest.raises(UserError, match=r"1 repositories cannot be split into train and val; .*data.val_fraction to 0"):
         data.prepare_data()
 
 

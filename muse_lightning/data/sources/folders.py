@@ -5,20 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from muse_lightning.data.documents import Document, DocumentSource
-from muse_lightning.data.sources.local import is_excluded, list_folder
+from muse_lightning.data.documents import DocumentSource, SourceUnit
+from muse_lightning.data.sources.local import EXCLUDE, PathRules, folder_unit
 from muse_lightning.errors import UserError
-
-# Version control, environments and caches: nothing that people wrote.
-_EXCLUDE = (".*", "__pycache__", "node_modules", "*.egg-info")
 
 
 class Folders(DocumentSource):
     """One repository per sub-folder of a folder."""
 
-    def __init__(
-        self, path: Path, suffixes: tuple[str, ...] | None = None, exclude: tuple[str, ...] = _EXCLUDE
-    ) -> None:
+    def __init__(self, path: Path, suffixes: tuple[str, ...] | None = None, exclude: tuple[str, ...] = EXCLUDE) -> None:
         """
         Args:
             path: The folder. Each of its sub-folders is one repository; files that lie directly in it form one more,
@@ -28,37 +23,30 @@ class Folders(DocumentSource):
             exclude: Patterns of folder names to leave out at any depth.
         """
         self.path = path.expanduser()
-        self.suffixes = suffixes
-        self.exclude = exclude
+        self.rules = PathRules(None if suffixes is None else tuple(suffixes), tuple(exclude))
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "class": "Folders",
-            "path": str(self.path.absolute()),
-            "suffixes": None if self.suffixes is None else list(self.suffixes),
-            "exclude": list(self.exclude),
-        }
+        return {"class": "Folders", "path": str(self.path.absolute()), **self.rules.identity()}
 
-    def documents(self) -> Iterator[Document]:
+    def units(self) -> Iterator[SourceUnit]:
         try:
-            entries = sorted(os.scandir(self.path), key=lambda entry: os.fsencode(entry.name))
+            with os.scandir(self.path) as entries:
+                folders = [(entry.name, entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
         except OSError as error:
             raise UserError(
                 f"source folder {self.path}: {error.strerror}; give a folder whose sub-folders are repositories"
             ) from error
-        repositories = [
-            (entry.name, entry.path)
-            for entry in entries
-            if entry.is_dir(follow_symlinks=False) and not is_excluded(entry.name, self.exclude)
-        ]
-        found = [list_folder(name, path, suffixes=self.suffixes, exclude=self.exclude) for name, path in repositories]
-        loose = list_folder(
-            self.path.absolute().name, str(self.path), suffixes=self.suffixes, exclude=self.exclude, recursive=False
-        )
-        found = sorted([*found, loose], key=lambda document: os.fsencode(document.name))
-        if not any(document.files for document in found):
-            wanted = "files" if self.suffixes is None else f"files that end in {', '.join(self.suffixes)}"
+        # Units of sub-folders end in a slash: the loose files' unit, named after the folder, may share a name.
+        places = [(f"{name}/", name, path, True) for name, path in folders if not self.rules.excludes(name)]
+        places.append((self.path.absolute().name, self.path.absolute().name, str(self.path), False))
+        found = False
+        for unit_name, name, path, recursive in sorted(places, key=lambda place: os.fsencode(place[0])):
+            unit = folder_unit(unit_name, name, path, self.rules, recursive=recursive)
+            found = found or unit.files > 0
+            if recursive or unit.entries:
+                yield unit
+        if not found:
             raise UserError(
-                f"source folder {self.path}: no {wanted} found; give a folder whose sub-folders are repositories"
+                f"source folder {self.path}: no {self.rules.describe()} found; "
+                "give a folder whose sub-folders are repositories"
             )
-        yield from (document for document in found if document.files or document.skipped)

@@ -1,0 +1,134 @@
+"""The ledger of a run: which blocks each rank trained on, a line for a batch. `callbacks/ledger.py` writes it,
+`muse data audit` reads it.
+
+A file `ledger/rank<R>.jsonl` has two kinds of lines:
+
+    {"datasets": [{"name": "code", "fingerprint": "9f...", "weight": 0.8, "blocks": [412, 398]}, ...],
+     "rank": 0, "world_size": 2, "ranks_per_block": 1, "batch_size": 4, "seq_len": 65536, "batch": 0}
+    {"step": 1, "batch": 0, "hash": "6b...", "blocks": [[0, 1, 17, 203], ...]}
+
+The first describes the batches after it; there is one at the start and one at each resume. The second is a batch:
+optimizer step it belongs to (from 1), number since the start of the run (from 0), hash, and for each block the number
+of its dataset, the epoch of that dataset (from 1), its chunk and the block in that.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from muse_lightning.data.item_loader import Block
+from muse_lightning.errors import UserError
+
+FOLDER_NAME = "ledger"
+_FILE_NAME = re.compile(r"rank(\d+)\.jsonl")
+
+
+@dataclass(frozen=True)
+class LedgerDataset:
+    """A dataset that batches are read from."""
+
+    name: str
+    fingerprint: str
+    weight: float
+    blocks: list[int]
+    """Blocks of each chunk of its train split, at this context."""
+
+
+@dataclass(frozen=True)
+class LedgerHeader:
+    """What holds for the batches after it."""
+
+    datasets: list[LedgerDataset]
+    rank: int
+    world_size: int
+    ranks_per_block: int
+    batch_size: int
+    seq_len: int
+    batch: int
+    """Number of the first batch after it."""
+
+    def to_line(self) -> str:
+        """Its line in the file."""
+        return json.dumps(asdict(self), separators=(",", ":")) + "\n"
+
+
+@dataclass(frozen=True)
+class LedgerBatch:
+    """One batch of one rank."""
+
+    step: int
+    batch: int
+    hash: str
+    blocks: list[list[int]]
+
+
+def batch_record(blocks: Sequence[Block]) -> str:
+    """The part of a batch's line that is known where the batch is made: hash and ids.
+
+    The hash is BLAKE2b over the tokens as little-endian int32 and the document starts as int64, block after block:
+    equal hashes, equal batches, whatever type the tokens are stored in.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for block in blocks:
+        digest.update(block.tokens.numpy().astype("<i4").data)
+        digest.update(block.starts.numpy().astype("<i8").data)
+    ids = [list(block.id) for block in blocks if block.id is not None]
+    return f'"hash":"{digest.hexdigest()}","blocks":{json.dumps(ids, separators=(",", ":"))}'
+
+
+def batch_line(step: int, batch: int, record: str) -> str:
+    """A batch's line in the file."""
+    return f'{{"step":{step},"batch":{batch},{record}}}\n'
+
+
+def ledger_files(folder: Path) -> dict[int, Path]:
+    """Files by rank; none where there is no ledger."""
+    found = ((_FILE_NAME.fullmatch(path.name), path) for path in folder.glob("rank*.jsonl"))
+    return {int(match[1]): path for match, path in sorted(found, key=lambda pair: pair[1].name) if match}
+
+
+def ledger_path(folder: Path, rank: int) -> Path:
+    """The file of a rank."""
+    return folder / f"rank{rank}.jsonl"
+
+
+def kept_lines(path: Path, batches: int) -> Iterator[str]:
+    """The lines of a ledger that a run keeps which goes on after its first `batches` batches.
+
+    Raises:
+        UserError: a line before that is damaged.
+    """
+    for line, entry in _entries(path):
+        if entry["batch"] >= batches:
+            return
+        yield line
+
+
+def read_ledger(path: Path) -> Iterator[LedgerHeader | LedgerBatch]:
+    """The entries of a ledger, in order.
+
+    Raises:
+        UserError: a line is damaged. The last one may be cut short by a kill: it is left out.
+    """
+    for _, entry in _entries(path):
+        if "datasets" in entry:
+            yield LedgerHeader(**{**entry, "datasets": [LedgerDataset(**dataset) for dataset in entry["datasets"]]})
+        else:
+            yield LedgerBatch(**entry)
+
+
+def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return  # the process was killed in the middle of it
+            try:
+                entry = json.loads(line)
+                entry["batch"] + 0
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}:{number} is damaged: not a line of a ledger") from error
+            yield line, entry

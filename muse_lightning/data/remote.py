@@ -1,0 +1,212 @@
+"""Prepared datasets that lie elsewhere: found through fsspec, copied chunk by chunk into a folder of bounded size.
+
+s3:// and gs:// go through obstore, which litdata brings along (s3fs pins an older botocore than boto3 needs), hf://
+through huggingface_hub, which tokenizers brings along. litdata's own downloader trusts what it gets, evicts by counting
+readers in files, and reads nothing but Parquet from hf://; and a file in its cache belongs to one run.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import obstore.fsspec
+
+from muse_lightning.data.card import CARD_NAME, INDEX_NAME, TOKENIZER_NAME, ChunkEntry, read_card
+from muse_lightning.data.item_loader import Chunk, Chunks
+from muse_lightning.errors import UserError
+from muse_lightning.files import exclusive_lock, sha256_bytes, sha256_file
+
+obstore.fsspec.register(["s3", "gs"])
+
+_SPLITS = ("train", "val", "test")
+_OPENING_ATTEMPTS = 5
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def is_url(place: str) -> bool:
+    """Whether a dataset's place is a URL, and not a folder."""
+    return "://" in place
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path within it.
+
+    Raises:
+        UserError: there is no such file system.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"{url}: {error}; accepted: s3://, gs://, hf://, file://, and others that fsspec has"
+        ) from error
+
+
+class ChunkCache:
+    """A folder of chunk files named by their SHA-256, at most `max_bytes` of them. Processes of one machine share it,
+    and datasets too: a dataset that has moved is not fetched again."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """
+        Args:
+            folder: Made if missing.
+            max_bytes: Of all files, those being fetched included. What has been removed but is still open in a process
+                is freed when that closes it: one chunk of each dataset for each process.
+        """
+        self.folder = folder
+        self.max_bytes = max_bytes
+
+    def fetch(self, url: str, entry: ChunkEntry) -> Path:
+        """The path of a chunk, downloaded and checked if it is not there. The chunks that were asked for longest ago
+        make room for it.
+
+        Raises:
+            UserError: it cannot be read, it is not what the card describes, or it is larger than the whole cache.
+        """
+        if not _SHA256.fullmatch(entry.sha256):  # it becomes a file's name
+            raise UserError(f"data chunk {url}: its SHA-256 in {CARD_NAME} is {entry.sha256[:80]!r}, which is none")
+        path = self.folder / f"{entry.sha256}.bin"
+        if _touched(path):
+            return path
+        with exclusive_lock(self.folder / entry.sha256[:2]):
+            if not _touched(path):
+                self._download(url, entry, path)
+        return path
+
+    def _download(self, url: str, entry: ChunkEntry, path: Path) -> None:
+        partial = path.with_suffix(".partial")
+        with exclusive_lock(self.folder / "room"):
+            self._make_room(entry, partial)
+            # Its space is taken now, so that no other download counts on it.
+            with partial.open("wb") as file:
+                file.truncate(entry.size_bytes)
+        try:
+            copy_file(url, partial)
+            found = sha256_file(partial)
+            if found != entry.sha256:
+                raise UserError(
+                    f"data chunk {url} is damaged: its SHA-256 is {found[:12]}... instead of {entry.sha256[:12]}...; "
+                    "upload the dataset again"
+                )
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def _make_room(self, entry: ChunkEntry, partial: Path) -> None:
+        if entry.size_bytes > self.max_bytes:
+            raise UserError(
+                f"data.cache_bytes: {self.max_bytes:,} found, at least {entry.size_bytes:,} expected: one chunk of the "
+                "dataset; several times that keeps workers from fetching again"
+            )
+        partial.unlink(missing_ok=True)  # of a download that was killed
+        files = sorted(self._files())
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total + entry.size_bytes <= self.max_bytes:
+                break
+            if path.suffix == ".bin":
+                path.unlink(missing_ok=True)
+                total -= size
+
+    def _files(self) -> Iterator[tuple[float, int, Path]]:
+        """Time of last use, size and path of each file."""
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # a download has just ended
+                if path.suffix in (".bin", ".partial"):
+                    status = path.stat()
+                    yield status.st_mtime, status.st_size, path
+
+
+class CachedChunks(Chunks):
+    """The chunks of a split that lies at a URL."""
+
+    def __init__(self, url: str, cache: ChunkCache) -> None:
+        self.url = url
+        self.cache = cache
+
+    def fetch(self, entry: ChunkEntry) -> Path:
+        """The path of a chunk's copy.
+
+        Raises:
+            UserError: see ChunkCache.fetch.
+        """
+        return self.cache.fetch(f"{self.url}/{entry.filename}", entry)
+
+    def open(self, entry: ChunkEntry, dtype: str) -> Chunk:
+        for _ in range(_OPENING_ATTEMPTS):
+            path = self.fetch(entry)
+            try:
+                return Chunk(path, entry, dtype)
+            except UserError:
+                # Removed by another process for its own chunk, or rotten on this disk.
+                path.unlink(missing_ok=True)
+        raise UserError(
+            f"data chunk {self.url}/{entry.filename}: its copy in {self.cache.folder} does not last until it is read; "
+            "give a larger data.cache_bytes or another data.cache_dir"
+        )
+
+
+def copy_file(url: str, target: Path) -> None:
+    """Copy one file to this machine.
+
+    Raises:
+        UserError: it cannot be read or written.
+    """
+    system, path = filesystem(url)
+    try:
+        system.get_file(path, str(target))
+    except Exception as error:  # each file system has errors of its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{url}: cannot be read: {reason}") from error
+
+
+def copy_description(url: str, cache_dir: Path) -> Path:
+    """Copy what describes a dataset: dataset.json, and index.json of each split.
+
+    Returns:
+        The folder of the copies.
+    Raises:
+        UserError: there is no dataset.json, or one of them cannot be read.
+    """
+    folder = cache_dir / f"dataset-{sha256_bytes(url.encode())[:16]}"
+    with exclusive_lock(folder):
+        _replace_copy(f"{url}/{CARD_NAME}", folder / CARD_NAME)
+        for split in _SPLITS:
+            if split in read_card(folder).splits:
+                _replace_copy(f"{url}/{split}/{INDEX_NAME}", folder / split / INDEX_NAME)
+    return folder
+
+
+def copy_tokenizer(url: str, cache_dir: Path) -> Path:
+    """Copy a tokenizer: the file that the URL names, or that of the dataset that it names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    file = url if url.endswith(".json") else f"{url.rstrip('/')}/{TOKENIZER_NAME}"
+    path = cache_dir / f"tokenizer-{sha256_bytes(file.encode())[:16]}.json"
+    with exclusive_lock(path):
+        _replace_copy(file, path)
+    return path
+
+
+def _replace_copy(url: str, target: Path) -> None:
+    """Copy a file in place of one that other ranks may be reading."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial-copy")
+    copy_file(url, partial)
+    os.replace(partial, target)
+
+
+def _touched(path: Path) -> bool:
+    """Mark a file as just used, if it is there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,74 @@
+"""Files fetched once, by address and SHA-256, and kept in a cache folder."""
+
+import hashlib
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+
+from muse_lightning.errors import UserError
+from muse_lightning.files import sha256_file
+
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file to fetch."""
+
+    url: str
+    """Where it is: anything fsspec opens (https, s3, gs, file)."""
+    sha256: str
+    """Hexadecimal SHA-256 of the whole file. Another content is refused."""
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise UserError(f"download {self.url}: sha256 {self.sha256!r} found; 64 digits in 0-9a-f expected")
+
+
+def cache_folder(chosen: Path | None) -> Path:
+    """The folder for what is fetched: the one that was chosen, or this package's in the user's cache folder."""
+    if chosen is not None:
+        return chosen.expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "muse-lightning"
+
+
+def fetch(download: Download, cache: Path) -> Path:
+    """The file's place in the cache, fetched if it is not there yet.
+
+    Raises:
+        UserError: it cannot be fetched, or what came has another digest.
+    """
+    name = unquote(urlsplit(download.url).path).rstrip("/").rpartition("/")[2] or "file"
+    target = cache / download.sha256 / name
+    if target.exists() and sha256_file(target) == download.sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{uuid.uuid4().hex}.partial")
+    digest = hashlib.sha256()
+    try:
+        with fsspec.open(download.url, "rb") as remote, open(partial, "xb") as local:
+            while piece := remote.read(_PIECE):
+                digest.update(piece)
+                local.write(piece)
+            local.flush()
+            os.fsync(local.fileno())
+        if digest.hexdigest() != download.sha256:
+            raise UserError(
+                f"download {download.url}: SHA-256 {digest.hexdigest()} found, {download.sha256} expected; "
+                "check the address, or pin what you have looked at"
+            )
+        os.replace(partial, target)
+    # fsspec's file systems raise what their libraries do.
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"download {download.url}: {reason}; check the address and the network") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

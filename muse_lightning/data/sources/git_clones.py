@@ -1,0 +1,88 @@
+"""Repositories at a URL, cloned bare into a cache folder by git. Nothing of a clone is checked out or executed."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from muse_lightning.errors import UserError
+from muse_lightning.files import exclusive_lock
+
+# scheme://host/path, or scp's form user@host:path.
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://.+|[^/@:\s]+@[^/:\s]+:.+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+# No hooks, no prompts, no submodules, no helper that a URL could name (ext::).
+_SETTINGS = ("core.hooksPath=/dev/null", "protocol.ext.allow=never", "fetch.recurseSubmodules=false")
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is for git to fetch, not a path on this machine."""
+    return _URL.fullmatch(location) is not None
+
+
+def without_credentials(url: str) -> str:
+    """The URL as it may be shown and stored."""
+    return _CREDENTIALS.sub("", url)
+
+
+def clone(url: str, revision: str, cache: Path, refresh: bool) -> Path:
+    """A bare repository with the wanted revision, fetched if it is not in the cache yet.
+
+    Of a branch, a tag or a full commit id only that commit is fetched, where the server allows it; for other
+    revisions (HEAD~3) the whole history.
+
+    Args:
+        url: Anything git fetches from.
+        revision: As git reads it.
+        cache: Folder of the clones.
+        refresh: Ask the server again for what is in the cache; a commit's full id is never asked for twice.
+    Raises:
+        UserError: git is missing, or cannot fetch it.
+    """
+    key = hashlib.sha256(f"{url}\n{revision}".encode(errors="surrogateescape")).hexdigest()[:24]
+    target = cache / f"{key}.git"
+    with exclusive_lock(target):
+        if target.exists() and not (refresh and not _COMMIT.fullmatch(revision)):
+            return target
+        partial = cache / f".{key}.{uuid.uuid4().hex[:8]}.partial"
+        try:
+            _git(url, "init", "--quiet", "--bare", "--template=", str(partial))
+            _fetch(url, revision, partial)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _fetch(url: str, revision: str, repository: Path) -> None:
+    fetch = ("--git-dir", str(repository), "fetch", "--quiet", "--no-tags", "--no-write-fetch-head")
+    try:
+        # Under every name that the revision can be asked for by.
+        _git(url, *fetch, "--depth=1", "--", url, f"{revision}:refs/heads/wanted")
+        pointed = "refs/heads/wanted"
+    except UserError:
+        _git(url, *fetch, "--", url, "+refs/*:refs/*", "+HEAD:refs/remotes/origin/HEAD")
+        pointed = "refs/remotes/origin/HEAD"
+    _git(url, "--git-dir", str(repository), "symbolic-ref", "HEAD", pointed)
+
+
+def _git(url: str, *arguments: str) -> None:
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true", "LC_ALL": "C"}
+    command: Sequence[str] = ("git", *(part for setting in _SETTINGS for part in ("-c", setting)), *arguments)
+    try:
+        subprocess.run(command, env=environment, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise UserError("GitRepositories: git is not installed; install it, or give local repositories") from error
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
+        reason = without_credentials(lines[-1] if lines else f"git exit code {error.returncode}")
+        raise UserError(
+            f"GitRepositories: {without_credentials(url)}: {reason}; check the address and the revision"
+        ) from error

@@ -1,0 +1,58 @@
+"""A Parquet file as JSON lines on standard output: python -m muse_lightning.data.sources.parquet_reader NAME COLUMNS.
+
+NAME is what fsspec opens, COLUMNS a JSON list of names or null for all. Values that JSON does not have become null.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import fsspec
+
+DAMAGED, NOT_INSTALLED = 3, 4
+
+_PIECE = 1 << 20
+# Rows that are decoded at once.
+_BATCH_ROWS = 32
+# A column's share of one row group, unpacked: what one row can have at most. Writers are advised to make row groups
+# of 512 MiB to 1 GiB for all columns together (https://parquet.apache.org/docs/file-format/configurations/).
+_MAX_COLUMN_CHUNK = 1 << 30
+
+
+def main(name: str, columns: Sequence[str] | None) -> int:
+    """Write the rows; the exit code, with a line on standard error where it is not 0."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        print("Parquet files need the package pyarrow: pip install 'muse-lightning[tables]'", file=sys.stderr)
+        return NOT_INSTALLED
+    try:
+        with fsspec.open(name, "rb") as file:
+            # Page by page: a row group is never in memory as a whole.
+            table = parquet.ParquetFile(file, buffer_size=_PIECE, pre_buffer=False, memory_map=False)
+            wanted = [column for column in table.schema_arrow.names if columns is None or column in columns]
+            for group in range(table.num_row_groups):
+                _check_row_group(table.metadata.row_group(group), wanted)
+            for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
+                for row in batch.to_pylist():
+                    print(json.dumps(row, default=lambda value: None))
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        print(f"is no readable Parquet file: {error}", file=sys.stderr)
+        return DAMAGED
+    return 0
+
+
+def _check_row_group(group: Any, columns: Sequence[str]) -> None:
+    for index in range(group.num_columns):
+        column = group.column(index)
+        if column.path_in_schema in columns and column.total_uncompressed_size > _MAX_COLUMN_CHUNK:
+            raise ValueError(
+                f"column {column.path_in_schema!r} has {column.total_uncompressed_size:,} bytes in one row group, "
+                f"{_MAX_COLUMN_CHUNK:,} are allowed"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))

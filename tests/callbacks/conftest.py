@@ -1,0 +1,3 @@
+"""The dataset that tests of data share."""
+
+from tests.data.conftest import prepared  # noqa: F401

@@ -1,0 +1,278 @@
+"""Git repositories: revisions, kinds of entries, clones, and hostile repositories."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from muse_lightning.data.documents import DamagedSource
+from muse_lightning.data.sources import GitRepositories
+from muse_lightning.errors import UserError
+from tests.data.sources.builders import (
+    LIMITS,
+    REPOSITORIES,
+    commit_all,
+    contents,
+    counted,
+    git,
+    git_repository,
+    read_all,
+    write,
+)
+
+ALPHA = REPOSITORIES["alpha"]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return git_repository(tmp_path / "alpha", ALPHA)
+
+
+def source(path: Path | str, **arguments) -> GitRepositories:
+    return GitRepositories([str(path)], **arguments)
+
+
+def objects(repository: Path, kind: str) -> list[Path]:
+    """The loose object files of one kind."""
+    listed = git(repository, "cat-file", "--batch-all-objects", "--batch-check=%(objectname) %(objecttype)").split("\n")
+    names = [line.split()[0] for line in listed if line.endswith(kind)]
+    return [repository / ".git" / "objects" / name[:2] / name[2:] for name in names]
+
+
+def written(repository: Path, *command: str, content: bytes) -> str:
+    """The id of an object that git writes from what it is given."""
+    done = subprocess.run(["git", *command], cwd=repository, input=content, capture_output=True, check=True)
+    return done.stdout.decode().strip()
+
+
+def test_the_commit_is_read_and_not_the_work_tree(repository):
+    write(repository / "src" / "a.py", b"edited\n")
+    write(repository / "new.py")
+    (unit,) = source(repository).units()
+    (read,) = unit.read(LIMITS)
+    assert unit.stamp == read.revision == git(repository, "rev-parse", "HEAD")
+    assert contents(source(repository)) == {"alpha": ALPHA}
+    assert [file.path for file in read.files] == sorted(ALPHA)
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["loose", "packed"])
+@pytest.mark.parametrize("bare", [False, True], ids=["work-tree", "bare"])
+def test_any_revision_of_any_layout(repository, tmp_path, pack, bare):
+    first = git(repository, "rev-parse", "HEAD")
+    git(repository, "tag", "--annotate", "v1", "--message", "one")
+    write(repository / "src" / "a.py", b"a = 2\n")
+    second = commit_all(repository)
+    git(repository, "branch", "side", first)
+    if pack:
+        git(repository, "gc", "--quiet")
+    place = repository
+    if bare:
+        place = tmp_path / "bare" / "alpha.git"
+        git(tmp_path, "clone", "--quiet", "--bare", str(repository), str(place))
+    for revision, content in {
+        "HEAD": b"a = 2\n",
+        "main": b"a = 2\n",
+        second: b"a = 2\n",
+        second[:8]: b"a = 2\n",
+        "v1": b"a = 1\n",
+        "side": b"a = 1\n",
+        "HEAD~1": b"a = 1\n",
+        first: b"a = 1\n",
+    }.items():
+        assert contents(source(f"{place}#{revision}"))["alpha"]["src/a.py"] == content
+        assert contents(source(place, revision=revision))["alpha"]["src/a.py"] == content
+
+
+def test_entries_that_are_no_files_are_counted(repository, tmp_path):
+    (repository / "link").symlink_to("/etc/passwd")
+    git(repository, "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},vendored")
+    write(repository / "node_modules" / "x.js")
+    write(repository / "big.py", b"x" * 10_001)
+    write(repository / os.fsdecode(b"caf\xe9.py"), b"odd\n")
+    git(repository, "add", "link", "node_modules", "big.py", os.fsdecode(b"caf\xe9.py"))
+    git(repository, "commit", "--quiet", "--message", "more")
+    assert contents(source(repository)) == {"alpha": {**ALPHA, os.fsdecode(b"caf\xe9.py"): b"odd\n"}}
+    assert counted(source(repository)) == {"symlink": 1, "submodule": 1, "excluded": 1, "oversize": 1}
+
+
+def test_suffixes(repository):
+    write(repository / "LICENSE")
+    commit_all(repository)
+    assert set(contents(source(repository, suffixes=(".md",)))["alpha"]) == {"README.md"}
+    assert counted(source(repository, suffixes=(".md",))) == {"suffix": 2}
+
+
+def test_a_pattern_takes_repositories_only(repository, tmp_path):
+    git_repository(tmp_path / "beta", REPOSITORIES["trap"])
+    write(tmp_path / "notes" / "a.py")
+    (tmp_path / "linked").symlink_to(repository)
+    assert set(contents(source(tmp_path / "*"))) == {"alpha", "beta"}
+
+
+def test_a_url_is_cloned_bare_and_shallow_and_used_again(repository, tmp_path):
+    write(repository / "src" / "a.py", b"a = 2\n")
+    commit_all(repository)
+    url, cache = repository.as_uri(), tmp_path / "cache"
+    name = f"{tmp_path.name}/alpha"
+    assert contents(source(url, cache=cache))[name]["src/a.py"] == b"a = 2\n"
+    (clone,) = (cache / "git").glob("*.git")
+    assert not (clone / "hooks").exists()
+    assert not (clone / ".git").exists()
+    assert git(clone, "rev-list", "--count", "--all") == "1"
+    write(repository / "src" / "a.py", b"a = 3\n")
+    commit_all(repository)
+    assert contents(source(url, cache=cache))[name]["src/a.py"] == b"a = 2\n"
+    assert contents(source(url, cache=cache, refresh=True))[name]["src/a.py"] == b"a = 3\n"
+    assert contents(source(f"{url}#HEAD~2", cache=cache))[name] == ALPHA
+    shutil.rmtree(repository)
+    assert contents(source(url, cache=cache))[name]["src/a.py"] == b"a = 3\n"
+    assert not list((cache / "git").glob(".*partial"))
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("{root}/none", "no git repository; give a repository's path"),
+        ("{root}/*.git", "no git repository; give a repository's path"),
+        ("{root}/alpha#none", r"no commit 'none' \(.*\); give a repository and a revision that it has"),
+        ("file://{root}/none", r"file://.*/none: .*; check the address and the revision"),
+        ("file://{root}/alpha#none", r"GitRepositories: file://.*/alpha: no commit 'none'"),
+        ("https://user:secret@127.0.0.1:1/owner/name", r"GitRepositories: https://127.0.0.1:1/owner/name: "),
+    ],
+)
+def test_bad_places_are_one_line(repository, tmp_path, location, message):
+    with pytest.raises(UserError, match=message) as error:
+        list(source(location.format(root=tmp_path), cache=tmp_path / "cache").units())
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
+    assert "secret" not in str(source(location).identity())
+
+
+def test_an_empty_repository_is_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    git(tmp_path / "empty", "init", "--quiet")
+    with pytest.raises(UserError, match="no commit 'HEAD'"):
+        list(source(tmp_path / "empty").units())
+    # Among many it is a unit that says so, and the others are read.
+    git_repository(tmp_path / "full", ALPHA)
+    units = {Path(unit.name).name: unit for unit in source(tmp_path / "*").units()}
+    with pytest.raises(DamagedSource, match="no commit 'HEAD'"):
+        list(units["empty#HEAD"].read(LIMITS))
+    assert len(list(units["full#HEAD"].read(LIMITS))) == 1
+
+
+def test_a_commit_without_files(tmp_path):
+    (tmp_path / "empty").mkdir()
+    git(tmp_path / "empty", "init", "--quiet")
+    git(tmp_path / "empty", "commit", "--quiet", "--allow-empty", "--message", "nothing")
+    assert contents(source(tmp_path / "empty")) == {"empty": {}}
+
+
+def test_a_missing_file_is_counted(repository):
+    blob = next(path for path in objects(repository, "blob") if path.stem)
+    blob.unlink()
+    assert len(contents(source(repository))["alpha"]) == len(ALPHA) - 1
+    assert counted(source(repository)) == {"unreadable": 1}
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "zeros"])
+def test_a_broken_file_is_counted(repository, damage):
+    blob = objects(repository, "blob")[0]
+    content = blob.read_bytes()
+    blob.unlink()
+    if damage != "missing":
+        blob.write_bytes(b"" if damage == "empty" else bytes(len(content)))
+    assert counted(source(repository)) == {"unreadable": 1}
+
+
+def test_an_object_with_the_content_of_another_is_counted(repository):
+    one, other, *_ = objects(repository, "blob")
+    content = other.read_bytes()
+    one.unlink()
+    one.write_bytes(content)
+    assert counted(source(repository)) == {"unreadable": 1}
+
+
+@pytest.mark.parametrize("kind", ["tree", "commit"])
+def test_a_missing_folder_is_one_line(repository, kind):
+    (unit,) = source(repository).units()
+    for path in objects(repository, kind):
+        path.unlink()
+    with pytest.raises(DamagedSource, match="is missing or broken") as error:
+        read_all(unit)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_named_billions_of_times_is_refused(repository):
+    tree = git(repository, "rev-parse", "HEAD^{tree}")
+    for _ in range(12):
+        entries = "".join(f"040000 tree {tree}\t{number}\n" for number in range(10))
+        done = subprocess.run(
+            ["git", "mktree"], cwd=repository, input=entries.encode(), capture_output=True, check=True
+        )
+        tree = done.stdout.decode().strip()
+    commit = git(repository, "commit-tree", tree, "-m", "bomb")
+    (unit,) = source(f"{repository}#{commit}").units()
+    (read,) = unit.read(LIMITS)
+    with pytest.raises(DamagedSource, match="more than 500 entries"):
+        list(read.files)
+
+
+def test_too_many_bytes_are_refused(repository):
+    (unit,) = source(repository).units()
+    (read,) = unit.read(replace(LIMITS, max_unpacked_bytes=10))
+    with pytest.raises(DamagedSource, match="more than 10 bytes"):
+        list(read.files)
+
+
+def test_names_that_leave_the_repository_are_counted(repository):
+    blob = git(repository, "rev-parse", "HEAD:README.md")
+    raw = b"".join(
+        b"100644 " + name + b"\0" + bytes.fromhex(blob) for name in (b"..", b".", b"a/b.py", b"/etc/passwd", b"ok.py")
+    )
+    tree = written(repository, "hash-object", "-t", "tree", "-w", "--stdin", "--literally", content=raw)
+    commit = git(repository, "commit-tree", tree, "-m", "odd")
+    found = source(f"{repository}#{commit}")
+    assert contents(found) == {"alpha": {"ok.py": ALPHA["README.md"]}}
+    assert counted(found)["outside"] == 4
+
+
+def test_configuration_and_hooks_are_never_read(repository, tmp_path):
+    # Reading a pipe would block for ever; git reads it.
+    os.mkfifo(tmp_path / "pipe")
+    trap = f"touch {tmp_path}/trace"
+    write(
+        repository / ".git" / "config",
+        f"[core]\n\trepositoryformatversion = 0\n\tfsmonitor = {trap}\n\tsshCommand = {trap}\n\tpager = {trap}\n"
+        f"\thooksPath = {tmp_path}\n[include]\n\tpath = {tmp_path}/pipe\n".encode(),
+    )
+    for hook in ("post-checkout", "reference-transaction", "pre-auto-gc"):
+        write(repository / ".git" / "hooks" / hook, f"#!/bin/sh\n{trap}\n".encode()).chmod(0o755)
+    os.mkfifo(repository / ".git" / "refs" / "heads" / "pipe")
+    assert contents(source(repository)) == {"alpha": ALPHA}
+    assert not (tmp_path / "trace").exists()
+
+
+def test_objects_elsewhere_are_not_read(repository, tmp_path):
+    git(tmp_path, "clone", "--quiet", "--shared", str(repository), "shared")
+    with pytest.raises(UserError, match="borrows objects of another repository"):
+        list(source(tmp_path / "shared").units())
+    linked = shutil.copytree(repository, tmp_path / "linked")
+    shutil.rmtree(linked / ".git" / "objects" / "pack")
+    (linked / ".git" / "objects" / "pack").symlink_to(repository / ".git" / "objects" / "pack")
+    with pytest.raises(UserError, match="is a link"):
+        list(source(linked).units())
+    git(repository, "worktree", "add", "--quiet", str(tmp_path / "tree"))
+    with pytest.raises(UserError, match=r"\.git is no folder"):
+        list(source(tmp_path / "tree").units())
+
+
+@pytest.mark.parametrize("url", ["ext::sh -c touch% trace", "--upload-pack=touch trace", "-u:x"])
+def test_a_url_is_no_command(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        list(source(url, cache=tmp_path / "cache").units())
+    assert not (tmp_path / "trace").exists()

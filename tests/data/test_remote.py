@@ -1,0 +1,239 @@
+"""Datasets at URLs: the same batches as from the folder, a cache within its bounds, damage named."""
+
+import functools
+import http.server
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from muse_lightning.data import TokenDataModule, item_loader
+from muse_lightning.data.card import read_card
+from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_file
+from muse_lightning.errors import UserError
+
+SEQ_LEN = 300
+
+
+def records(data: TokenDataModule) -> list[str]:
+    return [batch["record"] for batch in data.train_dataloader()]
+
+
+def module(place: Path | str, cache: Path, **arguments) -> TokenDataModule:
+    data = TokenDataModule(str(place), seq_len=SEQ_LEN, batch_size=2, cache_dir=cache, **arguments)
+    data.setup("fit")
+    return data
+
+
+def cached(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*.bin"))
+
+
+@pytest.fixture
+def upload(prepared, tmp_path) -> Path:
+    """A copy of the dataset that tests may damage."""
+    return Path(shutil.copytree(prepared, tmp_path / "upload"))
+
+
+@pytest.fixture
+def bucket(upload, monkeypatch) -> Iterator[str]:
+    """The same behind a server that answers as S3 does to who only reads."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(upload.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "nowhere",
+        }.items():
+            monkeypatch.setenv(name, value)
+        # File systems are kept by their arguments, and the server's address is none of them.
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield f"s3://{upload.name}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_batches_are_those_of_the_folder(upload, bucket, tmp_path, num_workers):
+    expected = records(module(upload, tmp_path / "unused"))
+    for place in (f"file://{upload}", bucket):
+        cache = tmp_path / f"cache-{place[:2]}"
+        assert records(module(place, cache, num_workers=num_workers)) == expected
+        chunks = read_card(upload).splits["train"].chunks
+        assert {path.stem for path in cached(cache)} == {chunk.sha256 for chunk in chunks}
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_cached_dataset_is_not_fetched_again_wherever_it_moved(upload, tmp_path):
+    expected = records(module(f"file://{upload}", tmp_path / "cache"))
+    moved = upload.rename(tmp_path / "moved")
+    for path in (moved / "train").glob("*.bin"):
+        path.unlink()
+    assert records(module(f"file://{moved}", tmp_path / "cache")) == expected
+
+
+def test_the_cache_stays_within_its_bounds(upload, tmp_path, monkeypatch):
+    chunks = read_card(upload).splits["train"].chunks
+    largest = max(chunk.size_bytes for chunk in chunks)
+    limit = 2 * largest
+    assert sum(chunk.size_bytes for chunk in chunks) > limit
+    cache, sizes = tmp_path / "cache", []
+
+    def copy_and_measure(url: str, target: Path) -> None:
+        copy_file(url, target)
+        sizes.append(sum(path.stat().st_size for path in cache.iterdir() if path.suffix in (".bin", ".partial")))
+
+    monkeypatch.setattr("muse_lightning.data.remote.copy_file", copy_and_measure)
+    data = module(f"file://{upload}", cache, cache_bytes=limit)
+    train, expected = data.train_dataloader(), module(upload, cache).train_dataloader()
+    for _ in range(2):
+        assert [batch["record"] for batch in train] == [batch["record"] for batch in expected]
+    assert largest < max(sizes) <= limit
+    assert len(sizes) > len(chunks), "nothing was fetched twice: nothing had been evicted"
+
+
+def test_a_file_that_is_removed_while_it_is_open_stays_readable(upload, tmp_path, monkeypatch):
+    """Any time after it was opened, another process may need its room."""
+    entry = read_card(upload).splits["train"].chunks[0]
+    chunks = CachedChunks(f"file://{upload}/train", ChunkCache(tmp_path / "cache", 10**6))
+    expected = chunks.open(entry, "uint16").tokens.tolist()
+    check = item_loader.check_content
+
+    def check_and_remove(file, path, sha256) -> None:
+        check(file, path, sha256)
+        path.unlink()
+
+    monkeypatch.setattr(item_loader, "check_content", check_and_remove)
+    assert chunks.open(entry, "uint16").tokens.tolist() == expected
+    assert not cached(tmp_path / "cache")
+
+
+def test_the_next_chunk_waits_where_there_is_no_room_for_two(upload, tmp_path):
+    chunks = read_card(upload).splits["train"].chunks
+    data = module(f"file://{upload}", tmp_path / "cache", cache_bytes=max(chunk.size_bytes for chunk in chunks))
+    iterator = iter(data.train_dataloader())
+    next(iterator)
+    time.sleep(0.3)
+    assert len(cached(tmp_path / "cache")) == 1
+
+
+def test_what_was_asked_for_longest_ago_makes_room(upload, tmp_path):
+    entries = read_card(upload).splits["train"].chunks[:3]
+    size = max(entry.size_bytes for entry in entries)
+    cache = ChunkCache(tmp_path / "cache", 2 * size + 10)
+    paths = []
+    for number in (0, 1, 0, 2):
+        paths.append(cache.fetch(f"file://{upload}/train/{entries[number].filename}", entries[number]))
+        time.sleep(0.02)  # times of files are coarse
+    assert [path.exists() for path in paths] == [True, False, True, True]
+
+
+def test_downloads_at_the_same_time_count_each_other(upload, tmp_path, monkeypatch):
+    entries = read_card(upload).splits["train"].chunks[:3]
+    cache = ChunkCache(tmp_path / "cache", sum(entry.size_bytes for entry in entries) - 1)
+
+    def slow_copy(url: str, target: Path) -> None:
+        time.sleep(0.3)
+        copy_file(url, target)
+
+    def fetch(entry) -> Path:
+        return cache.fetch(f"file://{upload}/train/{entry.filename}", entry)
+
+    first = fetch(entries[0])
+    monkeypatch.setattr("muse_lightning.data.remote.copy_file", slow_copy)
+    with ThreadPoolExecutor(2) as threads:
+        others = list(threads.map(fetch, entries[1:]))
+    assert [path.exists() for path in (first, *others)] == [False, True, True]
+
+
+def test_many_readers_download_once(upload, tmp_path, monkeypatch):
+    entry = read_card(upload).splits["train"].chunks[0]
+    asked = []
+
+    def slow_copy(url: str, target: Path) -> None:
+        asked.append(url)
+        time.sleep(0.2)
+        copy_file(url, target)
+
+    monkeypatch.setattr("muse_lightning.data.remote.copy_file", slow_copy)
+    chunks = CachedChunks(f"file://{upload}/train", ChunkCache(tmp_path / "cache", 10**6))
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(chunks.fetch, [entry] * 8))) == 1
+    assert len(asked) == 1
+
+
+def test_the_next_chunk_is_fetched_ahead(upload, tmp_path):
+    data = module(f"file://{upload}", tmp_path / "cache")
+    iterator = iter(data.train_dataloader())
+    next(iterator)
+    deadline = time.monotonic() + 10
+    while len(cached(tmp_path / "cache")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(cached(tmp_path / "cache")) == 2
+
+
+def test_damage_at_the_source_is_named_and_not_kept(upload, tmp_path):
+    name = read_card(upload).splits["train"].chunks[0].filename
+    content = bytearray((upload / "train" / name).read_bytes())
+    content[100] ^= 4
+    (upload / "train" / name).write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"data chunk file://.*{name} is damaged: its SHA-256 is .*; upload the dataset"
+    ):
+        records(module(f"file://{upload}", tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_damage_in_the_cache_is_mended(upload, tmp_path):
+    expected = records(module(f"file://{upload}", tmp_path / "cache"))
+    for path in cached(tmp_path / "cache"):
+        path.write_bytes(bytes(path.stat().st_size))
+    assert records(module(f"file://{upload}", tmp_path / "cache")) == expected
+
+
+def test_a_killed_download_is_done_again(upload, tmp_path):
+    entry = read_card(upload).splits["train"].chunks[0]
+    cache = ChunkCache(tmp_path, entry.size_bytes)
+    (tmp_path / f"{entry.sha256}.partial").write_bytes(bytes(entry.size_bytes))
+    assert cache.fetch(f"file://{upload}/train/{entry.filename}", entry).stat().st_size == entry.size_bytes
+
+
+@pytest.mark.parametrize(
+    ("place", "arguments", "message"),
+    [
+        ("file://{root}/none", {}, r"file://.*/none/dataset.json: cannot be read: "),
+        ("nothing://here", {}, r"nothing://here/dataset.json: .*accepted: s3://, gs://, hf://"),
+        ("file://{root}/upload", {"cache_bytes": 10}, r"data.cache_bytes: 10 found, at least [\d,]+ expected"),
+    ],
+)
+def test_mistakes_are_one_line(upload, tmp_path, place, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        records(module(place.format(root=upload.parent), tmp_path / "cache", **arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_a_card_cannot_name_files_outside_the_cache(upload, tmp_path):
+    entry = replace(read_card(upload).splits["train"].chunks[0], sha256="../../escaped")
+    with pytest.raises(UserError, match=r"its SHA-256 in dataset.json is '../../escaped'"):
+        ChunkCache(tmp_path / "a" / "cache", 10**6).fetch(f"file://{upload}/train/{entry.filename}", entry)
+    assert not list(tmp_path.rglob("*escaped*"))
+
+
+def test_schemes_have_file_systems():
+    for scheme, module_name in (("s3", "obstore"), ("gs", "obstore"), ("hf", "huggingface_hub")):
+        assert fsspec.get_filesystem_class(scheme).__module__.split(".")[0] == module_name
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

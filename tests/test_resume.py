@@ -1,0 +1,139 @@
+"""Training that is killed and resumed reads exactly the batches of one that is not: by the hashes in the ledgers."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import muse_lightning.cli
+from muse_lightning.cli import main
+from muse_lightning.data.ledger import LedgerBatch, ledger_files, read_ledger
+from tests.recipe import Muse
+
+pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
+
+OFTEN = ("--trainer.val_check_interval=3", "--trainer.limit_val_batches=1", "--trainer.check_val_every_n_epoch=null")
+
+
+@pytest.fixture
+def muse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Muse:
+    monkeypatch.chdir(tmp_path)
+    return Muse(tmp_path, capsys)
+
+
+def kill_after(steps: int, version: int, *flags: str) -> Path:
+    """Start a fit, kill all its processes a while after it has saved a checkpoint of so many steps or more, and return
+    the last checkpoint that it left."""
+    # A fork, which need not import everything again; Lightning starts a second rank as a new process anyway.
+    command = ["fit", "--config=recipe.yaml", "--trainer.max_steps=1000000", *OFTEN, *flags]
+    log = Path(f"log{version}")
+    run = multiprocessing.get_context("fork").Process(target=fit_alone, args=(command, log))
+    run.start()
+    assert run.pid is not None
+    folder = Path(f"runs/tiny/version_{version}/checkpoints")
+    try:
+        deadline = time.monotonic() + 120
+        while not any(step >= steps for step, _ in saved(folder)):
+            assert run.is_alive(), log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        time.sleep(0.3)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.join()
+    return next(path for _, path in sorted(saved(folder), reverse=True) if is_whole(path))
+
+
+def fit_alone(command: list[str], log: Path) -> None:
+    """`muse`, in a session of its own, that writes to a file."""
+    os.setsid()
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # What Lightning would start as the second rank is this program.
+    sys.argv = [muse_lightning.cli.__file__, *command]
+    sys.exit(main())
+
+
+def saved(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.glob("step=*.ckpt"):
+        yield int(path.stem.removeprefix("step=")), path
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        torch.load(path, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile):
+        return False
+    return True
+
+
+def batches(version: int) -> list[tuple[list[str], list[list[int]]]]:
+    """What all ranks of a run have read: hashes and blocks of each batch, by its number."""
+    by_number: dict[int, tuple[list[str], list[list[int]]]] = defaultdict(lambda: ([], []))
+    for _, path in sorted(ledger_files(Path(f"runs/tiny/version_{version}/ledger")).items()):
+        for entry in read_ledger(path):
+            if isinstance(entry, LedgerBatch):
+                by_number[entry.batch][0].append(entry.hash)
+                by_number[entry.batch][1].extend(entry.blocks)
+    assert sorted(by_number) == list(range(len(by_number)))
+    return [by_number[number] for number in range(len(by_number))]
+
+
+def audit(muse: Muse, version: int) -> str:
+    code, out, err = muse("data", "audit", f"runs/tiny/version_{version}")
+    assert code == 0, err
+    return out
+
+
+def test_one_process_killed_twice(muse: Muse) -> None:
+    assert muse.with_recipe("prepare")[0] == 0
+    first = kill_after(4, 0, "--data.num_workers=2")
+    second = kill_after(40, 1, "--data.num_workers=0", f"--ckpt_path={first}")
+    steps = int(second.stem.removeprefix("step=")) + 20
+    code, _, err = muse.with_recipe(
+        "fit", f"--trainer.max_steps={steps}", "--data.num_workers=1", f"--ckpt_path={second}", *OFTEN
+    )
+    assert code == 0, err
+    code, _, err = muse.with_recipe("fit", f"--trainer.max_steps={steps}", *OFTEN)
+    assert code == 0, err
+    whole = batches(3)
+    assert batches(2) == whole
+    assert len(whole) == steps
+    out = audit(muse, 2)
+    assert "dataset 2: " in out, "no second epoch"
+    assert out.endswith("problems: 0\n")
+
+
+def test_two_processes_killed_then_two_and_one(muse: Muse) -> None:
+    assert muse.with_recipe("prepare")[0] == 0
+    ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1")
+    checkpoint = kill_after(4, 0, *ranks)
+    steps = int(checkpoint.stem.removeprefix("step="))
+    command = [sys.executable, "-m", "muse_lightning.cli", "fit", "--config=recipe.yaml", *OFTEN, *ranks]
+    subprocess.run(
+        [*command, f"--trainer.max_steps={steps + 20}", f"--ckpt_path={checkpoint}"], check=True, capture_output=True
+    )
+    flags = (f"--trainer.max_steps={steps + 20}", "--data.batch_size=2", *OFTEN)
+    assert muse.with_recipe("fit", *flags)[0] == 0
+    # Two ranks of one block each read what one rank of two blocks reads.
+    two, one = batches(1), batches(2)
+    assert [blocks for _, blocks in two] == [blocks for _, blocks in one]
+    assert len(two) == steps + 20
+    # And one rank goes on where two were: nothing is read again in an epoch, nothing is left out.
+    assert muse.with_recipe("fit", *flags, f"--ckpt_path={checkpoint}")[0] == 0
+    assert [blocks for _, blocks in batches(3)] == [blocks for _, blocks in one]
+    for version in (1, 3):
+        audit(muse, version)
