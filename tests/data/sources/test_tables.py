@@ -8,7 +8,7 @@ import lzma
 import os
 import tracemalloc
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 
 import fsspec
@@ -176,7 +176,7 @@ class Endless(io.RawIOBase):
     """One line of many gigabytes that exists in no memory, then one of three bytes."""
 
     def __init__(self, size: int) -> None:
-        self.pieces = chain(repeat(bytes(1 << 20), size >> 20), [b"\nabc"])
+        self.pieces = chain((bytes(1 << 20) for _ in range(size >> 20)), [b"\nabc"])
 
     def read(self, size: int = -1) -> bytes:
         return next(self.pieces, b"")
