@@ -1,4 +1,4 @@
-"""The far field of a query cluster: summaries, then retrieved keys, in one online softmax begun by the near field.
+"""The far field of a query cluster: summaries, then retrieved keys, in one softmax begun by the near field.
 
     logit_ab(q) = scale q . kbar_ab + bias_ab    value vbar_ab     for clusters not retrieved (bias -inf switches off)
     logit_j(q)  = scale q . k_j                  value v_j         for keys j of the retrieved clusters

@@ -146,8 +146,9 @@ def test_clusters_of_its_own(
 
     assert out.isfinite().all()
     assert lse.isfinite().all()
+    # Given clusters come without the logits that selection saw: another way to the same sums.
     reused = results(qkv, torch.randn_like(out), clusters=clusters, cu_seqlens=cu_seqlens, **options)
-    assert_identical(reused[:2], (out, lse))
+    assert_within(REGROUPED, reused[:2], (out, lse))
     assert all(gradient.isfinite().all() for gradient in reused[2:])
 
 
