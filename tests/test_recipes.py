@@ -123,7 +123,7 @@ def test_it_trains_for_two_steps(recipe: Path, tmp_path: Path, monkeypatch: pyte
         folder = tmp_path / "repositories" / f"repository_{repository}"
         folder.mkdir(parents=True)
         for file in range(4):
-            lines = [f"def function_{i}(x):\n    return x + {i * file}\n" for i in range(40)]
+            lines = [f"def function_{i}(x):\n    return x + {1000 * repository + i * file}\n" for i in range(40)]
             (folder / f"module_{file}.py").write_text("\n".join(lines))
     flags = [] if recipe in DENSE else MUSE_AT_256_TOKENS
     assert main(["fit", "--config", str(recipe), "--config", str(SMOKE), *flags]) == 0
