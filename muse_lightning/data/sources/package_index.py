@@ -81,7 +81,8 @@ class PackageIndex:
 @cache
 def pip_settings() -> dict[str, str]:
     """What pip is configured with: its files, then variables such as PIP_INDEX_URL. Empty where pip is not there."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
+    # -P: without it, Python would look for pip in the working directory first.
+    command = [sys.executable, "-P", "-m", "pip", "config", "list"]
     output = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False).stdout
     found: dict[str, dict[str, str]] = {"global": {}, ":env:": {}}
     for line in output.splitlines():

@@ -71,7 +71,8 @@ def open_parquet_rows(name: str, columns: Sequence[str] | None, limits: ReadLimi
     Raises:
         DamagedSource: it is no Parquet file, or its reader died of it.
     """
-    command = [sys.executable, "-m", parquet_reader.__name__, name, json.dumps(columns)]
+    # -P: without it, Python would look for modules in the working directory first.
+    command = [sys.executable, "-P", "-m", parquet_reader.__name__, name, json.dumps(columns)]
     with tempfile.TemporaryFile() as messages:
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages) as reader:
             assert reader.stdout is not None
