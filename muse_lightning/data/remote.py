@@ -7,6 +7,7 @@ readers in files, and reads nothing but Parquet from hf://; and a file in its ca
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ obstore.fsspec.register(["s3", "gs"])
 
 _SPLITS = ("train", "val", "test")
 _OPENING_ATTEMPTS = 5
+_SECONDS_BETWEEN_LOOKS = 0.05
+_SECONDS_UNTIL_ABANDONED = 3600.0  # since a file that is being fetched last grew
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -79,11 +82,8 @@ class ChunkCache:
 
     def _download(self, url: str, entry: ChunkEntry, path: Path) -> None:
         partial = path.with_suffix(".partial")
-        with exclusive_lock(self.folder / "room"):
-            self._make_room(entry, partial)
-            # Its space is taken now, so that no other download counts on it.
-            with partial.open("wb") as file:
-                file.truncate(entry.size_bytes)
+        while not self._take_room(entry, partial):
+            time.sleep(_SECONDS_BETWEEN_LOOKS)  # what others are fetching will be chunks that can be removed
         try:
             copy_file(url, partial)
             found = sha256_file(partial)
@@ -97,21 +97,29 @@ class ChunkCache:
             partial.unlink(missing_ok=True)
             raise
 
-    def _make_room(self, entry: ChunkEntry, partial: Path) -> None:
+    def _take_room(self, entry: ChunkEntry, partial: Path) -> bool:
+        """Whether there is room for a chunk; then it is taken, so that no other download counts on it."""
         if entry.size_bytes > self.max_bytes:
             raise UserError(
                 f"data.cache_bytes: {self.max_bytes:,} found, at least {entry.size_bytes:,} expected: one chunk of the "
                 "dataset; several times that keeps workers from fetching again"
             )
-        partial.unlink(missing_ok=True)  # of a download that was killed
-        files = sorted(self._files())
-        total = sum(size for _, size, _ in files)
-        for _, size, path in files:
-            if total + entry.size_bytes <= self.max_bytes:
-                break
-            if path.suffix == ".bin":
-                path.unlink(missing_ok=True)
-                total -= size
+        with exclusive_lock(self.folder / "room"):
+            partial.unlink(missing_ok=True)  # of a download that was killed
+            files = sorted(self._files())
+            total = sum(size for _, size, _ in files)
+            abandoned = time.time() - _SECONDS_UNTIL_ABANDONED
+            for used, size, path in files:
+                if total + entry.size_bytes <= self.max_bytes:
+                    break
+                if path.suffix == ".bin" or used < abandoned:
+                    path.unlink(missing_ok=True)
+                    total -= size
+            if total + entry.size_bytes > self.max_bytes:
+                return False
+            with partial.open("wb") as file:
+                file.truncate(entry.size_bytes)
+            return True
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         """Time of last use, size and path of each file."""

@@ -15,9 +15,10 @@ import fsspec
 import pytest
 
 from muse_lightning.data import TokenDataModule, item_loader
-from muse_lightning.data.card import read_card
+from muse_lightning.data.card import ChunkEntry, read_card
 from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_file
 from muse_lightning.errors import UserError
+from muse_lightning.files import sha256_bytes
 
 SEQ_LEN = 300
 
@@ -112,6 +113,44 @@ def test_the_cache_stays_within_its_bounds(upload, tmp_path, monkeypatch):
         assert [batch["record"] for batch in train] == [batch["record"] for batch in expected]
     assert largest < max(sizes) <= limit
     assert len(sizes) > len(chunks), "nothing was fetched twice: nothing had been evicted"
+
+
+def chunk_files(folder: Path, count: int) -> list[ChunkEntry]:
+    folder.mkdir()
+    entries = []
+    for number in range(count):
+        content = bytes([number]) * 1000
+        (folder / f"{number}.bin").write_bytes(content)
+        entries.append(ChunkEntry(f"{number}.bin", sha256_bytes(content), 1000, 1, 1))
+    return entries
+
+
+def test_downloads_at_the_same_time_wait_for_room(tmp_path, monkeypatch):
+    entries, sizes = chunk_files(tmp_path / "upload", 4), []
+    cache = ChunkCache(tmp_path / "cache", 1500)
+    cache.folder.mkdir()
+
+    def copy_slowly(url: str, target: Path) -> None:
+        time.sleep(0.1)
+        copy_file(url, target)
+        sizes.append(sum(size_of(path) for path in cache.folder.iterdir() if path.suffix in (".bin", ".partial")))
+
+    monkeypatch.setattr("muse_lightning.data.remote.copy_file", copy_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda entry: cache.fetch(f"file://{tmp_path}/upload/{entry.filename}", entry), entries))
+    assert len(sizes) == 4
+    assert max(sizes) <= 1500
+
+
+def test_what_a_killed_download_left_makes_room(tmp_path):
+    (entry,) = chunk_files(tmp_path / "upload", 1)
+    cache = ChunkCache(tmp_path / "cache", 1500)
+    cache.folder.mkdir()
+    left = cache.folder / f"{'0' * 64}.partial"
+    left.write_bytes(bytes(1000))
+    os.utime(left, (0, 0))
+    cache.fetch(f"file://{tmp_path}/upload/{entry.filename}", entry)
+    assert not left.exists()
 
 
 def test_a_file_that_is_removed_while_it_is_open_stays_readable(upload, tmp_path, monkeypatch):
