@@ -1,5 +1,6 @@
 """What a source gives: units that one process reads at a time, each with repositories made of files."""
 
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -73,6 +74,15 @@ class Repository:
     """SPDX expression, where the source declares one."""
     revision: str = ""
     """Commit or version, where there is one."""
+
+
+def name_bytes(name: str) -> bytes:
+    """A name or path as bytes: those it was made of by `os.fsdecode`, with `?` for characters that no bytes stand for
+    (half a surrogate pair, as JSON can spell it)."""
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "replace")
 
 
 class SourceUnit(ABC):

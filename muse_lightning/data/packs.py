@@ -3,17 +3,17 @@ what lies where."""
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from muse_lightning.data.documents import DamagedSource, ReadLimits, Repository, SourceUnit
+from muse_lightning.data.documents import DamagedSource, ReadLimits, Repository, SourceUnit, name_bytes
 from muse_lightning.data.filters import Filters
 from muse_lightning.data.jobs import Job, Meter
 from muse_lightning.data.licences import LicenceFinder
@@ -43,6 +43,9 @@ UNKNOWN = "unknown"
 _NAMES = ("content.bin", "files.bin", "repositories.bin", "names.bin")
 
 _MAX_UNITS = 512
+_MOST_NUMBERS = 2**16 - 1  # and one more for what is unknown
+# Their releases may see another language or licence in the same file.
+_LIBRARIES = ("identify", "license-expression")
 _FILES_BETWEEN_COUNTS = 64
 # Part of every pack's key: raise it when the same units would give another pack.
 _PACK_VERSION = 1
@@ -78,7 +81,8 @@ def read_jobs(
     """Group units, in the given order, into packs of about `pack_bytes`."""
     group: list[tuple[int, SourceUnit]] = []
     size = 0
-    common = json.dumps([_PACK_VERSION, identities, asdict(filters), asdict(limits)], sort_keys=True)
+    versions = [version(library) for library in _LIBRARIES]
+    common = json.dumps([_PACK_VERSION, versions, identities, asdict(filters), asdict(limits)], sort_keys=True)
     for index, (source, unit) in enumerate(units):
         group.append((source, unit))
         size += unit.size
@@ -89,13 +93,16 @@ def read_jobs(
 
 
 class _Numbers:
-    """Texts, numbered in the order of their first use."""
+    """Texts, numbered in the order of their first use, as far as 16 bits go; what comes later is unknown."""
 
     def __init__(self) -> None:
         self._number_of: dict[str, int] = {}
 
     def __call__(self, text: str | None) -> int:
-        return self._number_of.setdefault(text or UNKNOWN, len(self._number_of))
+        text = text or UNKNOWN
+        if text not in self._number_of and len(self._number_of) >= _MOST_NUMBERS:
+            text = UNKNOWN
+        return self._number_of.setdefault(text, len(self._number_of))
 
     def texts(self) -> list[str]:
         return list(self._number_of)
@@ -148,7 +155,7 @@ class _PackWriter:
             if verdict.reason is not None:
                 skipped[verdict.reason] += 1
                 continue
-            path = os.fsencode(file.path)
+            path = name_bytes(file.path)
             digest = hashlib.blake2b(file.content, digest_size=16).digest()
             language = self._languages(verdict.language)
             self._content.write(path)
@@ -172,7 +179,7 @@ class _PackWriter:
                 kept[index] = False
                 skipped[reason] += 1
         files = files[kept]
-        name, revision = os.fsencode(repository.name), repository.revision.encode()
+        name, revision = name_bytes(repository.name), name_bytes(repository.revision)
         digest = hashlib.blake2b(name, digest_size=16).digest()
         row = (source, len(name), len(revision), np.frombuffer(digest, "<u8"), files["size"].sum())
         self._files.write(files.tobytes())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from muse_lightning.data import packs
 from muse_lightning.data.documents import ReadLimits
 from muse_lightning.data.filters import Filters
 from muse_lightning.data.packs import Pack, read_jobs
@@ -83,6 +84,18 @@ class TestKeys:
         after = self.keys("1", "1", "1", "2")
         assert (after[0] == before[0], after[1] == before[1]) == (True, False)
         assert not set(self.keys("1", "1", "1", "1", filters=Filters(max_file_bytes=7))) & set(before)
+
+    def test_of_packs_by_the_libraries_that_look_at_files(self, monkeypatch):
+        before = self.keys("1")
+        monkeypatch.setattr(packs, "version", lambda name: f"another {name}")
+        assert self.keys("1") != before
+
+
+def test_numbers_stay_within_16_bits(monkeypatch):
+    monkeypatch.setattr(packs, "_MOST_NUMBERS", 2)
+    number = packs._Numbers()
+    assert [number(text) for text in ("a", "b", "c", None, "d", "a")] == [0, 1, 2, 2, 2, 0]
+    assert number.texts() == ["a", "b", packs.UNKNOWN]
 
 
 @pytest.mark.parametrize("count", [1, 200])

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import IO, NamedTuple, cast
 
-from muse_lightning.data.documents import DamagedSource, ReadLimits
+from muse_lightning.data.documents import DamagedSource, ReadLimits, name_bytes
 from muse_lightning.data.sources.unpacking import BoundedStream, damage_named, open_unpacked, unpacked_limit
 
 # Headers of one member: long names, extended attributes. GNU tar and pax writers stay far below.
@@ -44,7 +44,7 @@ def clean_path(name: str) -> str | None:
     """A member's path inside the archive, or None where it is not inside. Backslashes separate, too."""
     parts = re.split(r"[/\\]", name)
     drive = len(parts[0]) == 2 and parts[0][1] == ":"
-    if name[:1] in ("/", "\\") or drive or ".." in parts or "\0" in name or len(os.fsencode(name)) > _MAX_PATH_BYTES:
+    if name[:1] in ("/", "\\") or drive or ".." in parts or "\0" in name or len(name_bytes(name)) > _MAX_PATH_BYTES:
         return None
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 

@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from muse_lightning.data.documents import DamagedSource
+from muse_lightning.data.filters import Filters
+from muse_lightning.data.packs import read_jobs
 from muse_lightning.data.sources import Tables, parquet_reader
 from muse_lightning.data.sources.table_rows import bounded_lines
 from muse_lightning.data.sources.unpacking import BoundedStream
@@ -127,6 +129,17 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
     found = source(place)
     assert contents(found) == {"a/x": {"src/one.py": b"one\n", "two.py": "two é\n".encode()}}
     assert counted(found) == {"malformed": 8, "outside": 2, "oversize": 2}
+
+
+def test_half_a_surrogate_pair_in_a_name_is_a_question_mark(tmp_path):
+    """JSON can spell what no bytes stand for."""
+    rows = json_lines(tmp_path / "a.jsonl", [{"text": "x = 1\n" * 9, "repo_name": "a\ud800b", "path": "\ud800.py"}])
+    source = Tables([str(rows)], path="path")
+    (job,) = read_jobs([(0, unit) for unit in source.units()], [source.identity()], Filters(), LIMITS, 1)
+    (tmp_path / "pack").mkdir()
+    assert job.run(tmp_path / "pack", None, lambda *_: None)["files"] == 1
+    assert (tmp_path / "pack" / "names.bin").read_bytes() == b"a?b"
+    assert (tmp_path / "pack" / "content.bin").read_bytes() == b"?.py" + 9 * b"x = 1\n"
 
 
 def test_a_table_without_one_usable_row_counts_them(tmp_path):
