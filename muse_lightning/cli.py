@@ -57,7 +57,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             traceback.print_exc()
-        print(f"{_rank_prefix()}error: {' '.join(str(error).split())}", file=sys.stderr)
+        # In one piece: ranks share a terminal.
+        sys.stderr.write(f"{_rank_prefix()}error: {' '.join(str(error).split())}\n")
         return ExitCode.USER_ERROR
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED

@@ -315,7 +315,7 @@ class TestExitCodes:
 
 @pytest.mark.slow
 def test_the_demo_takes_its_first_step_soon(tmp_path: Path) -> None:
-    """In 25 s on prepared data: of the whole recipe, on less data than it has."""
+    """In 40 s on prepared data, while other tests run: of the whole recipe, on less data than it has."""
     command = [sys.executable, "-m", "muse_lightning.cli"]
     flags = ["--config=recipe:demo", "--data.max_documents=12"]
     subprocess.run([*command, "prepare", *flags], cwd=tmp_path, capture_output=True, timeout=120, check=True)
@@ -331,7 +331,7 @@ def test_the_demo_takes_its_first_step_soon(tmp_path: Path) -> None:
         seconds = time.monotonic() - begin
         run.kill()
     assert first.startswith(b"step 1/240 ")
-    assert seconds < 25
+    assert seconds < 40
 
 
 @pytest.mark.multi_process
