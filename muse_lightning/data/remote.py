@@ -5,6 +5,7 @@ through huggingface_hub, which tokenizers brings along. litdata's own downloader
 readers in files, and reads nothing but Parquet from hf://; and a file in its cache belongs to one run.
 """
 
+import fcntl
 import os
 import re
 import time
@@ -26,7 +27,6 @@ obstore.fsspec.register(["s3", "gs"])
 _SPLITS = ("train", "val", "test")
 _OPENING_ATTEMPTS = 5
 _SECONDS_BETWEEN_LOOKS = 0.05
-_SECONDS_UNTIL_ABANDONED = 3600.0  # since a file that is being fetched last grew
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -81,8 +81,8 @@ class ChunkCache:
         return path
 
     def _download(self, url: str, entry: ChunkEntry, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        while not self._take_room(entry, partial):
+        partial, room = path.with_suffix(".partial"), path.with_suffix(".room")
+        while (reservation := self._take_room(entry, room)) is None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)  # what others are fetching will be chunks that can be removed
         try:
             copy_file(url, partial)
@@ -93,41 +93,63 @@ class ChunkCache:
                     "upload the dataset again"
                 )
             os.replace(partial, path)
-        except BaseException:
+        finally:
             partial.unlink(missing_ok=True)
-            raise
+            room.unlink(missing_ok=True)
+            os.close(reservation)
 
-    def _take_room(self, entry: ChunkEntry, partial: Path) -> bool:
-        """Whether there is room for a chunk; then it is taken, so that no other download counts on it."""
+    def _take_room(self, entry: ChunkEntry, room: Path) -> int | None:
+        """Reserve a chunk's space: a file of its length, which other downloads count, open and locked as long as the
+        download lives. None where chunks that nobody is fetching would not make enough room."""
         if entry.size_bytes > self.max_bytes:
             raise UserError(
                 f"data.cache_bytes: {self.max_bytes:,} found, at least {entry.size_bytes:,} expected: one chunk of the "
                 "dataset; several times that keeps workers from fetching again"
             )
         with exclusive_lock(self.folder / "room"):
-            partial.unlink(missing_ok=True)  # of a download that was killed
-            files = sorted(self._files())
-            total = sum(size for _, size, _ in files)
-            abandoned = time.time() - _SECONDS_UNTIL_ABANDONED
-            for used, size, path in files:
-                if total + entry.size_bytes <= self.max_bytes:
+            files = [file for file in sorted(self._files()) if not _is_abandoned(file[2])]
+            excess = sum(size for _, size, _ in files) + entry.size_bytes - self.max_bytes
+            removed = []
+            for _, size, path in files:
+                if excess <= 0:
                     break
-                if path.suffix == ".bin" or used < abandoned:
-                    path.unlink(missing_ok=True)
-                    total -= size
-            if total + entry.size_bytes > self.max_bytes:
-                return False
-            with partial.open("wb") as file:
-                file.truncate(entry.size_bytes)
-            return True
+                if path.suffix == ".bin":
+                    removed.append(path)
+                    excess -= size
+            if excess > 0:
+                return None
+            for path in removed:
+                path.unlink(missing_ok=True)
+            reservation = os.open(room, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(reservation, fcntl.LOCK_EX)
+            os.ftruncate(reservation, entry.size_bytes)
+            return reservation
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         """Time of last use, size and path of each file."""
         for path in self.folder.iterdir():
             with suppress(FileNotFoundError):  # a download has just ended
-                if path.suffix in (".bin", ".partial"):
+                if path.suffix in (".bin", ".room"):
                     status = path.stat()
                     yield status.st_mtime, status.st_size, path
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether a reservation's download was killed; then what it left is removed. The kernel freed its lock."""
+    if path.suffix != ".room":
+        return False
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:  # its download has just ended
+        return True
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        path.with_suffix(".partial").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        return True
 
 
 class CachedChunks(Chunks):
