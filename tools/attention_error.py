@@ -20,8 +20,8 @@ from muse_lightning.attention import Dense, SlidingWindow
 from muse_lightning.measure.attention_error import relative_squared_error
 
 SPATIAL = {"query_clustering": "spatial", "key_clustering": "spatial"}
-SPATIAL_BLOCKS = {**SPATIAL, "expansion": "zero", "selection": "query_mass"}
-DEFAULT = "default: clusters 128/64, peak mass, top_k 12, candidates 32"
+SPATIAL_BLOCKS = {**SPATIAL, "expansion": "zero", "summary_cluster": 64}
+DEFAULT = "default: clusters 128/64, summaries of 512 keys, peak mass, top_k 12, candidates 32"
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     (DEFAULT, {}),
     ("top_k 8", {"top_k": 8}),
@@ -30,8 +30,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("top_k 0", {"top_k": 0}),
     ("candidates 24", {"candidates": 24}),
     ("candidates 64", {"candidates": 64}),
-    ("query mass", {"selection": "query_mass"}),
-    ("query mass, top_k 16", {"selection": "query_mass", "top_k": 16}),
+    ("candidates 48, top_k 16", {"candidates": 48, "top_k": 16}),
+    *((f"summaries of {size} keys", {"summary_cluster": size}) for size in (64, 128, 256, 1024, 2048)),
     ("centroid", {"selection": "centroid"}),
     ("order 0", {"order": 0}),
     ("clusters 64/64", {"query_cluster": 64}),
@@ -42,9 +42,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("keys clustered only", {"query_clustering": "spatial"}),
     ("queries clustered only", {"key_clustering": "spatial"}),
     ("spatial clusters, order 1", SPATIAL),
-    ("SpatialBlocks: spatial clusters, plain means, query mass", SPATIAL_BLOCKS),
+    ("SpatialBlocks: spatial clusters, plain means", SPATIAL_BLOCKS),
     ("SpatialBlocks, selection by centroid", {**SPATIAL_BLOCKS, "selection": "centroid"}),
-    ("SpatialBlocks, selection by peak mass", {**SPATIAL_BLOCKS, "selection": "peak_mass"}),
 ]
 
 

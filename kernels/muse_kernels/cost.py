@@ -17,14 +17,14 @@ class MusePairs:
     near: float
     """Pairs inside chunks; all pairs of a document that is exact."""
     summaries: float
-    """Queries times the summaries they see, retrieved clusters' included."""
+    """Queries times the summaries they see."""
     stage_1: float
     """Query clusters times far keys, three products each (with k for the mass, then for kbar and vbar): 1.5 pairs."""
     retrieved: float
     """Queries times the keys of the retrieved clusters."""
     selection: float
-    """Products with keys alone, half a pair each: by "peak_mass" queries times the candidates' keys, by "query_mass"
-    two passes over the summaries, by "centroid" none."""
+    """Products with keys alone, half a pair each: query clusters times far keys, and by "peak_mass" queries times the
+    candidates' keys."""
 
     @property
     def forward(self) -> float:
@@ -46,21 +46,20 @@ def muse_pairs(num_tokens: int, options: MuseOptions) -> MusePairs:
     if num_tokens <= resolved.exact_below:
         exact = num_tokens * (num_tokens + 1) / 2 if options.causal else float(num_tokens**2)
         return MusePairs(near=exact, summaries=0, stage_1=0, retrieved=0, selection=0)
-    near = summaries = stage_1 = retrieved = candidates = 0.0
+    near = summaries = stage_1 = retrieved = means = candidates = 0.0
     for start in range(0, num_tokens, options.chunk):
         queries = min(options.chunk, num_tokens - start)
         far_keys = start if options.causal else num_tokens - queries
-        far_clusters = -(-far_keys // options.key_cluster)
+        query_clusters = -(-queries // options.query_cluster)
         near += queries * (queries + 1) / 2 if options.causal else queries**2
-        summaries += queries * far_clusters
-        stage_1 += 1.5 * -(-queries // options.query_cluster) * far_keys
+        summaries += queries * -(-far_keys // resolved.summary_cluster)
+        stage_1 += 1.5 * query_clusters * far_keys
         retrieved += queries * min(options.top_k * options.key_cluster, far_keys)
+        means += query_clusters * far_keys
         candidates += queries * min(options.candidates * options.key_cluster, far_keys)
-    selection = 0.0
-    if options.selection == "query_mass" and options.top_k > 0:
-        selection = summaries
-    elif options.selection == "peak_mass" and 0 < options.top_k < options.candidates:
-        selection = candidates / 2
+    selection = means / 2 if options.top_k > 0 else 0.0
+    if options.selection == "peak_mass" and 0 < options.top_k < options.candidates:
+        selection += candidates / 2
     return MusePairs(near, summaries, stage_1, retrieved, selection)
 
 
@@ -119,26 +118,28 @@ def muse_work(
     indices = 4 * long_tokens * (num_heads + num_kv_heads)
     all_q, all_k = (tokens * heads * head_dim * element_size for heads in (num_heads, num_kv_heads))
     all_statistics = 4 * tokens * num_heads
-    scores: dict[str, float] = {"query_mass": vectors + 2 * masses, "peak_mass": k}
-    scores_of_stage_1 = masses if options.top_k > 0 and options.selection != "query_mass" else 0
+    # Scores are written and read; then candidates' keys, the queries and the near field's lse are.
+    score_bytes = 2 * 4 * centroid_keys / options.key_cluster * num_heads + k
+    has_candidates = options.selection == "peak_mass" and options.top_k < options.candidates
+    peak_bytes = q + k + statistics if has_candidates else 0
     work = {
         "clustering": Work(0, q + k + indices),
         "gather": Work(0, 4 * k),
         "near": Work(2 * product * near, 2 * all_q + 2 * all_k + all_statistics),
-        "stage 1": Work(3 * product * centroid_keys, 2 * k + 2 * vectors + masses + scores_of_stage_1),
-        "scores": Work(2 * product * selection, (q + statistics + scores[options.selection]) if selection else 0),
+        "scores": Work(2 * product * selection, score_bytes + peak_bytes if selection else 0),
+        "stage 1": Work(3 * product * centroid_keys, 2 * k + 2 * vectors + 3 * masses),
         # The near field's out and lse are read and the merged ones written.
         "far": Work(2 * product * (summaries + retrieved), 3 * q + 2 * k + 2 * statistics + 2 * vectors + masses),
         "near backward": Work(5 * product * near, 4 * all_q + 4 * all_k + 2 * all_statistics),
         "gather backward": Work(0, 4 * k),
-        "stage 1 backward": Work(3 * product * centroid_keys, 2 * k + 2 * vectors + masses),
+        "stage 1 backward": Work(3 * product * centroid_keys, 2 * k + 2 * vectors + 3 * masses),
         # Reads q, dout, out, dq and writes dq; q, dout, lse and delta in the order of the clusters are for the keys.
         "far backward": Work(
             product * (5 * summaries + 3 * retrieved), 7 * q + 2 * k + 3 * statistics + 4 * vectors + 2 * masses
         ),
         # dk and dv of the near field are read, and the sums written.
         "keys backward": Work(
-            product * (4 * retrieved + 6 * centroid_keys), 2 * q + 6 * k + 2 * statistics + 2 * vectors + masses
+            product * (4 * retrieved + 6 * centroid_keys), 2 * q + 6 * k + 2 * statistics + 2 * vectors + 3 * masses
         ),
     }
     return {part: each for part, each in work.items() if each.flops or each.bytes}

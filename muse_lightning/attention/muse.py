@@ -18,18 +18,19 @@ class Muse(AttentionStrategy):
     """Multipole Semantic Attention (arXiv 2509.10406; docs/attention.md): sub-quadratic, trained, one line from Dense.
 
     Queries and keys are clustered separately. A token attends exactly to its own chunk and to the `top_k` key clusters
-    that matter most to its query cluster; all other far key clusters it sees through summaries.
+    that matter most to its query cluster; all other far keys it sees through summaries.
 
     Args:
         layer_idx: number of the layer, from 0.
         chunk: tokens per chunk. The own chunk is exact; larger is more exact and dearer.
         query_cluster: tokens per query cluster; smaller is more exact and dearer.
         key_cluster: tokens per key cluster; smaller is more exact and dearer.
+        summary_cluster: tokens behind one summary of far keys, key_cluster times a power of two; null is 8 times, at
+            most the chunk. Larger is cheaper, and little less exact.
         top_k: key clusters that each query cluster attends exactly. The cost of doubling it is that of `top_k` keys.
         order: 1 (dipole) or 0 (monopole) expansion of a far cluster's log-mass.
         candidates: key clusters that selection by "peak_mass" looks at key by key.
-        selection: rank clusters by the "peak_mass" of their largest keys, by the "query_mass" of their summaries, or by
-            the mass at the "centroid" alone.
+        selection: rank clusters by the "peak_mass" of their largest keys, or by their mass at the "centroid" alone.
         expansion: expand around the query cluster's "centroid" or around "zero" (plain means).
         query_clustering: "semantic" or "spatial" (contiguous runs).
         key_clustering: "semantic" or "spatial" (contiguous runs).
@@ -44,6 +45,7 @@ class Muse(AttentionStrategy):
         chunk: int = 2048,
         query_cluster: int = 128,
         key_cluster: int = 64,
+        summary_cluster: int | None = None,
         top_k: int = 12,
         candidates: int = 32,
         order: int = 1,
@@ -60,6 +62,7 @@ class Muse(AttentionStrategy):
             "chunk": chunk,
             "query_cluster": query_cluster,
             "key_cluster": key_cluster,
+            "summary_cluster": summary_cluster,
             "top_k": top_k,
             "candidates": candidates,
             "order": order,

@@ -6,7 +6,7 @@ from muse_lightning.attention.muse import Muse
 class SpatialBlocks(Muse):
     """MuSe's operator with contiguous clusters and plain means: what block-sparse attention without semantics gives.
 
-    With the same chunk, key_cluster and top_k as Muse it has matched sparsity.
+    With the same chunk, key_cluster and top_k as Muse it retrieves as many keys, chosen in the same way.
 
     Args:
         layer_idx: number of the layer, from 0.
@@ -33,8 +33,8 @@ class SpatialBlocks(Muse):
             chunk=chunk,
             query_cluster=query_cluster,
             key_cluster=key_cluster,
+            summary_cluster=key_cluster,
             top_k=top_k,
-            selection="query_mass",
             expansion="zero",
             query_clustering="spatial",
             key_clustering="spatial",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import muse_lightning.attention
-from muse_kernels.attention.options import MuseOptions, Selection
+from muse_kernels.attention.options import MuseOptions
 from muse_kernels.cost import muse_pairs
 from muse_lightning.attention import AttentionStrategy, Dense, Muse, SlidingWindow, SpatialBlocks
 
@@ -114,9 +114,9 @@ def test_pairs_of_a_long_document_are_fewer_than_those_of_dense(strategy: Attent
         assert strategy.pairs([4096]) < 0.8 * Dense(0).pairs([4096])
 
 
-@pytest.mark.parametrize(("make", "selection"), [(Muse, "peak_mass"), (SpatialBlocks, "query_mass")])
-def test_pairs_of_muse_are_the_operators(make: type[Muse], selection: Selection) -> None:
-    options = MuseOptions(**SMALL["Muse"], selection=selection)
+@pytest.mark.parametrize(("make", "summary_cluster"), [(Muse, None), (SpatialBlocks, SMALL["Muse"]["key_cluster"])])
+def test_pairs_of_muse_are_the_operators(make: type[Muse], summary_cluster: int | None) -> None:
+    options = MuseOptions(**SMALL["Muse"], summary_cluster=summary_cluster)
     expected = muse_pairs(60, options).training + muse_pairs(7, options).training
     assert make(0, **SMALL["Muse"]).pairs([60, 7]) == expected
 

@@ -31,8 +31,8 @@ class Group(NamedTuple):
     heads: slice
     """Key-value heads, counted over batch and heads together."""
     rows: slice
-    capacity: int
-    """Summaries per query head that the rows may need."""
+    far_chunks: int
+    """Far chunks that the rows may see, added up."""
     is_first: bool
     """The first rows of these heads."""
     is_last: bool

@@ -4,9 +4,10 @@ Retrieved: over the query clusters of its inverted list (`selection.py`), with t
 
     P = exp(scale q . k_j - L)    dlogit = P (do . v_j - Delta)    dk_j += scale sum_q dlogit q    dv_j += sum_q P do
 
-Summarised: over the query clusters of later chunks, with t_j = dkbar . k_j + dvbar . v_j and p_j as in `summaries.py`,
+Summarised: over the query clusters of later chunks that do not retrieve it, with p_j and A_aB as in `summaries.py`,
 
-    g_j = p_j (dA + t_j - sum_i p_i t_i)          dk_j += scale g_j mu_a + p_j dkbar        dv_j += p_j dvbar
+    g_j = p_j (dA - dkbar . kbar - dvbar . vbar + dkbar . k_j + dvbar . v_j)
+    dk_j += scale g_j mu_a + p_j dkbar            dv_j += p_j dvbar
 
 A list is cut after LONGEST_PIECE pairs, so that a cluster that everybody retrieves does not keep one program busy for
 all the others: what is left of it goes, in pieces of that length, to programs of their own that write partial results,
@@ -21,11 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muse_kernels.attention.chunks import Group
+from muse_kernels.attention.chunks import ChunkTable, Group
 from muse_kernels.attention.common import LOG2E, operand, padded_head_dim
+from muse_kernels.attention.layout import FarLayout
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.selection import InvertedLists
-from muse_kernels.attention.summaries import Summaries, SummaryLayout, cluster_softmax
+from muse_kernels.attention.summaries import Summaries
 from muse_kernels.attention.tiles import tile_of
 
 LONGEST_PIECE = 32
@@ -176,7 +178,9 @@ def muse_key_gradients(
     clustered_delta,
     dkbar,
     dvbar,
-    dmass,
+    dmass_at_0,
+    log_mass,
+    retrieved,
     position,
     list_start,
     partial_dk,
@@ -186,11 +190,12 @@ def muse_key_gradients(
     dk_out,
     dv_out,
     key_order,
-    first_cluster,
+    first_summary,
     num_far,
     offset,
     length,
-    end,
+    first_of_document,
+    end_of_document,
     first_row,
     end_row,
     num_rows,
@@ -208,6 +213,7 @@ def muse_key_gradients(
     K: tl.constexpr,
     QUERY_CLUSTERS: tl.constexpr,
     KEY_CLUSTERS: tl.constexpr,
+    PER_SUMMARY: tl.constexpr,
     QUERIES: tl.constexpr,
     A: tl.constexpr,
     SUMMARY_STAGES: tl.constexpr,
@@ -260,9 +266,10 @@ def muse_key_gradients(
             dv += tl.load(partial_dv + place)
 
     # Rows of the group that see this cluster: later ones of its document, or any (its own holds zero gradients).
-    seen_from = key_row + 1 if CAUSAL else tl.load(first_cluster + key_row) // KEY_CLUSTERS
+    seen_from = key_row + 1 if CAUSAL else tl.load(first_of_document + key_row)
     start = tl.maximum(seen_from, first_row) * QUERY_CLUSTERS
-    stop = tl.minimum(tl.load(end + key_row), end_row) * QUERY_CLUSTERS
+    stop = tl.minimum(tl.load(end_of_document + key_row), end_row) * QUERY_CLUSTERS
+    summary, leaf = cluster // PER_SUMMARY, cluster % PER_SUMMARY
     group_offset = tl.load(offset + first_row)
     for g in range(G):
         local_head = local_kv_head * G + g
@@ -275,8 +282,8 @@ def muse_key_gradients(
                 tl.load(offset + row)
                 - group_offset
                 + (a % QUERY_CLUSTERS) * tl.load(num_far + row)
-                - tl.load(first_cluster + row)
-                + cluster
+                - tl.load(first_summary + row)
+                + summary
                 + local_head.to(tl.int64) * capacity
             )
             mask = is_query_cluster[:, None]
@@ -284,11 +291,17 @@ def muse_key_gradients(
             mu_rows = operand(tl.load(mu_rows, mask=mask & (d < D)[None, :], other=0.0))
             dkey_mean = operand(tl.load(dkbar + place[:, None] * BLOCK_D + d[None, :], mask=mask, other=0.0))
             dvalue_mean = operand(tl.load(dvbar + place[:, None] * BLOCK_D + d[None, :], mask=mask, other=0.0))
-            dlog_mass = tl.load(dmass + place, mask=is_query_cluster, other=0.0)
-            weights, _, _ = cluster_softmax(mu_rows, k, num_keys, scale * LOG2E, K, CAUSAL)
+            at_0 = tl.load(dmass_at_0 + place, mask=is_query_cluster, other=0.0)
+            mass = tl.load(log_mass + place, mask=is_query_cluster, other=0.0)
+            bits = tl.load(retrieved + place, mask=is_query_cluster, other=-1)
+            is_summarised = (((bits >> leaf) & 1) == 0)[:, None]
+            if not CAUSAL:
+                is_summarised &= (key < num_keys)[None, :]
+            logits = tl.dot(mu_rows, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+            weights = tl.where(is_summarised, tl.exp2(logits - mass[:, None]), 0.0)
             t = tl.dot(dkey_mean, tl.trans(k), input_precision="ieee")
             t = tl.dot(dvalue_mean, tl.trans(v), t, input_precision="ieee")
-            dlogits = weights * (dlog_mass[:, None] + t - tl.sum(weights * t, 1)[:, None]) * scale
+            dlogits = weights * (at_0[:, None] + t) * scale
             weights = weights.to(k.dtype)
             dk = tl.dot(tl.trans(dlogits.to(k.dtype)), mu_rows, dk, input_precision="ieee")
             dk = tl.dot(tl.trans(weights), dkey_mean, dk, input_precision="ieee")
@@ -313,13 +326,15 @@ def key_gradients(
     clustered_k: Tensor,
     clustered_v: Tensor,
     clustered: ClusteredQueries,
-    gradient: Summaries,
+    summary: Summaries,
+    dmass_at_0: Tensor,
     lists: InvertedLists | None,
     far: tuple[Tensor, Tensor] | None,
     dk: Tensor,
     dv: Tensor,
     key_order: Tensor,
-    layout: SummaryLayout,
+    layout: FarLayout,
+    table: ChunkTable,
     group: Group,
     options: ResolvedOptions,
 ) -> None:
@@ -328,12 +343,13 @@ def key_gradients(
     Args:
         mu: dtype of k [B, H, C, chunk / query_cluster, D]. key_order: int32 [B, H_kv, C, chunk].
         clustered_k, clustered_v: [heads, C * chunk, padded D].
-        gradient: dkbar, dvbar and dA (in place of the bias), as `far_field_backward` leaves them.
+        summary, dmass_at_0: as `far_field_backward` leaves them, with dkbar and dvbar for kbar and vbar.
         lists: of this group; None if nothing is retrieved.
         far: float32 [heads, C * chunk, padded D] each, what groups of rows hand on; None if there is one group.
         dk, dv: [B, H_kv, N, D], contiguous: the near field's.
+        layout: of summaries.
     """
-    head_dim, num_rows = mu.shape[-1], layout.num_far.shape[0]
+    head_dim, num_rows = mu.shape[-1], table.start.shape[0]
     block_d = padded_head_dim(head_dim)
     tile = tile_of("key_gradients", clustered_k)
     tile["QUERIES"] = min(tile["QUERIES"], options.query_cluster)
@@ -348,7 +364,7 @@ def key_gradients(
                 clustered_v,
                 *clustered,
                 *lists,
-                layout.length,
+                table.length,
                 partial_dk,
                 partial_dv,
                 lists.start.shape[0] - 1,
@@ -365,36 +381,42 @@ def key_gradients(
             )
         list_arguments = (lists.position, lists.start, partial_dk, partial_dv)
     else:
-        list_arguments = (layout.offset, layout.num_far, gradient.bias, gradient.bias)
+        list_arguments = (layout.offset, layout.num_far, dmass_at_0, dmass_at_0)
     muse_key_gradients[(num_rows * options.key_clusters, group.num_heads)](
         mu,
         clustered_k,
         clustered_v,
         *clustered,
-        *gradient,
+        summary.kbar,
+        summary.vbar,
+        dmass_at_0,
+        summary.log_mass,
+        summary.retrieved,
         *list_arguments,
-        *(far or (gradient.bias, gradient.bias)),
+        *(far or (dmass_at_0, dmass_at_0)),
         dk,
         dv,
         key_order,
         *layout,
+        *table[1:],
         group.rows.start,
         group.rows.stop,
         num_rows,
         group.heads.start,
         dk.shape[2],
-        gradient.bias.shape[1],
+        dmass_at_0.shape[1],
         options.top_k,
         int(group.is_first),
         int(group.is_last),
         options.softmax_scale,
-        G=gradient.kbar.shape[0] // group.num_heads,
+        G=dmass_at_0.shape[0] // group.num_heads,
         D=head_dim,
         BLOCK_D=block_d,
         Q=options.query_cluster,
         K=options.key_cluster,
         QUERY_CLUSTERS=options.query_clusters,
         KEY_CLUSTERS=options.key_clusters,
+        PER_SUMMARY=options.key_clusters_per_summary,
         PIECE=LONGEST_PIECE,
         CAUSAL=options.causal,
         HAS_RETRIEVED=lists is not None,

@@ -34,6 +34,7 @@ if HAS_TRITON:
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_QUERY_CLUSTERS = (16, 32, 64, 128)
 KERNEL_KEY_CLUSTERS = (16, 32, 64)
+MAX_KEY_CLUSTERS_PER_SUMMARY = 32
 MAX_CANDIDATES = 64
 MAX_CHUNK = 8192
 MAX_HEAD_DIM = 256
@@ -57,6 +58,7 @@ def muse_attention(
     chunk: int = 2048,
     query_cluster: int = 128,
     key_cluster: int = 64,
+    summary_cluster: int | None = None,
     top_k: int = 12,
     candidates: int = 32,
     order: int = 1,
@@ -81,11 +83,12 @@ def muse_attention(
             Repeated values are empty documents, so it may be padded by repeating N. Values are checked on a CPU only.
         chunk: tokens per chunk; the own chunk is attended exactly.
         query_cluster, key_cluster: tokens per cluster; chunk divided by either is a power of two.
+        summary_cluster: keys behind one summary: key_cluster times a power of two; None is 8 times, at most the chunk.
         top_k: key clusters that every query cluster attends exactly; more than there are means all.
         order: 1 expands a far cluster's log-mass to first order around the query cluster, 0 keeps the constant.
         candidates: clusters that selection by "peak_mass" looks at key by key.
         selection: how the top_k are ranked: "peak_mass" by the share that all queries give to a cluster's largest key,
-            among the candidates; "query_mass" by the share they give to its summary; "centroid" by their mean alone.
+            among the candidates; "centroid" by what it weighs for their mean alone.
         expansion: expand around the query cluster's "centroid", or around "zero" (plain means of keys and values).
         query_clustering, key_clustering: "semantic" by recursive bisection, "spatial" contiguous runs.
         exact_below: documents of at most so many tokens are attended exactly; None is 7 * chunk.
@@ -107,6 +110,7 @@ def muse_attention(
         chunk=chunk,
         query_cluster=query_cluster,
         key_cluster=key_cluster,
+        summary_cluster=summary_cluster,
         top_k=top_k,
         candidates=candidates,
         order=order,
@@ -219,6 +223,9 @@ def _obstacle_to_kernels(q: Tensor, options: MuseOptions) -> str | None:
         return f"accepts chunk up to {MAX_CHUNK}, got {options.chunk}"
     if q.shape[2] * 2 * q.shape[3] >= 2**31:  # kernels count elements of one head in 32 bits, head_dim rounded up
         return f"accepts up to {2**30 // q.shape[3]} tokens with head_dim {q.shape[3]}, got {q.shape[2]}"
+    if options.resolved(q.shape[-1]).key_clusters_per_summary > MAX_KEY_CLUSTERS_PER_SUMMARY:
+        most = f"{MAX_KEY_CLUSTERS_PER_SUMMARY * options.key_cluster} with key_cluster {options.key_cluster}"
+        return f"accepts summary_cluster up to {most}, got {options.summary_cluster}"
     if options.candidates > MAX_CANDIDATES:
         return f"accepts candidates up to {MAX_CANDIDATES}, got {options.candidates}"
     if not tiles.fits(q):

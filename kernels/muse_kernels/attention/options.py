@@ -5,10 +5,13 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Literal, get_args, get_origin, get_type_hints
 
-Selection = Literal["peak_mass", "query_mass", "centroid"]
+Selection = Literal["peak_mass", "centroid"]
 Expansion = Literal["centroid", "zero"]
 Clustering = Literal["semantic", "spatial"]
 Implementation = Literal["auto", "triton", "reference"]
+
+KEY_CLUSTERS_PER_SUMMARY = 8
+"""By default. `benchmarks/NOTES.md`, "coarse summaries"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class MuseOptions:
     chunk: int = 2048
     query_cluster: int = 128
     key_cluster: int = 64
+    summary_cluster: int | None = None
     top_k: int = 12
     candidates: int = 32
     order: int = 1
@@ -41,6 +45,7 @@ class MuseOptions:
             ratio = self.chunk // size if size > 0 else 0
             if ratio < 1 or ratio * size != self.chunk or ratio & (ratio - 1):
                 raise ValueError(f"chunk / {name} must be a power of two, got chunk={self.chunk}, {name}={size}")
+        _check_summary_cluster(self)
         for name, least in (("top_k", 0), ("candidates", 1), ("exact_below", 0), ("workspace_mib", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -55,8 +60,21 @@ class MuseOptions:
         """The options with numbers in place of the defaults that depend on other values."""
         values = {name: getattr(self, name) for name in _FIELDS}
         values["softmax_scale"] = head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+        if self.summary_cluster is None:
+            values["summary_cluster"] = min(KEY_CLUSTERS_PER_SUMMARY * self.key_cluster, self.chunk)
         values["exact_below"] = 7 * self.chunk if self.exact_below is None else self.exact_below
         return ResolvedOptions(**values)
+
+
+def _check_summary_cluster(options: MuseOptions) -> None:
+    size, chunk, key_cluster = options.summary_cluster, options.chunk, options.key_cluster
+    if size is not None and size not in (
+        sizes := [2**i * key_cluster for i in range((chunk // key_cluster).bit_length())]
+    ):
+        accepted = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"summary_cluster must be one of {accepted} for chunk={chunk}, key_cluster={key_cluster}, got {size}"
+        )
 
 
 _FIELDS = tuple(field.name for field in fields(MuseOptions))
@@ -73,6 +91,7 @@ class ResolvedOptions(MuseOptions):
     """MuseOptions in which every value is known; what everything below the public function is given."""
 
     softmax_scale: float
+    summary_cluster: int
     exact_below: int
 
     @property
@@ -84,6 +103,16 @@ class ResolvedOptions(MuseOptions):
     def key_clusters(self) -> int:
         """Key clusters per chunk."""
         return self.chunk // self.key_cluster
+
+    @property
+    def summaries(self) -> int:
+        """Summaries per chunk, for each query cluster that sees it."""
+        return self.chunk // self.summary_cluster
+
+    @property
+    def key_clusters_per_summary(self) -> int:
+        """Key clusters that one summary stands for."""
+        return self.summary_cluster // self.key_cluster
 
     @property
     def first_choice(self) -> int:

@@ -5,7 +5,8 @@
 
 Shape letters: B batch, H query heads, T key-value heads, G = H / T query heads of one key-value head, N tokens,
 C chunks, D head size; A query clusters of the chunks at hand times G, S their queries each (`query_cluster`);
-M key clusters in sight, K keys each (`key_cluster`); R retrieved clusters (`top_k`).
+M key clusters in sight, K keys each (`key_cluster`); M' runs of key clusters, K' keys each (`summary_cluster`);
+R retrieved clusters (`top_k`).
 """
 
 import math
@@ -43,14 +44,14 @@ class MuseClusters(NamedTuple):
 
 
 class Summaries(NamedTuple):
-    """A key cluster as one query cluster sees it (docs/attention.md, "Definition")."""
+    """A run of key clusters as one query cluster sees it (docs/attention.md, "Definition")."""
 
     log_mass: Tensor
-    """[B, T, A, M]: A_ab, natural log."""
+    """[B, T, A, M']: A_aB, natural log."""
     kbar: Tensor
-    """[B, T, A, M, D]"""
+    """[B, T, A, M', D]"""
     vbar: Tensor
-    """[B, T, A, M, D]"""
+    """[B, T, A, M', D]"""
 
 
 class Merged(NamedTuple):
@@ -262,44 +263,45 @@ def _chunk_slices(q: Tensor, options: ResolvedOptions) -> Iterator[slice]:
 # --------------------------------------------------------------------------------------------- stage 1: summaries
 
 
-def summaries(mu: Tensor, k: Tensor, v: Tensor, is_key: Tensor) -> Summaries:
-    """First-order expansion of every key cluster's log-mass around every query cluster's mu.
+def summaries(mu: Tensor, k: Tensor, v: Tensor, is_summarised: Tensor) -> Summaries:
+    """First-order expansion of the log-mass of every run of key clusters around every query cluster's mu.
 
     Args:
-        mu: [B, T, A, D], scaled. k, v: [B, T, M, K, D]. is_key: bool [M, K], False at empty places.
+        mu: [B, T, A, D], scaled. k, v: [B, T, M', K', D].
+        is_summarised: bool [B, T, M', A, K'] or broadcastable, False at empty places and for retrieved keys.
     Returns:
-        Summaries; a key cluster without keys has log_mass -inf, kbar and vbar 0.
+        Summaries; one without keys has log_mass -inf, kbar and vbar 0.
     """
-    log_mass, weights = _cluster_softmax(mu, k, is_key)
+    log_mass, weights = _cluster_softmax(mu, k, is_summarised)
     return Summaries(log_mass, (weights @ k).transpose(2, 3), (weights @ v).transpose(2, 3))
 
 
 def summaries_backward(
-    mu: Tensor, k: Tensor, v: Tensor, is_key: Tensor, summary: Summaries, gradient: Summaries
+    mu: Tensor, k: Tensor, v: Tensor, is_summarised: Tensor, summary: Summaries, gradient: Summaries
 ) -> tuple[Tensor, Tensor]:
-    """dk, dv [B, T, M, K, D] of the keys behind the summaries; mu is a constant.
+    """dk, dv [B, T, M', K', D] of the keys behind the summaries; mu is a constant.
 
     g_j = p_j (dA + dkbar . (k_j - kbar) + dvbar . (v_j - vbar))
     dk_j = sum_a g_j mu_a + p_j dkbar        dv_j = sum_a p_j dvbar
     """
-    _, weights = _cluster_softmax(mu, k, is_key)  # [B, T, M, A, K]
-    dkbar, dvbar = gradient.kbar.transpose(2, 3), gradient.vbar.transpose(2, 3)  # [B, T, M, A, D]
-    at_mean = gradient.log_mass - (gradient.kbar * summary.kbar).sum(-1) - (gradient.vbar * summary.vbar).sum(-1)
-    g = weights * (at_mean.transpose(2, 3).unsqueeze(-1) + dkbar @ k.mT + dvbar @ v.mT)
+    _, weights = _cluster_softmax(mu, k, is_summarised)  # [B, T, M', A, K']
+    dkbar, dvbar = gradient.kbar.transpose(2, 3), gradient.vbar.transpose(2, 3)  # [B, T, M', A, D]
+    at_0 = gradient.log_mass - (gradient.kbar * summary.kbar).sum(-1) - (gradient.vbar * summary.vbar).sum(-1)
+    g = weights * (at_0.transpose(2, 3).unsqueeze(-1) + dkbar @ k.mT + dvbar @ v.mT)
     dk = g.mT @ mu.unsqueeze(2) + weights.mT @ dkbar
     return dk, weights.mT @ dvbar
 
 
-def _cluster_softmax(mu: Tensor, k: Tensor, is_key: Tensor) -> tuple[Tensor, Tensor]:
-    """A_ab [B, T, A, M] and p_j [B, T, M, A, K] of keys k around mu."""
-    logits = (mu.unsqueeze(2) @ k.mT).masked_fill_(~is_key[:, None], -math.inf)
+def _cluster_softmax(mu: Tensor, k: Tensor, is_summarised: Tensor) -> tuple[Tensor, Tensor]:
+    """A_aB [B, T, A, M'] and p_j [B, T, M', A, K'] of keys k around mu."""
+    logits = (mu.unsqueeze(2) @ k.mT).masked_fill_(~is_summarised, -math.inf)
     log_mass = logits.logsumexp(-1, keepdim=True)
     weights = (logits - log_mass.clamp(min=torch.finfo(k.dtype).min)).exp_()
     return log_mass.squeeze(-1).transpose(2, 3), weights
 
 
 def summary_logits(q: Tensor, mu: Tensor, summary: Summaries, in_sight: Tensor, order: int) -> Tensor:
-    """logit_ab(q) = A_ab + (q - mu_a) . kbar_ab (order 0: A_ab): [B, T, A, S, M]; -inf where not `in_sight` [A, M]."""
+    """A_aB + (q - mu_a) . kbar_aB (order 0: A_aB): [B, T, A, S, M']; -inf where not `in_sight` [A, M']."""
     logits = summary.log_mass.unsqueeze(3)
     if order == 1:
         logits = logits + (q - mu.unsqueeze(3)) @ summary.kbar.mT
@@ -317,15 +319,14 @@ def key_spread(k: Tensor, is_key: Tensor) -> Tensor:
     return centred.square().sum((-2, -1)) / count.squeeze((-2, -1))
 
 
-def query_mass(logits: Tensor, near_lse: Tensor, is_query: Tensor) -> Tensor:
-    """log sum_{q in a} exp(logit_ab(q) - L'_q), L'_q over the near field and all summaries: [B, T, A, M].
+def cluster_mass(mean: Tensor, k: Tensor, is_key: Tensor) -> Tensor:
+    """logsumexp of mean . k_j over each key cluster: [B, T, A, M].
 
     Args:
-        logits: [B, T, A, S, M]. near_lse: [B, T, A, S]. is_query: bool [A, S].
+        mean: of the queries of each cluster, [B, T, A, D]. k: [B, T, M, K, D]. is_key: bool [M, K].
     """
-    normaliser = torch.logaddexp(near_lse, logits.logsumexp(-1))
-    share = logits - normaliser.unsqueeze(-1)
-    return share.masked_fill(~is_query[..., None], -math.inf).logsumexp(-2)
+    logits = (mean.unsqueeze(2) @ k.mT).masked_fill_(~is_key[:, None], -math.inf)
+    return logits.logsumexp(-1).transpose(2, 3)
 
 
 def coarse_score(log_mass: Tensor, q: Tensor, spread: Tensor, is_query: Tensor) -> Tensor:
@@ -341,11 +342,22 @@ def coarse_score(log_mass: Tensor, q: Tensor, spread: Tensor, is_query: Tensor) 
     return log_mass + spread * (q.square().sum((-2, -1)) / (count * 4 * q.shape[-1])).unsqueeze(-1)
 
 
-def cluster_peaks(q: Tensor, k: Tensor, is_key: Tensor, candidates: Tensor) -> Tensor:
-    """Largest logit of each candidate's keys: [B, T, A, S, M'], -inf for no candidate.
+def peak_mass(peaks: Tensor, near_lse: Tensor, is_query: Tensor) -> Tensor:
+    """log sum_{q in a} exp(peak_b(q) - L'_q), L'_q over the near field and all peaks: [B, T, A, candidates].
 
     Args:
-        q: [B, T, A, S, D]. k: [B, T, M, K, D]. is_key: bool [M, K]. candidates: [B, T, A, M'], -1 for none.
+        peaks: [B, T, A, S, candidates]. near_lse: [B, T, A, S]. is_query: bool [A, S].
+    """
+    normaliser = torch.logaddexp(near_lse, peaks.logsumexp(-1))
+    share = peaks - normaliser.unsqueeze(-1)
+    return share.masked_fill(~is_query[..., None], -math.inf).logsumexp(-2)
+
+
+def cluster_peaks(q: Tensor, k: Tensor, is_key: Tensor, candidates: Tensor) -> Tensor:
+    """Largest logit of each candidate's keys: [B, T, A, S, candidates], -inf for no candidate.
+
+    Args:
+        q: [B, T, A, S, D]. k: [B, T, M, K, D]. is_key: bool [M, K]. candidates: [B, T, A, candidates], -1 for none.
     """
     index = candidates.long().clamp(min=0)
     has_key = (is_key[index] & (candidates >= 0).unsqueeze(-1)).flatten(3)
@@ -371,10 +383,10 @@ def select(scores: Tensor, in_sight: Tensor, top_k: int) -> Tensor:
 
 
 class FarField(NamedTuple):
-    """The far keys of each query cluster: summaries, but for the retrieved clusters, and the keys of those."""
+    """The far keys of each query cluster: summaries, and the keys of retrieved clusters."""
 
     summary_logits: Tensor
-    """[B, T, A, S, M], -inf for clusters out of sight or retrieved."""
+    """[B, T, A, S, M'], -inf for those out of sight or without keys."""
     retrieved_logits: Tensor
     """[B, T, A, S, R * K], -inf at empty places."""
     retrieved_k: Tensor
@@ -383,24 +395,24 @@ class FarField(NamedTuple):
     """[B, T, A, R * K, D]"""
 
 
-def far_keys(q: Tensor, k: Tensor, v: Tensor, is_key: Tensor, logits: Tensor, selected: Tensor) -> FarField:
-    """Switch off the summaries of the retrieved clusters and gather their keys instead.
+def retrieved_clusters(selected: Tensor, num_key_clusters: int) -> Tensor:
+    """bool [B, T, A, M]: which of M key clusters are in the list [B, T, A, R] of retrieved ones, -1 for none."""
+    index = selected.long().masked_fill(selected < 0, num_key_clusters)
+    is_retrieved = torch.zeros(*index.shape[:3], num_key_clusters + 1, dtype=torch.bool, device=selected.device)
+    return is_retrieved.scatter_(3, index, True)[..., :-1]
+
+
+def far_keys(q: Tensor, k: Tensor, v: Tensor, is_key: Tensor, summary_logits: Tensor, selected: Tensor) -> FarField:
+    """Gather the keys of the retrieved clusters beside the summaries.
 
     Args:
-        q: [B, T, A, S, D]. k, v: [B, T, M, K, D]. is_key: [M, K]. logits: of all summaries, [B, T, A, S, M].
-        selected: [B, T, A, R], -1 for none.
+        q: [B, T, A, S, D]. k, v: [B, T, M, K, D]. is_key: [M, K]. selected: [B, T, A, R], -1 for none.
     """
-    num_key_clusters = k.shape[2]
-    index = selected.long().masked_fill(selected < 0, num_key_clusters)
-    is_retrieved = torch.zeros(*index.shape[:3], num_key_clusters + 1, dtype=torch.bool, device=q.device)
-    is_retrieved = is_retrieved.scatter_(3, index, True)[..., :-1]
     index = selected.long().clamp(min=0)
     has_key = (is_key[index] & (selected >= 0).unsqueeze(-1)).flatten(3)  # [B, T, A, R * K]
     retrieved_k, retrieved_v = (_take_clusters(x, index) for x in (k, v))
     retrieved_logits = (q @ retrieved_k.mT).masked_fill_(~has_key.unsqueeze(3), -math.inf)
-    return FarField(
-        logits.masked_fill(is_retrieved.unsqueeze(3), -math.inf), retrieved_logits, retrieved_k, retrieved_v
-    )
+    return FarField(summary_logits, retrieved_logits, retrieved_k, retrieved_v)
 
 
 def _take_clusters(x: Tensor, index: Tensor) -> Tensor:

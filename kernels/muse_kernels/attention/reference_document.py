@@ -18,7 +18,7 @@ from muse_kernels.attention.reference import FarField, Merged, MuseClusters, Sum
 
 
 class QueryGroup(NamedTuple):
-    """Consecutive query chunks, with the far key clusters that any of them may see and their summaries."""
+    """Consecutive query chunks, with the far key clusters that any of them may see."""
 
     chunks: slice
     tokens: slice
@@ -32,9 +32,17 @@ class QueryGroup(NamedTuple):
     """[B, T, A, D], scaled."""
     in_sight: Tensor
     """bool [A, M]"""
+
+
+class Far(NamedTuple):
+    """What the queries of a group attend to far away."""
+
+    keys: FarField
+    selected: Tensor
+    """[B, T, A, R]"""
     summary: Summaries
-    logits: Tensor
-    """[B, T, A, S, M]: of every summary in sight, else -inf."""
+    is_summarised: Tensor
+    """bool [B, T, M', A, K']"""
 
 
 class Document:
@@ -69,7 +77,9 @@ class Document:
     def _bytes_per_chunk(self) -> int:
         options, head_dim = self.options, self.k.shape[-1]
         far_clusters = self.num_chunks * options.key_clusters
-        summaries = options.query_clusters * far_clusters * (6 * head_dim + 3 * options.key_cluster)
+        # A mask is a fourth or an eighth of a number.
+        per_summary = 6 * head_dim + 4 * options.summary_cluster
+        summaries = options.query_clusters * self.num_chunks * options.summaries * per_summary
         logits = options.chunk * (4 * far_clusters + 3 * options.top_k * options.key_cluster)
         retrieved = 4 * options.query_clusters * options.top_k * options.key_cluster * head_dim
         numbers = self.q.shape[0] * self.q.shape[1] * (summaries + logits + retrieved)
@@ -82,9 +92,7 @@ class Document:
         mu = self.grouped(self.clusters.mu[:, :, chunks].flatten(2, 3)) * options.softmax_scale
         in_sight = self._in_sight(chunks, num_far)
         q = self.queries(self.q, chunks)
-        summary = step.summaries(mu, self.k[:, :, :num_far], self.v[:, :, :num_far], self.is_key[:num_far])
-        logits = step.summary_logits(q, mu, summary, in_sight, options.order)
-        return QueryGroup(chunks, tokens, num_far, q, is_query, mu, in_sight, summary, logits)
+        return QueryGroup(chunks, tokens, num_far, q, is_query, mu, in_sight)
 
     def _in_sight(self, chunks: slice, num_far: int) -> Tensor:
         """Far keys are those of earlier chunks (bidirectional: of any other chunk): bool [A, M]."""
@@ -121,20 +129,15 @@ class Document:
             near_lse: [B, T, A, S]. spread: [B, T, C * key_clusters].
         """
         options, spread = self.options, spread[:, :, None, : group.num_far]
-        log_spread = spread.clamp(min=torch.finfo(spread.dtype).tiny).log()
         is_choice = group.in_sight & group.is_query.any(-1, keepdim=True)
-        if options.selection == "query_mass":
-            scores = step.query_mass(group.logits, near_lse, group.is_query) + log_spread
-            selected = step.select(scores, is_choice, options.top_k)
+        mean = group.q.sum(3) / group.is_query.sum(-1, keepdim=True).clamp(min=1)
+        mass = step.cluster_mass(mean, self.k[:, :, : group.num_far], self.is_key[: group.num_far])
+        if options.selection == "centroid":
+            log_spread = spread.clamp(min=torch.finfo(spread.dtype).tiny).log()
+            selected = step.select(mass + log_spread, is_choice, options.top_k)
         else:
-            count = group.is_query.sum(-1, keepdim=True).clamp(min=1)
-            from_mu = group.q.sum(3) / count - group.mu  # 0 unless expansion is "zero"
-            mass = group.summary.log_mass + (group.summary.kbar @ from_mu.unsqueeze(-1)).squeeze(-1)
-            if options.selection == "centroid":
-                selected = step.select(mass + log_spread, is_choice, options.top_k)
-            else:
-                scores = step.coarse_score(mass, group.q, spread, group.is_query)
-                selected = self._by_peaks(group, near_lse, step.select(scores, is_choice, options.first_choice))
+            scores = step.coarse_score(mass, group.q, spread, group.is_query)
+            selected = self._by_peaks(group, near_lse, step.select(scores, is_choice, options.first_choice))
         selected = self.ungrouped(selected)
         self.clusters.selected[:, :, group.chunks] = selected.unflatten(2, (-1, self.options.query_clusters))
 
@@ -145,15 +148,24 @@ class Document:
             return candidates
         k, is_key = self.k[:, :, : group.num_far], self.is_key[: group.num_far]
         peaks = step.cluster_peaks(group.q, k, is_key, candidates)
-        scores = step.query_mass(peaks, near_lse, group.is_query)
+        scores = step.peak_mass(peaks, near_lse, group.is_query)
         place = step.select(scores, candidates >= 0, top_k)
         return candidates.gather(-1, place.long().clamp(min=0)).masked_fill(place < 0, -1)
 
-    def far_keys(self, group: QueryGroup) -> tuple[FarField, Tensor]:
-        """What the group's queries attend to far away, and the retrieved clusters [B, T, A, R]."""
+    def far(self, group: QueryGroup) -> Far:
+        """What the group's queries attend to far away."""
         selected = self.grouped(self.clusters.selected[:, :, group.chunks].flatten(2, 3))
         k, v, is_key = self.k[:, :, : group.num_far], self.v[:, :, : group.num_far], self.is_key[: group.num_far]
-        return step.far_keys(group.q, k, v, is_key, group.logits, selected), selected
+        is_retrieved = step.retrieved_clusters(selected, group.num_far).transpose(2, 3).unsqueeze(-1)
+        is_summarised = self.runs((is_key[:, None] & ~is_retrieved).transpose(3, 4)).transpose(3, 4)
+        summary = step.summaries(group.mu, self.runs(k), self.runs(v), is_summarised)
+        in_sight = group.in_sight.unflatten(1, (-1, self.options.key_clusters_per_summary)).any(-1)
+        logits = step.summary_logits(group.q, group.mu, summary, in_sight, self.options.order)
+        return Far(step.far_keys(group.q, k, v, is_key, logits, selected), selected, summary, is_summarised)
+
+    def runs(self, x: Tensor) -> Tensor:
+        """Key clusters [B, T, M, K, ...] in the runs that have a summary: [B, T, M', K', ...]."""
+        return x.unflatten(2, (-1, self.options.key_clusters_per_summary)).flatten(3, 4)
 
 
 def make_clusters(q: Tensor, k: Tensor, options: ResolvedOptions, mu_dtype: torch.dtype) -> MuseClusters:
@@ -197,8 +209,8 @@ def document_forward(
         near_out, near_lse = document.queries(out, group.chunks), document.queries(lse, group.chunks)
         if not is_given and options.top_k > 0:
             document.select(group, near_lse, spread)
-        far, _ = document.far_keys(group)
-        merged_out, merged_lse = step.merge_by_lse(near_out, near_lse, *step.far_field(far, group.summary.vbar))
+        far = document.far(group)
+        merged_out, merged_lse = step.merge_by_lse(near_out, near_lse, *step.far_field(far.keys, far.summary.vbar))
         out[:, :, group.tokens] = document.tokens(merged_out, group)
         lse[:, :, group.tokens] = document.tokens(merged_lse.unsqueeze(-1), group).squeeze(-1)
     return out, lse, clusters
@@ -215,22 +227,20 @@ def document_backward(
     dq, dk, dv = step.near_field_backward(document.q, k, v, merged, options)
     far_dk, far_dv = torch.zeros_like(document.k), torch.zeros_like(document.v)
     for group in document.groups():
-        far, selected = document.far_keys(group)
-        seen = slice(group.num_far)
+        far, seen = document.far(group), slice(group.num_far)
         rows = (document.queries(x, group.chunks) for x in (merged.dout, merged.lse, merged.delta))
         group_dout, group_lse, group_delta = rows
         group_lse = group_lse.masked_fill(~group.is_query, math.inf)  # no weight where there is no query
         group_dq, gradient = step.far_field_backward(
-            group_dout, group.q, group.mu, far, group.summary, group_lse, group_delta, options.order
+            group_dout, group.q, group.mu, far.keys, far.summary, group_lse, group_delta, options.order
         )
         group_dq = group_dq + step.retrieved_backward(
-            group_dout, group.q, far, selected, group_lse, group_delta, far_dk[:, :, seen], far_dv[:, :, seen]
+            group_dout, group.q, far.keys, far.selected, group_lse, group_delta, far_dk[:, :, seen], far_dv[:, :, seen]
         )
-        through_summaries = step.summaries_backward(
-            group.mu, document.k[:, :, seen], document.v[:, :, seen], document.is_key[seen], group.summary, gradient
-        )
-        far_dk[:, :, seen] += through_summaries[0]
-        far_dv[:, :, seen] += through_summaries[1]
+        k, v = (document.runs(x[:, :, seen]) for x in (document.k, document.v))
+        through_summaries = step.summaries_backward(group.mu, k, v, far.is_summarised, far.summary, gradient)
+        for total, part in zip((far_dk, far_dv), through_summaries, strict=True):
+            total[:, :, seen] += part.flatten(2, 3).unflatten(2, (-1, options.key_cluster))
         dq[:, :, group.tokens] += document.tokens(group_dq, group)
     dk += step.scatter_tokens(far_dk.flatten(2, 3), clusters.key_order.flatten(2), document.num_tokens)
     dv += step.scatter_tokens(far_dv.flatten(2, 3), clusters.key_order.flatten(2), document.num_tokens)

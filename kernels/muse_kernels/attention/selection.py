@@ -2,12 +2,8 @@
 
     R(a) = the top_k clusters with the largest score, ties to the earlier one
 
-"centroid" scores come from stage 1. By "query_mass", with L'_q over the near field and all summaries,
-
-    score_ab = log sum_{q in a} exp(logit_ab(q) - L'_q) + log spread_b
-
-in two passes over the summaries of one query cluster, the second from the cache. By "peak_mass" stage 1's scores choose
-candidates, which are then looked at key by key, with L'_q over the near field and the candidates' peaks:
+Scores by "centroid" are those of `scores.py`. By "peak_mass" those choose candidates, which are then looked at key by
+key, with L'_q over the near field and the candidates' peaks:
 
     peak_b(q) = max_{j in b} scale q . k_j          score_ab = log sum_{q in a} exp(peak_b(q) - L'_q)
 
@@ -22,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from muse_kernels.attention.chunks import Group
+from muse_kernels.attention.chunks import ChunkTable, Group
 from muse_kernels.attention.common import (
     LOG2E,
     listed_cluster,
@@ -32,89 +28,9 @@ from muse_kernels.attention.common import (
     rows_contiguous,
     token_rows,
 )
+from muse_kernels.attention.layout import FarLayout
 from muse_kernels.attention.options import ResolvedOptions
-from muse_kernels.attention.summaries import Summaries, SummaryLayout, log2_of_spread
 from muse_kernels.attention.tiles import tile_of
-
-
-@triton.jit(do_not_specialize=["num_rows", "first_row", "first_head", "num_heads", "num_tokens", "capacity"])
-def muse_scores(
-    q,
-    near_lse,
-    query_order,
-    kbar,
-    bias,
-    spread,
-    scores,
-    first_cluster,
-    num_far,
-    offset,
-    q_stride_batch,
-    q_stride_head,
-    q_stride_token,
-    num_rows,
-    first_row,
-    first_head,
-    num_heads,
-    num_tokens,
-    capacity,
-    scale_log2,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    Q: tl.constexpr,
-    QUERY_CLUSTERS: tl.constexpr,
-    KEY_CLUSTERS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ORDER: tl.constexpr,
-):
-    """One program for each query cluster: the scores of all its far key clusters."""
-    a, local_head = tl.program_id(0), tl.program_id(1)
-    row, head, _, token = query_cluster(
-        query_order, a, local_head, first_row, first_head, num_rows, G, Q, QUERY_CLUSTERS
-    )
-    columns = tl.load(num_far + row)
-    is_query = token >= 0
-    if (columns == 0) | (tl.sum(is_query.to(tl.int32)) == 0):
-        return
-
-    d = tl.arange(0, BLOCK_D)
-    q_rows = operand(token_rows(q, token, head, num_heads, q_stride_batch, q_stride_head, q_stride_token, D, BLOCK_D))
-    base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
-    base += (a % QUERY_CLUSTERS) * columns
-    kbar, bias, scores = kbar + base * BLOCK_D, bias + base, scores + base
-    spread += (local_head // G).to(tl.int64) * num_rows * KEY_CLUSTERS + tl.load(first_cluster + row)
-
-    # An empty place gets an infinite normaliser: no share.
-    largest = tl.load(near_lse + head * num_tokens + token, mask=is_query, other=float("inf")) * LOG2E
-    mass = tl.full([Q], 1.0, tl.float32)
-    for first in range(0, columns, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        is_column = column < columns
-        logits = tl.load(bias + column, mask=is_column, other=float("-inf"))[None, :]
-        if ORDER == 1:
-            key_mean = tl.load(kbar + column[:, None] * BLOCK_D + d[None, :], mask=is_column[:, None], other=0.0)
-            logits += tl.dot(q_rows, tl.trans(operand(key_mean)), input_precision="ieee") * scale_log2
-        else:
-            logits += tl.zeros([Q, COLUMNS], tl.float32)
-        new_largest = tl.maximum(largest, tl.max(logits, 1))
-        rescale = tl.where(is_query, tl.exp2(largest - new_largest), 1.0)
-        mass = mass * rescale + tl.sum(tl.exp2(logits - new_largest[:, None]), 1)
-        largest = new_largest
-    normaliser = largest + tl.log2(mass)
-    for first in range(0, columns, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        is_column = column < columns
-        log_mass = tl.load(bias + column, mask=is_column, other=float("-inf"))
-        logits = log_mass[None, :]
-        if ORDER == 1:
-            key_mean = tl.load(kbar + column[:, None] * BLOCK_D + d[None, :], mask=is_column[:, None], other=0.0)
-            logits += tl.dot(q_rows, tl.trans(operand(key_mean)), input_precision="ieee") * scale_log2
-        share = tl.sum(tl.exp2(logits - normaliser[:, None]), 0)
-        # A share too small for a float is still a choice, before a cluster out of sight.
-        score = tl.log2(tl.maximum(share, 1.1754944e-38))
-        score += log2_of_spread(tl.load(spread + column, mask=is_column, other=0.0))
-        tl.store(scores + column, tl.where(log_mass > float("-inf"), score, float("-inf")), mask=is_column)
 
 
 @triton.jit
@@ -190,7 +106,6 @@ def muse_select_by_peaks(
     clustered_k,
     candidates,
     selected,
-    reference,
     num_far,
     length,
     q_stride_batch,
@@ -214,7 +129,7 @@ def muse_select_by_peaks(
     BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """One program for each query cluster: the best of its candidates, ascending; what each query's largest logit is."""
+    """One program for each query cluster: the best of its candidates, ascending."""
     a, local_head = tl.program_id(0), tl.program_id(1)
     row, head, number, token = query_cluster(
         query_order, a, local_head, first_row, first_head, num_rows, G, Q, QUERY_CLUSTERS
@@ -253,38 +168,6 @@ def muse_select_by_peaks(
     is_selected = (tl.sum(is_better.to(tl.int32), 1) < top_k) & (share >= 0.0)
     target = tl.cumsum(is_selected.to(tl.int32), 0) - 1
     tl.store(selected + number * top_k + target, choice, mask=is_selected)
-    retrieved = tl.max(tl.where(is_selected[None, :], peaks, float("-inf")), 1)
-    tl.store(reference + head * num_tokens + token, tl.maximum(largest, retrieved), mask=is_query)
-
-
-@triton.jit(do_not_specialize=["num_rows", "first_row", "first_head", "capacity", "top_k"])
-def muse_switch_off(
-    bias,
-    selected,
-    first_cluster,
-    num_far,
-    offset,
-    num_rows,
-    first_row,
-    first_head,
-    capacity,
-    top_k,
-    G: tl.constexpr,
-    QUERY_CLUSTERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program for each query cluster."""
-    a, local_head = tl.program_id(0), tl.program_id(1)
-    row = first_row + a // QUERY_CLUSTERS
-    columns, row_first = tl.load(num_far + row), tl.load(first_cluster + row)
-    head = (first_head * G + local_head).to(tl.int64)
-    number = (head * num_rows + first_row) * QUERY_CLUSTERS + a
-    base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
-    base += (a % QUERY_CLUSTERS) * columns
-    for first in range(0, top_k, BLOCK):
-        entry = first + tl.arange(0, BLOCK)
-        column = tl.load(selected + number * top_k + entry, mask=entry < top_k, other=-1) - row_first
-        tl.store(bias + base + column, float("-inf"), mask=(column >= 0) & (column < columns))
 
 
 class InvertedLists(NamedTuple):
@@ -303,13 +186,11 @@ def select_clusters(
     near_lse: Tensor,
     query_order: Tensor,
     clustered_k: Tensor,
-    summary: Summaries,
-    spread: Tensor,
     scores: Tensor,
     candidates: Tensor | None,
     selected: Tensor,
-    reference: Tensor | None,
-    layout: SummaryLayout,
+    layout: FarLayout,
+    table: ChunkTable,
     group: Group,
     options: ResolvedOptions,
 ) -> None:
@@ -318,57 +199,25 @@ def select_clusters(
     Args:
         q: [B, H, N, D]. near_lse: float32 [B, H, N], natural log. query_order: int32 [B, H, C, chunk].
         clustered_k: [heads, C * chunk, padded D].
-        spread: float32 [heads, C * chunk / key_cluster].
-        scores: float32, shape of `summary.bias`: those of stage 1, or a buffer for those of "query_mass".
+        scores: float32 [query heads, capacity], as `score_clusters` leaves them.
         candidates: int32 [B, H, C, chunk / query_cluster, candidates], all -1, to be filled; None without candidates.
         selected: int32 [B, H, C, chunk / query_cluster, top_k].
-        reference: with candidates, float32 [B, H, N], to be filled where there are far keys: the largest of a query's
-            near lse and its logits with retrieved keys, base 2.
+        layout: of key clusters.
     """
     q = rows_contiguous(q)
-    head_dim, num_rows = q.shape[-1], layout.num_far.shape[0]
-    query_heads = summary.kbar.shape[0]
+    head_dim, num_rows, query_heads = q.shape[-1], table.start.shape[0], scores.shape[0]
     group_size = query_heads // group.num_heads
     grid = (group.num_rows * options.query_clusters, query_heads)
-    capacity = summary.bias.shape[1]
-    scale_log2 = options.softmax_scale * LOG2E.value
-    if options.selection == "query_mass":
-        muse_scores[grid](
-            q,
-            near_lse,
-            query_order,
-            summary.kbar,
-            summary.bias,
-            spread,
-            scores,
-            *layout[:3],
-            *q.stride()[:3],
-            num_rows,
-            group.rows.start,
-            group.heads.start,
-            q.shape[1],
-            q.shape[2],
-            capacity,
-            scale_log2,
-            G=group_size,
-            D=head_dim,
-            BLOCK_D=padded_head_dim(head_dim),
-            Q=options.query_cluster,
-            QUERY_CLUSTERS=options.query_clusters,
-            KEY_CLUSTERS=options.key_clusters,
-            ORDER=options.order,
-            **tile_of("scores", clustered_k),
-        )
     chosen = selected if candidates is None else candidates
     muse_select[grid](
         scores,
         query_order,
         chosen,
-        *layout[:3],
+        *layout,
         num_rows,
         group.rows.start,
         group.heads.start,
-        capacity,
+        scores.shape[1],
         chosen.shape[-1],
         G=group_size,
         Q=options.query_cluster,
@@ -383,9 +232,8 @@ def select_clusters(
             clustered_k,
             candidates,
             selected,
-            reference,
             layout.num_far,
-            layout.length,
+            table.length,
             *q.stride()[:3],
             num_rows,
             group.rows.start,
@@ -393,7 +241,7 @@ def select_clusters(
             q.shape[1],
             q.shape[2],
             options.top_k,
-            scale_log2,
+            options.softmax_scale * LOG2E.value,
             G=group_size,
             D=head_dim,
             BLOCK_D=padded_head_dim(head_dim),
@@ -406,26 +254,6 @@ def select_clusters(
             CAUSAL=options.causal,
             **tile_of("select_by_peaks", clustered_k),
         )
-
-
-def switch_off_retrieved(
-    summary: Summaries, selected: Tensor, layout: SummaryLayout, group: Group, options: ResolvedOptions
-) -> None:
-    """Set the bias of retrieved clusters' summaries to -inf: their keys are attended instead."""
-    muse_switch_off[(group.num_rows * options.query_clusters, summary.kbar.shape[0])](
-        summary.bias,
-        selected,
-        *layout[:3],
-        layout.num_far.shape[0],
-        group.rows.start,
-        group.heads.start,
-        summary.bias.shape[1],
-        options.top_k,
-        G=summary.kbar.shape[0] // group.num_heads,
-        QUERY_CLUSTERS=options.query_clusters,
-        BLOCK=16,
-        num_warps=1,
-    )
 
 
 def inverted_lists(selected: Tensor, num_key_clusters: int) -> InvertedLists:

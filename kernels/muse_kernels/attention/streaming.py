@@ -5,39 +5,43 @@ the host.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from muse_kernels.attention.chunks import ChunkTable, Group, chunk_table
 from muse_kernels.attention.clustering import cluster_means, cluster_order
-from muse_kernels.attention.far_field import far_field, far_field_backward
+from muse_kernels.attention.far_field import far_field
+from muse_kernels.attention.far_field_backward import far_field_backward
 from muse_kernels.attention.key_clusters import gather_keys
 from muse_kernels.attention.key_gradients import key_gradients
+from muse_kernels.attention.layout import FarLayout, far_layout
 from muse_kernels.attention.near_field import near_field, near_field_backward
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.reference import MuseClusters
-from muse_kernels.attention.selection import inverted_lists, select_clusters, switch_off_retrieved
-from muse_kernels.attention.summaries import (
-    FirstChoice,
-    Summaries,
-    SummaryLayout,
-    summaries,
-    summary_layout,
-)
+from muse_kernels.attention.scores import QueryMeans, score_clusters
+from muse_kernels.attention.selection import inverted_lists, select_clusters
+from muse_kernels.attention.summaries import summaries
 from muse_kernels.attention.workspace import Workspace
 
 
-def make_clusters(
-    q: Tensor, k: Tensor, row_count: int, table: ChunkTable, options: ResolvedOptions
-) -> tuple[MuseClusters, tuple[Tensor, Tensor]]:
-    """Orders and expansion points, nothing selected yet; and each query cluster's mean and mean square."""
+class Layout(NamedTuple):
+    """Who sees what: from shapes, options and documents alone."""
+
+    table: ChunkTable
+    key_clusters: FarLayout
+    summaries: FarLayout
+
+
+def make_clusters(q: Tensor, k: Tensor, table: ChunkTable, options: ResolvedOptions) -> tuple[MuseClusters, QueryMeans]:
+    """Orders and expansion points, nothing selected yet; and what scores are made of."""
     query_order = cluster_order(q, table, options.chunk, options.query_cluster, options.query_clustering)
     key_order = cluster_order(k, table, options.chunk, options.key_cluster, options.key_clustering)
     mean, mean_square = cluster_means(q, query_order, options.query_cluster)
     mu = mean if options.expansion == "centroid" else torch.zeros_like(mean)
     selected = torch.full((*mu.shape[:-1], options.top_k), -1, dtype=torch.int32, device=q.device)
-    return MuseClusters(query_order, key_order, mu, selected), (mean.to(q.dtype), mean_square)
+    return MuseClusters(query_order, key_order, mu, selected), QueryMeans(mean.to(q.dtype), mean_square)
 
 
 def attention_forward(
@@ -49,56 +53,53 @@ def attention_forward(
         q: [B, H, N, D]. k, v: [B, H_kv, N, D]. float32, float16 or bfloat16.
         given: reuse these clusters; None chooses them.
     """
-    table, layout = _layout(q, cu_seqlens, options)
-    row_count = table.start.shape[0]
+    table, key_clusters, summary_layout = _layout(q, cu_seqlens, options)
     out, lse = near_field(q, k, v, cu_seqlens, table, options)
-    clusters, means = (given, None) if given is not None else make_clusters(q, k, row_count, table, options)
+    clusters, means = (given, None) if given is not None else make_clusters(q, k, table, options)
     if options.top_k == 0:
         means = None
     candidates = None if means is None else _candidates(clusters.selected, options)
-    reference = None if candidates is None else torch.empty_like(lse)
-    workspace = Workspace(q, k, row_count, options, backward=False)
+    workspace = Workspace(q, k, table.start.shape[0], options, backward=False)
     mu = clusters.mu.to(q.dtype)
     for group in workspace.groups():
         if group.is_first:
             clustered_k, clustered_v, spread = _keys(workspace, group, k, v, clusters)
-        scores, first_choice = workspace.scores(group), None
-        if means is not None and options.selection != "query_mass":
-            first_choice = FirstChoice(*means, spread, scores)
-        summary = _summaries(workspace, group, mu, clustered_k, clustered_v, layout, first_choice)
         if means is not None:
+            scores = workspace.scores(group)
+            score_clusters(means, clustered_k, spread, scores, key_clusters, table, group, options)
             select_clusters(
                 q,
                 lse,
                 clusters.query_order,
                 clustered_k,
-                summary,
-                spread,
                 scores,
                 candidates,
                 clusters.selected,
-                reference,
-                layout,
+                key_clusters,
+                table,
                 group,
                 options,
             )
-        switch_off_retrieved(summary, clusters.selected, layout, group, options)
+        summary = workspace.summaries(group)
+        summaries(mu, clusters.selected, clustered_k, clustered_v, summary, summary_layout, table, group, options)
         far_field(
             q,
             out,
             lse,
             clusters.query_order,
             clusters.selected,
-            reference,
             summary,
             clustered_k,
             clustered_v,
-            layout,
+            summary_layout,
+            table,
             group,
             options,
         )
         # Freed before the next group's are made.
-        del summary, scores, first_choice
+        del summary
+        if means is not None:
+            del scores
         if group.is_last:
             del clustered_k, clustered_v, spread
     return out, lse, clusters
@@ -116,18 +117,17 @@ def attention_backward(
     options: ResolvedOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `attention_forward` with its clusters, contiguous, in the dtype of q."""
-    table, layout = _layout(q, cu_seqlens, options)
-    row_count = table.start.shape[0]
+    table, _, layout = _layout(q, cu_seqlens, options)
     dq, dk, dv = near_field_backward(dout, q, k, v, out, lse, cu_seqlens, table, options)
-    workspace = Workspace(q, k, row_count, options, backward=True)
+    workspace = Workspace(q, k, table.start.shape[0], options, backward=True)
     mu = clusters.mu.to(q.dtype)
     for group in workspace.groups():
         if group.is_first:
             clustered_k, clustered_v, _ = _keys(workspace, group, k, v, clusters)
             far = None if group.is_last else workspace.key_sums(group)
-        summary = _summaries(workspace, group, mu, clustered_k, clustered_v, layout)
-        switch_off_retrieved(summary, clusters.selected, layout, group, options)
-        clustered, dmass = workspace.queries(group), torch.empty_like(summary.bias)
+        summary = workspace.summaries(group)
+        summaries(mu, clusters.selected, clustered_k, clustered_v, summary, layout, table, group, options)
+        clustered, dmass_at_0 = workspace.queries(group), torch.empty_like(summary.bias)
         far_field_backward(
             dout,
             q,
@@ -141,31 +141,34 @@ def attention_backward(
             clustered_k,
             clustered_v,
             clustered,
-            dmass,
+            dmass_at_0,
             layout,
+            table,
             group,
             options,
         )
         lists = None
         if options.top_k > 0:
             selected = _group_of(clusters.selected, workspace, group)
-            lists = inverted_lists(selected, row_count * options.key_clusters)
+            lists = inverted_lists(selected, table.start.shape[0] * options.key_clusters)
         key_gradients(
             mu,
             clustered_k,
             clustered_v,
             clustered,
-            Summaries(summary.kbar, summary.vbar, dmass),
+            summary,
+            dmass_at_0,
             lists,
             far,
             dk,
             dv,
             clusters.key_order,
             layout,
+            table,
             group,
             options,
         )
-        del summary, clustered, dmass, lists
+        del summary, clustered, dmass_at_0, lists
         if group.is_last:
             del clustered_k, clustered_v, far
     return dq, dk, dv
@@ -178,24 +181,22 @@ def _candidates(selected: Tensor, options: ResolvedOptions) -> Tensor | None:
     return selected.new_full((*selected.shape[:-1], options.candidates), -1)
 
 
-def _layout(q: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions) -> tuple[ChunkTable, SummaryLayout]:
+def _layout(q: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions) -> Layout:
     if cu_seqlens is not None or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _new_layout(q.shape[2], cu_seqlens, options, q.device)
     stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
     return _layout_without_documents(q.shape[2], options, q.device, stream)
 
 
-def _new_layout(
-    num_tokens: int, cu_seqlens: Tensor | None, options: ResolvedOptions, device: torch.device
-) -> tuple[ChunkTable, SummaryLayout]:
+def _new_layout(num_tokens: int, cu_seqlens: Tensor | None, options: ResolvedOptions, device: torch.device) -> Layout:
     table = chunk_table(num_tokens, cu_seqlens, options, device)
-    return table, summary_layout(table, options)
+    return Layout(
+        table, far_layout(table, options, options.key_clusters), far_layout(table, options, options.summaries)
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _layout_without_documents(
-    num_tokens: int, options: ResolvedOptions, device: torch.device, stream: int
-) -> tuple[ChunkTable, SummaryLayout]:
+def _layout_without_documents(num_tokens: int, options: ResolvedOptions, device: torch.device, stream: int) -> Layout:
     """Made once, which spares a dozen launches; for each stream, since what one makes another may read too soon."""
     return _new_layout(num_tokens, None, options, device)
 
@@ -215,20 +216,6 @@ def _keys(
         spread=spread,
     )
     return clustered_k, clustered_v, spread
-
-
-def _summaries(
-    workspace: Workspace,
-    group: Group,
-    mu: Tensor,
-    clustered_k: Tensor,
-    clustered_v: Tensor,
-    layout: SummaryLayout,
-    first_choice: FirstChoice | None = None,
-) -> Summaries:
-    summary = workspace.summaries(group)
-    summaries(mu, clustered_k, clustered_v, summary, layout, group, workspace.options, first_choice)
-    return summary
 
 
 def _group_of(selected: Tensor, workspace: Workspace, group: Group) -> Tensor:

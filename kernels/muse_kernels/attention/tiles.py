@@ -29,13 +29,12 @@ LARGEST_ROW_HOPPER = 512
 _LARGE: dict[str, dict[int, Tile]] = {
     "summaries": {
         128: {"A": 64, "CLUSTERS": 16, "num_warps": 4, "num_stages": 3},
-        256: {"A": 64, "CLUSTERS": 8, "num_warps": 4, "num_stages": 1, "maxnreg": 168},
+        256: {"A": 64, "CLUSTERS": 8, "num_warps": 4, "num_stages": 1},
         512: {"A": 64, "CLUSTERS": 8, "num_warps": 8, "num_stages": 1},
     },
     "scores": {
-        128: {"COLUMNS": 64, "num_warps": 4, "num_stages": 3},
-        256: {"COLUMNS": 128, "num_warps": 4, "num_stages": 2},
-        512: {"COLUMNS": 64, "num_warps": 8, "num_stages": 2},
+        128: {"A": 64, "CLUSTERS": 16, "num_warps": 4, "num_stages": 3},
+        512: {"A": 64, "CLUSTERS": 16, "num_warps": 8, "num_stages": 2},
     },
     "select": {128: {"BLOCK": 512, "num_warps": 2}},
     "select_by_peaks": {
@@ -48,22 +47,14 @@ _LARGE: dict[str, dict[int, Tile]] = {
         512: {"COLUMNS": 64, "KEYS": 64, "num_warps": 8, "num_stages": 1},
     },
     "far_backward": {
-        128: {"COLUMNS": 32, "KEYS": 64, "IS_ROOMY": 1, "num_warps": 4, "num_stages": 3},
-        256: {"COLUMNS": 64, "KEYS": 64, "IS_ROOMY": 1, "num_warps": 8, "num_stages": 3},
-        512: {"COLUMNS": 64, "KEYS": 64, "IS_ROOMY": 0, "num_warps": 8, "num_stages": 1},
+        128: {"COLUMNS": 32, "KEYS": 64, "num_warps": 4, "num_stages": 3},
+        256: {"COLUMNS": 64, "KEYS": 64, "num_warps": 8, "num_stages": 3},
+        512: {"COLUMNS": 64, "KEYS": 64, "num_warps": 8, "num_stages": 1},
     },
     "key_gradients": {
         128: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 4, "num_stages": 2},
         256: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 4, "num_stages": 2},
         512: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 8, "num_stages": 1},
-    },
-}
-# What sm_100 has no room for in _LARGE, where products need more staging.
-_BLACKWELL: dict[str, dict[int, Tile]] = {
-    **_LARGE,
-    "far_backward": {
-        **_LARGE["far_backward"],
-        256: {"COLUMNS": 64, "KEYS": 64, "IS_ROOMY": 1, "num_warps": 8, "num_stages": 2},
     },
 }
 _SMALL: dict[str, dict[int, Tile]] = {
@@ -72,8 +63,8 @@ _SMALL: dict[str, dict[int, Tile]] = {
         256: {"A": 64, "CLUSTERS": 8, "num_warps": 4, "num_stages": 1},
     },
     "scores": {
-        128: {"COLUMNS": 64, "num_warps": 4, "num_stages": 3},
-        256: {"COLUMNS": 64, "num_warps": 4, "num_stages": 2},
+        128: {"A": 64, "CLUSTERS": 16, "num_warps": 4, "num_stages": 3},
+        256: {"A": 64, "CLUSTERS": 16, "num_warps": 4, "num_stages": 2},
     },
     "select": {128: {"BLOCK": 512, "num_warps": 2}},
     "select_by_peaks": {
@@ -85,8 +76,8 @@ _SMALL: dict[str, dict[int, Tile]] = {
         256: {"COLUMNS": 32, "KEYS": 64, "num_warps": 8, "num_stages": 2},
     },
     "far_backward": {
-        128: {"COLUMNS": 32, "KEYS": 64, "IS_ROOMY": 0, "num_warps": 8, "num_stages": 2},
-        256: {"COLUMNS": 32, "KEYS": 32, "IS_ROOMY": 0, "num_warps": 8, "num_stages": 1},
+        128: {"COLUMNS": 32, "KEYS": 64, "num_warps": 8, "num_stages": 2},
+        256: {"COLUMNS": 32, "KEYS": 32, "num_warps": 8, "num_stages": 1},
     },
     "key_gradients": {
         128: {"QUERIES": 64, "A": 64, "SUMMARY_STAGES": 1, "num_warps": 4, "num_stages": 2},
@@ -97,7 +88,7 @@ _SMALL: dict[str, dict[int, Tile]] = {
 
 def tile_of(kernel: str, operand: Tensor) -> Tile:
     """Constants and launch options of a kernel for operands [..., D], D padded or not, on their device."""
-    return dict(_tile(kernel, _row_bytes(operand), *memory(operand.get_device())))
+    return dict(_tile(kernel, _row_bytes(operand), shared_memory(operand.get_device())))
 
 
 def fits(operand: Tensor) -> bool:
@@ -109,15 +100,12 @@ def fits(operand: Tensor) -> bool:
 
 
 @functools.cache
-def memory(device_index: int) -> tuple[int, bool]:
-    """Bytes of shared memory that one block may have, and whether there is tensor memory too.
-
-    The interpreter (device -1) has no limit.
-    """
+def shared_memory(device_index: int) -> int:
+    """Bytes that one block may have; the interpreter (device -1) has no limit."""
     if device_index < 0:
-        return LARGE, False
+        return LARGE
     properties = torch.cuda.get_device_properties(device_index)
-    return int(properties.shared_memory_per_block_optin), properties.major == 10  # type: ignore[attr-defined]
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _row_bytes(operand: Tensor) -> int:
@@ -125,7 +113,6 @@ def _row_bytes(operand: Tensor) -> int:
 
 
 @functools.cache
-def _tile(kernel: str, row_bytes: int, shared_memory: int, has_tensor_memory: bool) -> Tile:
-    large = _BLACKWELL if has_tensor_memory else _LARGE
-    tiles = (large if shared_memory >= LARGE else _SMALL)[kernel]
+def _tile(kernel: str, row_bytes: int, shared_memory: int) -> Tile:
+    tiles = (_LARGE if shared_memory >= LARGE else _SMALL)[kernel]
     return tiles[max((least for least in tiles if least <= row_bytes), default=min(tiles))]

@@ -13,8 +13,9 @@ from torch import Tensor
 from muse_kernels.attention.chunks import Group
 from muse_kernels.attention.common import padded_head_dim
 from muse_kernels.attention.key_gradients import LONGEST_PIECE, ClusteredQueries
+from muse_kernels.attention.layout import far_chunks_of_row
 from muse_kernels.attention.options import ResolvedOptions
-from muse_kernels.attention.summaries import Summaries, summaries_per_row
+from muse_kernels.attention.summaries import Summaries
 
 
 class Workspace:
@@ -30,16 +31,16 @@ class Workspace:
         self.dtype, self.device = q.dtype, q.device
         self.num_kv_heads, self.heads_per_kv_head = k.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
         self.head_dim = padded_head_dim(q.shape[-1])
-        self.capacities = [summaries_per_row(row, q.shape[2], options) for row in range(row_count)]
+        self.far_chunks = [far_chunks_of_row(row, q.shape[2], options) for row in range(row_count)]
 
     def groups(self) -> Iterator[Group]:
         """Groups in the order in which gradients of keys can be added up; none where no row has far keys."""
-        if sum(self.capacities) == 0 or self.num_kv_heads == 0:
+        if sum(self.far_chunks) == 0 or self.num_kv_heads == 0:
             return
         budget = self.options.workspace_mib * 2**20
         keys = 2 * self.row_count * self.options.chunk * self.head_dim  # numbers: k and v of one head
         per_head = keys * self.dtype.itemsize
-        row_bytes = [self._bytes_per_row(capacity) for capacity in self.capacities]
+        row_bytes = [self._bytes_per_row(far_chunks) for far_chunks in self.far_chunks]
         heads_at_once = min(self.num_kv_heads, budget // (per_head + sum(row_bytes)))
         if heads_at_once > 0:
             parts = -(-self.num_kv_heads // heads_at_once)
@@ -53,13 +54,17 @@ class Workspace:
         for start in range(0, self.num_kv_heads, heads_at_once):
             heads = slice(start, min(start + heads_at_once, self.num_kv_heads))
             for rows in row_groups:
-                capacity = sum(self.capacities[rows])
-                yield Group(heads, rows, capacity, rows.start == 0, rows.stop == self.row_count)
+                far_chunks = sum(self.far_chunks[rows])
+                yield Group(heads, rows, far_chunks, rows.start == 0, rows.stop == self.row_count)
 
-    def _bytes_per_row(self, capacity: int) -> int:
-        """What a row adds: its summaries with bias and score (or dA), and in the backward pass its queries."""
+    def _bytes_per_row(self, far_chunks: int) -> int:
+        """What a row adds: summaries and what lies beside them; forward, scores; backward, its queries."""
         options = self.options
-        per_query_head = capacity * (2 * self.head_dim * self.dtype.itemsize + 8)
+        beside = 16 if self.backward else 12
+        per_query_cluster = far_chunks * options.summaries * (2 * self.head_dim * self.dtype.itemsize + beside)
+        if not self.backward:
+            per_query_cluster += far_chunks * options.key_clusters * 4
+        per_query_head = options.query_clusters * per_query_cluster
         if self.backward:
             per_query_head += options.chunk * (2 * self.head_dim * self.dtype.itemsize + 8)
             # For each pair of a query cluster and a key cluster that it retrieves: sorting, partial results.
@@ -73,17 +78,23 @@ class Workspace:
 
     def summaries(self, group: Group) -> Summaries:
         """Buffers for the summaries of a group."""
-        heads = group.num_heads * self.heads_per_kv_head
+        shape = self._far_shape(group, self.options.summaries)
         return Summaries(
-            self.empty(heads, group.capacity, self.head_dim),
-            self.empty(heads, group.capacity, self.head_dim),
-            self.empty(heads, group.capacity, dtype=torch.float32),
+            kbar=self.empty(*shape, self.head_dim),
+            vbar=self.empty(*shape, self.head_dim),
+            bias=self.empty(*shape, dtype=torch.float32),
+            log_mass=self.empty(*shape, dtype=torch.float32),
+            retrieved=self.empty(*shape, dtype=torch.int32),
         )
 
     def scores(self, group: Group) -> Tensor:
-        """A buffer for the scores of a group's far clusters."""
+        """A buffer for the scores of a group's far key clusters."""
+        return self.empty(*self._far_shape(group, self.options.key_clusters), dtype=torch.float32)
+
+    def _far_shape(self, group: Group, per_chunk: int) -> tuple[int, int]:
+        """Query heads, and room for what every query cluster has `per_chunk` of for each far chunk."""
         heads = group.num_heads * self.heads_per_kv_head
-        return self.empty(heads, group.capacity, dtype=torch.float32)
+        return heads, self.options.query_clusters * group.far_chunks * per_chunk
 
     def keys(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
         """Buffers for keys and values in cluster order and the clusters' spread."""

@@ -18,7 +18,6 @@ _PART_OF_STEP = {
     "scores": "scores",
     "select": "selection",
     "select_by_peaks": "scores",
-    "switch_off": "selection",
     "far": "far",
     "far_backward": "far backward",
     "retrieved_partials": "keys backward",
@@ -97,5 +96,5 @@ def _work_of(name: str, work: Mapping[str, Work]) -> Work:
 
 def _position(name: str, order: list[str]) -> tuple[int, str]:
     """Where a part comes: those without counted work follow the one that they belong to, strangers are last."""
-    anchor = "stage 1" if name == "selection" else name
+    anchor = "scores" if name == "selection" else name
     return (2 * order.index(anchor) + (anchor != name) if anchor in order else 2 * len(order), name)

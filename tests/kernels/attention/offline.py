@@ -152,7 +152,7 @@ def without_near_field(target: int) -> None:
     assert streaming.near_field is near_field.near_field
     streaming.near_field = forward
     streaming.near_field_backward = backward
-    tiles.memory = lambda device_index: (SHARED_MEMORY[target], target == 100)
+    tiles.shared_memory = lambda device_index: SHARED_MEMORY[target]
 
 
 def usage(launch: Launch) -> Usage:

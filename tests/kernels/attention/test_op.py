@@ -25,7 +25,8 @@ ALL_OPTIONS = [
     {"order": 0},
     {"top_k": 0},
     {"selection": "centroid"},
-    {"selection": "query_mass"},
+    {"summary_cluster": 2},
+    {"summary_cluster": 4, "causal": False},
     {"candidates": 3},
     {"expansion": "zero"},
     {"expansion": "zero", "selection": "centroid", "causal": False},
@@ -35,7 +36,7 @@ ALL_OPTIONS = [
 ]
 
 EXACT_LIMITS: list[dict[str, Any]] = [
-    {"key_cluster": 1},
+    {"key_cluster": 1, "summary_cluster": 1},
     {"top_k": 1000},
     {"top_k": 1000, "order": 0},
     {"top_k": 1000, "expansion": "zero"},
@@ -161,7 +162,7 @@ def test_clusters_are_reused_bit_for_bit_and_have_a_static_shape(causal: bool, c
         assert ((chosen < row) if causal else (chosen != row)).all()
 
 
-@pytest.mark.parametrize("selection", ["peak_mass", "query_mass", "centroid"])
+@pytest.mark.parametrize("selection", ["peak_mass", "centroid"])
 def test_a_cluster_without_queries_retrieves_nothing(selection: str) -> None:
     q, k, _ = random_qkv(18)  # two tokens in the last chunk: its first cluster is half full, its second empty
     selected = muse_clusters(q, k, selection=selection, **SMALL).selected[0, 0]
@@ -381,7 +382,7 @@ Q, KV = torch.zeros(1, 4, 16, 8), torch.zeros(1, 2, 16, 8)
         ((Q, KV, KV), {"exact_below": -1}, "exact_below must be at least 0, got -1"),
         ((Q, KV, KV), {"workspace_mib": 0}, "workspace_mib must be at least 1, got 0"),
         ((Q, KV, KV), {"order": 2}, "order must be 0 or 1, got 2"),
-        ((Q, KV, KV), {"selection": "best"}, "selection must be one of peak_mass, query_mass, centroid, got 'best'"),
+        ((Q, KV, KV), {"selection": "best"}, "selection must be one of peak_mass, centroid, got 'best'"),
         ((Q, KV, KV), {"implementation": "cuda"}, "implementation must be one of auto, triton, reference, got 'cuda'"),
         ((Q, KV, KV), {"cu_seqlens": torch.tensor([0, 16])}, r"cu_seqlens must be int32 \[S \+ 1\], got torch.int64"),
         ((Q, KV, KV), {"cu_seqlens": torch.tensor([0, 9, 8, 16], dtype=torch.int32)}, "must rise from 0 to"),

@@ -20,7 +20,7 @@ def random_clusters(num_query_clusters: int, num_key_clusters: int, keys: int, h
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 def test_a_summary_never_overstates_a_clusters_mass_and_is_exact_at_mu(scale: float) -> None:
     mu, k, v, is_key = random_clusters(3, 5, keys=8, head_dim=6)
-    summary = step.summaries(mu, k, v, is_key)
+    summary = step.summaries(mu, k, v, is_key[:, None])
     q = mu.unsqueeze(3) + scale * torch.randn(1, 1, 3, 16, 6, dtype=torch.float64)
     q[:, :, :, 0] = mu
     in_sight = torch.ones(3, 5, dtype=torch.bool)
@@ -35,7 +35,7 @@ def test_a_summary_never_overstates_a_clusters_mass_and_is_exact_at_mu(scale: fl
 
 def test_order_0_is_the_mass_at_mu_for_every_query() -> None:
     mu, k, v, is_key = random_clusters(2, 3, keys=4, head_dim=6)
-    summary = step.summaries(mu, k, v, is_key)
+    summary = step.summaries(mu, k, v, is_key[:, None])
     logits = step.summary_logits(torch.randn(1, 1, 2, 5, 6).double(), mu, summary, torch.ones(2, 3).bool(), order=0)
     expected = torch.einsum("btad,btmkd->btamk", mu, k).logsumexp(-1)
     torch.testing.assert_close(logits, expected.unsqueeze(3).expand(-1, -1, -1, 5, -1))
@@ -45,8 +45,8 @@ def test_empty_places_have_no_mass() -> None:
     mu, k, v, is_key = random_clusters(2, 2, keys=4, head_dim=6)
     is_key[0, 3] = False
     is_key[1] = False
-    summary = step.summaries(mu, k, v, is_key)
-    shorter = step.summaries(mu, k[:, :, :1, :3], v[:, :, :1, :3], is_key[:1, :3])
+    summary = step.summaries(mu, k, v, is_key[:, None])
+    shorter = step.summaries(mu, k[:, :, :1, :3], v[:, :, :1, :3], is_key[:1, None, :3])
     for full, short in zip(summary, shorter, strict=True):
         torch.testing.assert_close(full[:, :, :, :1], short)
     assert (summary.log_mass[..., 1] == -math.inf).all()
@@ -54,17 +54,32 @@ def test_empty_places_have_no_mass() -> None:
     assert (summary.vbar[..., 1, :] == 0).all()
 
 
-@pytest.mark.parametrize("with_empty_places", [False, True])
-def test_summaries_backward_is_the_derivative(with_empty_places: bool) -> None:
+@pytest.mark.parametrize("left_out", ["nothing", "empty places", "retrieved clusters"])
+def test_summaries_backward_is_the_derivative(left_out: str) -> None:
     mu, k, v, is_key = random_clusters(3, 2, keys=4, head_dim=5)
-    if with_empty_places:
+    if left_out == "empty places":
         is_key[1, 2:] = False
+    is_summarised = is_key[:, None].expand(2, 3, 4).clone()
+    if left_out == "retrieved clusters":  # of two keys each, by one query cluster or another; all of a run by one
+        is_summarised[0, 1, :2] = is_summarised[1, 1:, 2:] = is_summarised[1, 2] = False
     k.requires_grad_(), v.requires_grad_()
-    summary = step.summaries(mu, k, v, is_key)
+    summary = step.summaries(mu, k, v, is_summarised)
     gradient = step.Summaries(*(torch.randn_like(x) for x in summary))
-    expected = torch.autograd.grad(summary, (k, v), gradient)
-    actual = step.summaries_backward(mu, k, v, is_key, summary, gradient)
+    expected = torch.autograd.grad([x.nan_to_num(neginf=0) for x in summary], (k, v), gradient)
+    actual = step.summaries_backward(mu, k, v, is_summarised, summary, gradient)
     torch.testing.assert_close(actual, expected)
+
+
+def test_a_retrieved_cluster_is_not_in_the_summary() -> None:
+    mu, k, v, is_key = random_clusters(2, 1, keys=8, head_dim=6)
+    is_summarised = is_key[:, None].expand(1, 2, 8).clone()
+    is_summarised[0, 0, 2:4] = False
+    found = step.summaries(mu, k, v, is_summarised)
+    left = torch.tensor([0, 1, 4, 5, 6, 7])
+    without = step.summaries(mu[:, :, :1], k[..., left, :], v[..., left, :], is_key[:, None, left])
+    whole = step.summaries(mu[:, :, 1:], k, v, is_key[:, None])
+    for x, first, second in zip(found, without, whole, strict=True):
+        torch.testing.assert_close(x, torch.cat((first, second), 2))
 
 
 @pytest.mark.parametrize("length", [32, 27, 9, 1])
@@ -140,13 +155,13 @@ def test_bisection_does_not_depend_on_scale(scale: float) -> None:
     torch.testing.assert_close(step.bisection_order(x * scale, 32, 4), step.bisection_order(x, 32, 4))
 
 
-def test_query_mass_and_selection_against_loops() -> None:
-    logits, near_lse = torch.randn(1, 2, 3, 4, 9), torch.randn(1, 2, 3, 4)
+def test_peak_mass_and_selection_against_loops() -> None:
+    peaks, near_lse = torch.randn(1, 2, 3, 4, 9), torch.randn(1, 2, 3, 4)
     is_query = torch.ones(3, 4, dtype=torch.bool)
     is_query[2, 3] = False
     in_sight = torch.rand(3, 9) < 0.6
     in_sight[0] = torch.arange(9) < 1
-    mass = step.query_mass(logits.masked_fill(~in_sight[:, None], -math.inf), near_lse, is_query)
+    mass = step.peak_mass(peaks.masked_fill(~in_sight[:, None], -math.inf), near_lse, is_query)
     selected = step.select(mass, in_sight, top_k=3)
     for head in range(2):
         for a in range(3):
@@ -154,7 +169,7 @@ def test_query_mass_and_selection_against_loops() -> None:
             total = torch.zeros(9)
             for s in range(4):
                 if is_query[a, s]:
-                    exponentials = logits[0, head, a, s, seen].exp()
+                    exponentials = peaks[0, head, a, s, seen].exp()
                     total[seen] += exponentials / (exponentials.sum() + near_lse[0, head, a, s].exp())
             torch.testing.assert_close(mass[0, head, a, seen].exp(), total[seen])
             best = total[seen].argsort(descending=True)[:3]

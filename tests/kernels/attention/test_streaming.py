@@ -86,6 +86,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"top_k": 1000},
     {"top_k": 5, "causal": False},
     {"expansion": "zero"},
+    {"summary_cluster": 16},
+    {"summary_cluster": 32, "causal": False},
     {"query_cluster": 32, "key_cluster": 64},
     {"query_cluster": 64, "key_cluster": 32, "top_k": 3},
     {"query_clustering": "spatial", "key_clustering": "spatial"},
@@ -134,6 +136,10 @@ def test_documents(kv_heads: int, options: dict[str, Any], device: torch.device)
     [
         ({"query_cluster": 256, "chunk": 256}, "accepts query_cluster 16, 32, 64, 128, got 256"),
         ({"key_cluster": 8}, "accepts key_cluster 16, 32, 64, got 8"),
+        (
+            {"chunk": 1024, "summary_cluster": 1024},
+            "accepts summary_cluster up to 512 with key_cluster 16, got 1024",
+        ),
         ({"candidates": 65}, "accepts candidates up to 64, got 65"),
         ({"chunk": 16384}, "accepts chunk up to 8192, got 16384"),
     ],

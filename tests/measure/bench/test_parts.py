@@ -25,7 +25,6 @@ CEILINGS = Ceilings(flops_per_s=1e12, bytes_per_s=1e9)
         ("muse_scores", "scores"),
         ("muse_select", "selection"),
         ("muse_select_by_peaks", "scores"),
-        ("muse_switch_off", "selection"),
         ("muse_far", "far"),
         ("muse_far_0d1d2d", "far"),
         ("muse_far_backward", "far backward"),
@@ -69,8 +68,8 @@ def test_split() -> None:
     kernels["muse_cluster_b"] = 1.0
     work = {
         "clustering": Work(0, 5e5),
-        "stage 1": Work(2e8, 1e6),
         "scores": Work(1e9, 1e6),
+        "stage 1": Work(2e8, 1e6),
         "far": Work(6e8, 3e6),
         "stage 1 backward": Work(1e8, 5e5),
         "keys backward": Work(1, 1),
@@ -78,9 +77,9 @@ def test_split() -> None:
     parts = split_into_parts(kernels, 10.0, work, CEILINGS)
     assert [part.name for part in parts] == [
         "clustering",
-        "stage 1",
-        "selection",
         "scores",
+        "selection",
+        "stage 1",
         "far",
         "x",
         "other",
