@@ -1,6 +1,6 @@
 """Clusters by recursive bisection, and their means (docs/attention.md, "Clustering").
 
-One launch per level, one program per node, a run of n members that has to be split into two of n / 2:
+One launch per level for queries and keys, one program per node, a run of n members that is split into two of n / 2:
 
     C = sum_i x_i x_i^T / n - m m^T              m = sum_i x_i / n
     u_0 = C m  (C e_j, j the coordinate of largest variance, if that is 0)        u_{t+1} = C u_t
@@ -13,6 +13,8 @@ projections; both read x by token index.
 Shape letters: B batch, H heads, N tokens, C rows of the chunk table, D head size.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from muse_kernels.attention.chunks import ChunkTable
 from muse_kernels.attention.common import operand, padded_head_dim, rows_contiguous
-from muse_kernels.attention.options import Clustering
+from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.reference import POWER_ITERATIONS, bisected
 
 LARGEST_HEAD_DIM = 128
@@ -90,28 +92,41 @@ def _goes_first(projection, is_member, SIZE: tl.constexpr):
     if SIZE <= MOST_COMPARED:
         num_below = tl.sum((key[:, None] < key[None, :]).to(tl.int32), axis=0)
         threshold = tl.max(tl.where(num_below < HALF, key, LEAST_KEY))
-    else:  # from the sign down to the last bit
+    else:  # from the sign down to the last bit, two at a time: three counts of at most 2^21 in one sum
         threshold = tl.where(tl.sum((key < 0).to(tl.int32)) < HALF, 0, LEAST_KEY)
-        for bit in range(31):
-            candidate = threshold + (1 << (30 - bit))
-            threshold = tl.where(tl.sum((key < candidate).to(tl.int32)) < HALF, candidate, threshold)
+        for step in range(15):
+            unit = 1 << (29 - 2 * step)
+            below = (key < threshold + unit).to(tl.int64)
+            below += (key < threshold + 2 * unit).to(tl.int64) << 21
+            below += (key < threshold + 3 * unit).to(tl.int64) << 42
+            below = tl.sum(below)
+            passed = ((below & 0x1FFFFF) < HALF).to(tl.int32) + (((below >> 21) & 0x1FFFFF) < HALF).to(tl.int32)
+            threshold += unit * (passed + ((below >> 42) < HALF).to(tl.int32))
+        threshold += (tl.sum((key < threshold + 1).to(tl.int32)) < HALF).to(tl.int32)
     is_below = key < threshold
     is_equal = key == threshold
     missing = HALF - tl.sum(is_below.to(tl.int32))
     return is_below | (is_equal & (tl.cumsum(is_equal.to(tl.int32), axis=0) <= missing))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "end_head"])
 def muse_cluster_split(
     x_ptr,
     order_ptr,
-    projection_ptr,
-    start_ptr,
-    length_ptr,
     stride_xb,
     stride_xh,
     stride_xn,
     num_heads,
+    other_x_ptr,
+    other_order_ptr,
+    other_stride_xb,
+    other_stride_xh,
+    other_stride_xn,
+    other_num_heads,
+    projection_ptr,
+    start_ptr,
+    length_ptr,
+    end_head,
     num_rows,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -119,18 +134,32 @@ def muse_cluster_split(
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Split every node of SIZE members in place: order [B, H, C, CHUNK / SIZE, SIZE], one program each."""
+    """Split every node of SIZE members in place, one program each.
+
+    order [B * H, C, CHUNK / SIZE, SIZE]: `end_head` heads of one tensor, then those of another.
+    """
     HALF: tl.constexpr = SIZE // 2
     IS_FIRST_LEVEL: tl.constexpr = SIZE == CHUNK
     node = tl.program_id(0).to(tl.int64)
     row = node // (CHUNK // SIZE) % num_rows
     head = node // (CHUNK // SIZE) // num_rows
+    projection_ptr += node * SIZE
+    if head >= end_head:
+        x_ptr, order_ptr, stride_xb, stride_xh, stride_xn, num_heads = (
+            other_x_ptr,
+            other_order_ptr,
+            other_stride_xb,
+            other_stride_xh,
+            other_stride_xn,
+            other_num_heads,
+        )
+        node -= end_head.to(tl.int64) * num_rows * (CHUNK // SIZE)
+        head -= end_head
     start = tl.load(start_ptr + row)
     count = tl.load(length_ptr + row) - (node % (CHUNK // SIZE)).to(tl.int32) * SIZE
     count = tl.minimum(tl.maximum(count, 0), SIZE)
     x_ptr += head // num_heads * stride_xb + head % num_heads * stride_xh
     order_ptr += node * SIZE
-    projection_ptr += node * SIZE
     places = tl.arange(0, SIZE)
     if count > HALF:
         gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
@@ -207,37 +236,42 @@ def spatial_order(x: Tensor, table: ChunkTable, chunk: int) -> Tensor:
     return order.expand(*x.shape[:2], -1, -1).contiguous()
 
 
-def bisection_order(x: Tensor, table: ChunkTable, chunk: int, cluster: int) -> Tensor:
+def bisection_orders(inputs: Sequence[tuple[Tensor, int]], table: ChunkTable, chunk: int) -> list[Tensor]:
     """Balanced clusters by recursive bisection in every row of the chunk table.
 
     Args:
-        x: [B, H, N, D], float32, bfloat16 or float16, any strides.
-        chunk, cluster: powers of two, cluster at least 16.
+        inputs: one or two pairs of x [B, H, N, D], float32, bfloat16 or float16, any strides, and the tokens of its
+            clusters. x differ in heads alone, and are split by the same launches.
+        chunk, clusters: powers of two, clusters at least 16.
     Returns:
-        int32 [B, H, C, chunk] as in MuseClusters.
+        For each, int32 [B, H, C, chunk] as in MuseClusters.
     """
-    batch, heads, _, head_dim = x.shape
-    if chunk == cluster:
-        return spatial_order(x, table, chunk)
+    inputs = [(rows_contiguous(x), cluster) for x, cluster in inputs]
+    head_dim = inputs[0][0].shape[-1]
     if head_dim > LARGEST_HEAD_DIM:
-        return bisected(x.float(), spatial_order(x, table, chunk), cluster)
-    x = rows_contiguous(x)
-    num_rows = table.start.shape[0]
-    order = torch.empty(batch, heads, num_rows, chunk, dtype=torch.int32, device=x.device)
-    projection = torch.empty(order.shape, dtype=torch.float32, device=x.device)
-    size = chunk
-    while size > cluster and num_rows > 0:
-        muse_cluster_split[(order.numel() // size,)](
-            x_ptr=x,
-            order_ptr=order,
-            projection_ptr=projection,
-            start_ptr=table.start,
-            length_ptr=table.length,
-            stride_xb=x.stride(0),
-            stride_xh=x.stride(1),
-            stride_xn=x.stride(2),
-            num_heads=heads,
-            num_rows=num_rows,
+        return [bisected(x.float(), spatial_order(x, table, chunk), cluster) for x, cluster in inputs]
+    if any(cluster == chunk for _, cluster in inputs):
+        rest = [(x, cluster) for x, cluster in inputs if cluster < chunk]
+        split = iter(bisection_orders(rest, table, chunk) if rest else [])
+        return [next(split) if cluster < chunk else spatial_order(x, table, chunk) for x, cluster in inputs]
+    num_rows, device = table.start.shape[0], table.start.device
+    orders = [torch.empty(*x.shape[:2], num_rows, chunk, dtype=torch.int32, device=device) for x, _ in inputs]
+    projection = torch.empty(sum(order.numel() for order in orders), dtype=torch.float32, device=device)
+    size = chunk if projection.numel() > 0 else 0
+    # Those with the smaller clusters come last, alone in the last levels.
+    parts = sorted(zip(inputs, orders, strict=True), key=lambda part: -part[0][1])
+    while parts := [part for part in parts if part[0][1] < size]:
+        arguments = [_split_arguments(x, order) for (x, _), order in parts]
+        places = sum(order.numel() for _, order in parts)
+        x, first = parts[0][0][0], parts[0][1]
+        muse_cluster_split[(places // size,)](
+            *arguments[0],
+            *arguments[-1],
+            projection,
+            table.start,
+            table.length,
+            first.shape[0] * first.shape[1],
+            num_rows,
             HEAD_DIM=head_dim,
             BLOCK_D=padded_head_dim(head_dim),
             CHUNK=chunk,
@@ -246,12 +280,21 @@ def bisection_order(x: Tensor, table: ChunkTable, chunk: int, cluster: int) -> T
             num_warps=4,
         )
         size //= 2
-    return order
+    return orders
 
 
-def cluster_order(x: Tensor, table: ChunkTable, chunk: int, cluster: int, clustering: Clustering) -> Tensor:
-    """Token order that makes clusters of x [B, H, N, D]: int32 [B, H, C, chunk]."""
-    return bisection_order(x, table, chunk, cluster) if clustering == "semantic" else spatial_order(x, table, chunk)
+def _split_arguments(x: Tensor, order: Tensor) -> tuple[Tensor | int, ...]:
+    return x, order, *x.stride()[:3], x.shape[1]
+
+
+def cluster_orders(q: Tensor, k: Tensor, table: ChunkTable, options: ResolvedOptions) -> tuple[Tensor, Tensor]:
+    """Token orders that make the clusters of q [B, H, N, D] and k [B, H_kv, N, D]: int32 [B, H or H_kv, C, chunk]."""
+    inputs = [
+        (q, options.query_cluster if options.query_clustering == "semantic" else options.chunk),
+        (k, options.key_cluster if options.key_clustering == "semantic" else options.chunk),
+    ]
+    query_order, key_order = bisection_orders(inputs, table, options.chunk)
+    return query_order, key_order
 
 
 def cluster_means(x: Tensor, order: Tensor, cluster: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from muse_kernels.attention.chunks import ChunkTable, Group, chunk_table
-from muse_kernels.attention.clustering import cluster_means, cluster_order
+from muse_kernels.attention.clustering import cluster_means, cluster_orders
 from muse_kernels.attention.far_field import far_field
 from muse_kernels.attention.far_field_backward import far_field_backward
 from muse_kernels.attention.key_clusters import gather_keys
@@ -36,8 +36,7 @@ class Layout(NamedTuple):
 
 def make_clusters(q: Tensor, k: Tensor, table: ChunkTable, options: ResolvedOptions) -> tuple[MuseClusters, QueryMeans]:
     """Orders and expansion points, nothing selected yet; and what scores are made of."""
-    query_order = cluster_order(q, table, options.chunk, options.query_cluster, options.query_clustering)
-    key_order = cluster_order(k, table, options.chunk, options.key_cluster, options.key_clustering)
+    query_order, key_order = cluster_orders(q, k, table, options)
     mean, mean_square = cluster_means(q, query_order, options.query_cluster)
     mu = mean if options.expansion == "centroid" else torch.zeros_like(mean)
     selected = torch.full((*mu.shape[:-1], options.top_k), -1, dtype=torch.int32, device=q.device)

@@ -29,7 +29,6 @@ LARGEST_ROW_HOPPER = 512
 _LARGE: dict[str, dict[int, Tile]] = {
     "summaries": {
         128: {"A": 64, "CLUSTERS": 16, "num_warps": 4, "num_stages": 3},
-        256: {"A": 64, "CLUSTERS": 8, "num_warps": 4, "num_stages": 1},
         512: {"A": 64, "CLUSTERS": 8, "num_warps": 8, "num_stages": 1},
     },
     "scores": {

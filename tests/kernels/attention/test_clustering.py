@@ -9,6 +9,7 @@ from torch import Tensor
 from muse_kernels.attention import clustering
 from muse_kernels.attention import reference as step
 from muse_kernels.attention.chunks import ChunkTable
+from muse_kernels.attention.options import Clustering, MuseOptions
 
 QUALITY = 1.02
 """Spread within the kernel's clusters over that within the reference's: sums in another order move a token across a
@@ -21,6 +22,11 @@ def table_of(chunks: list[tuple[int, int]], num_tokens: int, device: torch.devic
     start, length = (torch.tensor([row[i] for row in rows], dtype=torch.int32, device=device) for i in range(2))
     place = torch.arange(len(rows), dtype=torch.int32, device=device)
     return ChunkTable(start, length, place, place)
+
+
+def order_of(x: Tensor, table: ChunkTable, chunk: int, cluster: int) -> Tensor:
+    """Bisection of one tensor alone."""
+    return clustering.bisection_orders([(x, cluster)], table, chunk)[0]
 
 
 def chunks_of(num_tokens: int, chunk: int, start: int = 0) -> list[tuple[int, int]]:
@@ -50,16 +56,44 @@ def spread(x: Tensor, order: Tensor, cluster: int) -> Tensor:
 def test_orders_are_those_of_the_reference(chunk: int, cluster: int, head_dim: int, device: torch.device) -> None:
     num_tokens = 2 * chunk
     x = tokens(1, 2, num_tokens, head_dim, device=device)
-    order = clustering.bisection_order(x, table_of(chunks_of(num_tokens, chunk), num_tokens, device), chunk, cluster)
+    order = order_of(x, table_of(chunks_of(num_tokens, chunk), num_tokens, device), chunk, cluster)
     assert order.dtype == torch.int32
     assert torch.equal(order, step.bisection_order(x, chunk, cluster))
+
+
+@pytest.mark.parametrize(("query_cluster", "key_cluster"), [(64, 16), (16, 64), (32, 32), (256, 64), (64, 256)])
+def test_queries_and_keys_are_split_together(query_cluster: int, key_cluster: int, device: torch.device) -> None:
+    q, k = tokens(2, 3, 300, 16, device=device), tokens(2, 300, 2, 16, device=device).transpose(1, 2)
+    table = table_of(chunks_of(300, 256), 300, device)
+    orders = clustering.bisection_orders([(q, query_cluster), (k, key_cluster)], table, 256)
+    assert torch.equal(orders[0], step.bisection_order(q, 256, query_cluster))
+    assert torch.equal(orders[1], step.bisection_order(k, 256, key_cluster))
+
+
+@pytest.mark.parametrize("query_clustering", ["semantic", "spatial"])
+@pytest.mark.parametrize("key_clustering", ["semantic", "spatial"])
+def test_either_may_be_contiguous(
+    query_clustering: Clustering, key_clustering: Clustering, device: torch.device
+) -> None:
+    q, k = tokens(1, 4, 100, 16, device=device), tokens(1, 2, 100, 16, device=device)
+    table = table_of(chunks_of(100, 64), 100, device)
+    options = MuseOptions(
+        chunk=64,
+        query_cluster=32,
+        key_cluster=16,
+        query_clustering=query_clustering,
+        key_clustering=key_clustering,
+    ).resolved(16)
+    orders = clustering.cluster_orders(q, k, table, options)
+    assert torch.equal(orders[0], step.cluster_order(q, 64, 32, query_clustering))
+    assert torch.equal(orders[1], step.cluster_order(k, 64, 16, key_clustering))
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 64, 65, 127, 128])
 def test_a_partial_chunk_fills_its_clusters_from_the_first(length: int, device: torch.device) -> None:
     num_tokens = 128 + length
     x = tokens(1, 2, num_tokens, 16, device=device)
-    order = clustering.bisection_order(x, table_of(chunks_of(num_tokens, 128), num_tokens, device), 128, 16)
+    order = order_of(x, table_of(chunks_of(num_tokens, 128), num_tokens, device), 128, 16)
     assert torch.equal(order, step.bisection_order(x, 128, 16))
 
 
@@ -69,7 +103,7 @@ def test_chunks_of_documents(device: torch.device) -> None:
     num_tokens = 304
     x = tokens(1, 2, num_tokens, 16, device=device)
     rows = [row for start, length in documents for row in chunks_of(length, 64, start)]
-    order = clustering.bisection_order(x, table_of(rows, num_tokens, device, unused=2), 64, 16)
+    order = order_of(x, table_of(rows, num_tokens, device, unused=2), 64, 16)
     apart = [step.bisection_order(x[:, :, start : start + length], 64, 16) for start, length in documents]
     shifted = [torch.where(y < 0, y, y + start) for y, (start, _) in zip(apart, documents, strict=True)]
     assert torch.equal(order[:, :, : len(rows)], torch.cat(shifted, dim=2))
@@ -86,7 +120,7 @@ def test_strides_do_not_matter(layout: str, device: torch.device) -> None:
     else:
         x = x[:1].expand(2, -1, -1, -1)
     table = table_of(chunks_of(128, 64), 128, device)
-    order = clustering.bisection_order(x, table, 64, 16)
+    order = order_of(x, table, 64, 16)
     assert torch.equal(order, step.bisection_order(x.contiguous(), 64, 16))
     mean, _ = clustering.cluster_means(x, order, 16)
     torch.testing.assert_close(mean, step.cluster_means(x.contiguous(), order, 16))
@@ -96,7 +130,7 @@ def test_strides_do_not_matter(layout: str, device: torch.device) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_low_precision_clusters_are_as_tight(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
     x = tokens(1, 2, 512 + 200, head_dim, device=device, mean=2.0).to(dtype)
-    order = clustering.bisection_order(x, table_of(chunks_of(712, 512), 712, device), 512, 64)
+    order = order_of(x, table_of(chunks_of(712, 512), 712, device), 512, 64)
     assert torch.equal(order.flatten(2).sort(-1).values[..., -712:], torch.arange(712, device=device).expand(1, 2, -1))
     expected = spread(x, step.bisection_order(x.float(), 512, 64), 64)
     assert spread(x, order, 64) < QUALITY * expected
@@ -106,21 +140,21 @@ def test_low_precision_clusters_are_as_tight(head_dim: int, dtype: torch.dtype, 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_scale_does_not_matter(scale: float, device: torch.device) -> None:
     x = tokens(1, 2, 64, 16, device=device)
-    order = clustering.bisection_order(x * scale, table_of(chunks_of(64, 64), 64, device), 64, 16)
+    order = order_of(x * scale, table_of(chunks_of(64, 64), 64, device), 64, 16)
     assert torch.equal(order, step.bisection_order(x, 64, 16))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
 def test_what_does_not_differ_keeps_its_order(value: float, device: torch.device) -> None:
     x = torch.full((1, 1, 100, 16), value, device=device)
-    order = clustering.bisection_order(x, table_of(chunks_of(100, 64), 100, device), 64, 16)
+    order = order_of(x, table_of(chunks_of(100, 64), 100, device), 64, 16)
     assert torch.equal(order, step.spatial_order(x, 64))
 
 
 def test_of_equal_projections_the_earlier_goes_first(device: torch.device) -> None:
     x = torch.zeros(1, 1, 64, 16, device=device)
     x[0, 0, :, 5] = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0], device=device).repeat(8)
-    order = clustering.bisection_order(x, table_of([(0, 64)], 64, device), 64, 32)
+    order = order_of(x, table_of([(0, 64)], 64, device), 64, 32)
     assert torch.equal(order, step.bisection_order(x, 64, 32))
 
 
@@ -128,7 +162,7 @@ def test_zero_equals_minus_zero(device: torch.device) -> None:
     x = torch.zeros(1, 1, 64, 16, device=device)
     x[:, :, 1::2] = -0.0
     x[:, :, ::8] = -1.0  # a negative direction, so that the signs of zeros reach the projections
-    order = clustering.bisection_order(x, table_of([(0, 64)], 64, device), 64, 32)
+    order = order_of(x, table_of([(0, 64)], 64, device), 64, 32)
     assert torch.equal(order, step.bisection_order(x, 64, 32))
 
 
@@ -138,7 +172,7 @@ def test_a_mean_of_zero_is_no_obstacle(coordinate: int, device: torch.device) ->
     x[0, 0, :, coordinate] = torch.randperm(32).add(1).repeat(2).to(device) * torch.tensor(
         [1, -1], device=device
     ).repeat_interleave(32)
-    order = clustering.bisection_order(x, table_of([(0, 64)], 64, device), 64, 32)[0, 0, 0]
+    order = order_of(x, table_of([(0, 64)], 64, device), 64, 32)[0, 0, 0]
     assert set(order[:32].tolist()) == set(range(32, 64))
 
 
@@ -148,9 +182,9 @@ def test_what_is_not_finite_gives_a_permutation_and_spoils_its_own_chunk_alone(
 ) -> None:
     x = tokens(1, 2, 192, 16, device=device)
     table = table_of(chunks_of(192, 64), 192, device)
-    clean = clustering.bisection_order(x, table, 64, 16)
+    clean = order_of(x, table, 64, 16)
     x[:, :, 70, 3] = value
-    order = clustering.bisection_order(x, table, 64, 16)
+    order = order_of(x, table, 64, 16)
     assert torch.equal(order[:, :, ::2], clean[:, :, ::2])
     assert torch.equal(order[:, :, 1].sort(-1).values, torch.arange(64, 128, device=device).expand(1, 2, -1))
 
@@ -160,9 +194,7 @@ def test_spatial_clusters_are_contiguous(device: torch.device) -> None:
     table = table_of(chunks_of(100, 64), 100, device)
     expected = step.spatial_order(x, 64)
     assert torch.equal(clustering.spatial_order(x, table, 64), expected)
-    assert torch.equal(clustering.cluster_order(x, table, 64, 16, "spatial"), expected)
-    assert torch.equal(clustering.bisection_order(x, table, 64, 64), expected)
-    assert not torch.equal(clustering.cluster_order(torch.randn_like(x), table, 64, 16, "semantic"), expected)
+    assert torch.equal(order_of(x, table, 64, 64), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -172,7 +204,7 @@ def test_means_are_rounded_as_their_rows_are(
 ) -> None:
     x = tokens(1, 2, 200, head_dim, device=device).to(dtype)
     table = table_of(chunks_of(200, 128), 200, device, unused=1)
-    order = clustering.bisection_order(x, table, 128, cluster)
+    order = order_of(x, table, 128, cluster)
     mean, _ = clustering.cluster_means(x, order, cluster)
     expected = step.cluster_means(x.float(), order, cluster)
     assert mean.dtype == torch.float32
@@ -184,7 +216,7 @@ def test_means_are_rounded_as_their_rows_are(
 
 def test_without_rows_there_are_no_clusters(device: torch.device) -> None:
     x = torch.randn(2, 3, 40, 16, device=device)
-    order = clustering.bisection_order(x, table_of([], 40, device), 64, 16)
+    order = order_of(x, table_of([], 40, device), 64, 16)
     assert order.shape == (2, 3, 0, 64)
     assert clustering.spatial_order(x, table_of([], 40, device), 64).shape == (2, 3, 0, 64)
     assert clustering.cluster_means(x, order, 16)[0].shape == (2, 3, 0, 4, 16)
