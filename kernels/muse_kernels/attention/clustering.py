@@ -14,6 +14,7 @@ Shape letters: B batch, H heads, N tokens, C rows of the chunk table, D head siz
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -194,6 +195,7 @@ def muse_cluster_means(
     x_ptr,
     order_ptr,
     mean_ptr,
+    wide_mean_ptr,
     mean_square_ptr,
     stride_xb,
     stride_xh,
@@ -219,7 +221,9 @@ def muse_cluster_means(
         square += tl.sum(x.to(tl.float32) * x.to(tl.float32))
         count += tl.sum((tokens >= 0).to(tl.int32))
     d = tl.arange(0, BLOCK_D)
-    tl.store(mean_ptr + cluster * HEAD_DIM + d, total / tl.maximum(count, 1), mask=d < HEAD_DIM)
+    mean = (total / tl.maximum(count, 1)).to(mean_ptr.dtype.element_ty)
+    tl.store(mean_ptr + cluster * HEAD_DIM + d, mean, mask=d < HEAD_DIM)
+    tl.store(wide_mean_ptr + cluster * HEAD_DIM + d, mean.to(tl.float32), mask=d < HEAD_DIM)
     tl.store(mean_square_ptr + cluster, square / tl.maximum(count, 1))
 
 
@@ -297,30 +301,40 @@ def cluster_orders(q: Tensor, k: Tensor, table: ChunkTable, options: ResolvedOpt
     return query_order, key_order
 
 
-def cluster_means(x: Tensor, order: Tensor, cluster: int) -> tuple[Tensor, Tensor]:
-    """Mean of each cluster's members, float32 [B, H, C, chunk / cluster, D], rounded as x is, and mean of their |x|^2,
-    float32 [B, H, C, chunk / cluster]; 0 for an empty cluster.
-    """
+class ClusterMeans(NamedTuple):
+    """What is known of clusters of x [B, H, N, D]; 0 for an empty one."""
+
+    mean: Tensor
+    """[B, H, C, chunk / cluster, D], dtype of x."""
+    wide_mean: Tensor
+    """The same numbers in float32."""
+    mean_square: Tensor
+    """float32 [B, H, C, chunk / cluster]: mean of |x|^2."""
+
+
+def cluster_means(x: Tensor, order: Tensor, cluster: int) -> ClusterMeans:
+    """Means of the members of each cluster in an order int32 [B, H, C, chunk]."""
     x = rows_contiguous(x)
     batch, heads, _, head_dim = x.shape
     num_rows, chunk = order.shape[2:]
-    mean = torch.empty(batch, heads, num_rows, chunk // cluster, head_dim, dtype=torch.float32, device=x.device)
-    mean_square = torch.empty(mean.shape[:-1], dtype=torch.float32, device=x.device)
-    if mean.numel() > 0:
+    shape = (batch, heads, num_rows, chunk // cluster)
+    means = ClusterMeans(
+        torch.empty(*shape, head_dim, dtype=x.dtype, device=x.device),
+        torch.empty(*shape, head_dim, dtype=torch.float32, device=x.device),
+        torch.empty(shape, dtype=torch.float32, device=x.device),
+    )
+    if means.mean.numel() > 0:
         muse_cluster_means[(order.numel() // cluster,)](
-            x_ptr=x,
-            order_ptr=order,
-            mean_ptr=mean,
-            mean_square_ptr=mean_square,
-            stride_xb=x.stride(0),
-            stride_xh=x.stride(1),
-            stride_xn=x.stride(2),
-            num_heads=heads,
-            clusters_per_head=num_rows * (chunk // cluster),
+            x,
+            order,
+            *means,
+            *x.stride()[:3],
+            heads,
+            num_rows * (chunk // cluster),
             HEAD_DIM=head_dim,
             BLOCK_D=padded_head_dim(head_dim),
             CLUSTER=cluster,
             TILE=_tile(cluster, x),
             num_warps=4,
         )
-    return mean.to(x.dtype).float(), mean_square
+    return means

@@ -475,11 +475,14 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, .
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, cu_seqlens, *_ = inputs
+    ctx.set_materialize_grads(False)  # zeros for lse and clusters, which have no gradients
     ctx.save_for_backward(q, k, v, *output[:2], cu_seqlens, *output[2:])
     ctx.options = inputs[8]
 
 
-def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 9
     q, k, v, out, lse, cu_seqlens, *clusters = ctx.saved_tensors
     gradients = torch.ops.muse.attention_backward(dout, q, k, v, out, lse, cu_seqlens, *clusters, ctx.options)
     return *gradients, *(None for _ in range(6))

@@ -8,26 +8,16 @@
 The clusters with the largest scores are retrieved, or looked at key by key before that (`selection.py`).
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from muse_kernels.attention.chunks import ChunkTable, Group
+from muse_kernels.attention.clustering import ClusterMeans
 from muse_kernels.attention.common import LOG2E, NEGATIVE, operand, padded_head_dim
 from muse_kernels.attention.layout import FarLayout
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.tiles import tile_of
-
-
-class QueryMeans(NamedTuple):
-    """What scores need to know of query clusters."""
-
-    mean: Tensor
-    """[B, H, C, chunk / query_cluster, D], dtype of q."""
-    mean_square: Tensor
-    """float32 [B, H, C, chunk / query_cluster]: mean of |q|^2, before scaling."""
 
 
 @triton.jit
@@ -104,7 +94,7 @@ def muse_scores(
 
 
 def score_clusters(
-    means: QueryMeans,
+    means: ClusterMeans,
     clustered_k: Tensor,
     spread: Tensor,
     scores: Tensor,
@@ -116,6 +106,7 @@ def score_clusters(
     """Write the scores of all key clusters that a group of rows and key-value heads sees.
 
     Args:
+        means: of query clusters.
         clustered_k: [heads, C * chunk, padded D], of these key-value heads alone.
         spread: float32 [heads, C * chunk / key_cluster]: trace of the covariance of each cluster's keys.
         scores: float32 [query heads, capacity], base 2; -inf for clusters out of sight.
@@ -130,7 +121,8 @@ def score_clusters(
         scores.shape[0],
     )
     muse_scores[grid](
-        *means,
+        means.mean,
+        means.mean_square,
         clustered_k,
         spread,
         scores,

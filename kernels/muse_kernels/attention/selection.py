@@ -71,14 +71,17 @@ def muse_select(
     base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
     base += (a % QUERY_CLUSTERS) * columns
     threshold = tl.full([], 0, tl.int64)  # ends as the top_k-th largest, or as 0 where fewer are in sight
-    for bit in range(32):
-        candidate = threshold + (tl.full([], 2147483648, tl.int64) >> bit)
-        count = tl.full([], 0, tl.int32)
+    for step in range(16):  # two bits at a time: three counts of at most 2^21 in one sum
+        unit = tl.full([], 1073741824, tl.int64) >> (2 * step)
+        counts = tl.full([], 0, tl.int64)
         for first in range(0, columns, BLOCK):
             is_column = first + column < columns
             score = tl.load(scores + base + first + column, mask=is_column, other=float("-inf"))
-            count += tl.sum((_ordered_bits(score) >= candidate).to(tl.int32))
-        threshold = tl.where(count >= top_k, candidate, threshold)
+            bits = _ordered_bits(score) - threshold
+            reached = (bits >= unit).to(tl.int64) + ((bits >= 2 * unit).to(tl.int64) << 21)
+            counts += tl.sum(reached + ((bits >= 3 * unit).to(tl.int64) << 42))
+        passed = ((counts & 0x1FFFFF) >= top_k).to(tl.int64) + (((counts >> 21) & 0x1FFFFF) >= top_k).to(tl.int64)
+        threshold += unit * (passed + ((counts >> 42) >= top_k).to(tl.int64))
     above = tl.full([], 0, tl.int32)
     for first in range(0, columns, BLOCK):
         is_column = first + column < columns

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from muse_kernels.attention.chunks import ChunkTable, Group, chunk_table
-from muse_kernels.attention.clustering import cluster_means, cluster_orders
+from muse_kernels.attention.clustering import ClusterMeans, cluster_means, cluster_orders
 from muse_kernels.attention.far_field import far_field
 from muse_kernels.attention.far_field_backward import far_field_backward
 from muse_kernels.attention.key_clusters import gather_keys
@@ -20,7 +20,7 @@ from muse_kernels.attention.layout import FarLayout, far_layout
 from muse_kernels.attention.near_field import near_field, near_field_backward
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.reference import MuseClusters
-from muse_kernels.attention.scores import QueryMeans, score_clusters
+from muse_kernels.attention.scores import score_clusters
 from muse_kernels.attention.selection import inverted_lists, select_clusters
 from muse_kernels.attention.summaries import summaries
 from muse_kernels.attention.workspace import Workspace
@@ -34,13 +34,15 @@ class Layout(NamedTuple):
     summaries: FarLayout
 
 
-def make_clusters(q: Tensor, k: Tensor, table: ChunkTable, options: ResolvedOptions) -> tuple[MuseClusters, QueryMeans]:
-    """Orders and expansion points, nothing selected yet; and what scores are made of."""
+def make_clusters(
+    q: Tensor, k: Tensor, table: ChunkTable, options: ResolvedOptions
+) -> tuple[MuseClusters, ClusterMeans]:
+    """Orders and expansion points, nothing selected yet; and means of queries."""
     query_order, key_order = cluster_orders(q, k, table, options)
-    mean, mean_square = cluster_means(q, query_order, options.query_cluster)
-    mu = mean if options.expansion == "centroid" else torch.zeros_like(mean)
+    means = cluster_means(q, query_order, options.query_cluster)
+    mu = means.wide_mean if options.expansion == "centroid" else torch.zeros_like(means.wide_mean)
     selected = torch.full((*mu.shape[:-1], options.top_k), -1, dtype=torch.int32, device=q.device)
-    return MuseClusters(query_order, key_order, mu, selected), QueryMeans(mean.to(q.dtype), mean_square)
+    return MuseClusters(query_order, key_order, mu, selected), means
 
 
 def attention_forward(
@@ -59,7 +61,7 @@ def attention_forward(
         means = None
     candidates = None if means is None else _candidates(clusters.selected, options)
     workspace = Workspace(q, k, table.start.shape[0], options, backward=False)
-    mu = clusters.mu.to(q.dtype)
+    mu = means.mean if means is not None and options.expansion == "centroid" else clusters.mu.to(q.dtype)
     for group in workspace.groups():
         if group.is_first:
             clustered_k, clustered_v, spread = _keys(workspace, group, k, v, clusters)
