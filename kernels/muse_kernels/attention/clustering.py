@@ -1,14 +1,16 @@
 """Clusters by recursive bisection, and their means (docs/attention.md, "Clustering").
 
-One launch per level for queries and keys, one program per node, a run of n members that is split into two of n / 2:
+A node is a run of n members. For queries and keys alike, one launch splits all nodes twice, one program per node:
 
-    C = sum_i x_i x_i^T / n - m m^T              m = sum_i x_i / n
-    u_0 = C m  (C e_j, j the coordinate of largest variance, if that is 0)        u_{t+1} = C u_t
+    C = sum_i x_i x_i^T - n m m^T                m = sum_i x_i / n
+    u_0 = C m (C e_j, j the coordinate of largest variance, if that is 0)        u_{t+1} = C u_t
+    w_0 = P C P m (P C e_j)        P = 1 - u u^T / |u|^2                         w_{t+1} = P C w_t
     first half = the n / 2 members with the smallest u . x_i; of equal ones the earlier token goes first
+    either half again: by u . x_i or w . x_i, u and w at length 1, whichever varies more in it
 
-Members stay in ascending token order in either half, so that a split is a stable partition and needs no sort: the
-median is found in an integer that orders as the projection does. A pass over the members gathers C, a second one the
-projections; both read x by token index.
+A node of two clusters is split once. Members stay in ascending token order in every part, so that a split is a stable
+partition and needs no sort: the median is found in an integer that orders as the projection does. A pass over the
+members gathers C, a second one the projections; both read x by token index.
 
 Shape letters: B batch, H heads, N tokens, C rows of the chunk table, D head size.
 """
@@ -33,8 +35,6 @@ NUM_PRODUCTS = tl.constexpr(POWER_ITERATIONS)
 LEAST_KEY = tl.constexpr(-(2**31))
 GREATEST_KEY = tl.constexpr(2**31 - 1)
 TINY = tl.constexpr(1e-37)
-MOST_COMPARED = tl.constexpr(128)
-"""Members of so many are compared all with all: less time than a search with a barrier for each bit."""
 
 
 @triton.jit
@@ -58,73 +58,104 @@ def _largest(direction):
 
 
 @triton.jit
-def _main_direction(gram, total, count, BLOCK_D: tl.constexpr):
-    """Direction of greatest variance, from the sums over the members of x x^T and of x.
+def _product(covariance, direction, away, HAS_AWAY: tl.constexpr):
+    """covariance . direction, without its part along the unit vector `away`."""
+    direction = tl.sum(covariance * direction[None, :], axis=1)
+    if HAS_AWAY:
+        direction -= away * tl.sum(direction * away)
+    return direction
+
+
+@triton.jit
+def _direction(covariance, start, away, BLOCK_D: tl.constexpr, HAS_AWAY: tl.constexpr):
+    """Direction of greatest variance, of length 1 or 0, among those at right angles to `away`.
 
     Scaled by largest elements: squares could overflow, and work on the whole covariance costs most here.
+
+    Args:
+        start: what the first product is with, unless that is 0.
     """
-    mean = total / count
-    covariance = gram - total[:, None] * mean[None, :]  # [BLOCK_D, BLOCK_D], times the number of members
-    direction = tl.sum(covariance * (mean / _largest(mean))[None, :], axis=1)
+    direction = _product(covariance, start, away, HAS_AWAY)
     if tl.max(tl.abs(direction)) == 0:
         i = tl.arange(0, BLOCK_D)
         variance = tl.sum(tl.where(i[:, None] == i[None, :], covariance, 0.0), axis=0)
         # Not argmax: for sm_100, Triton 3.6 and 3.7 fail on a reduction over a named axis of what a reduction gave.
         widest = i == tl.min(tl.where(variance == tl.max(variance), i, BLOCK_D))
-        direction = tl.sum(tl.where(widest[None, :], covariance, 0.0), axis=1)
+        direction = _product(covariance, tl.where(widest, 1.0, 0.0), away, HAS_AWAY)
     scale = 1 / _largest(direction)
     direction *= scale
     for product in tl.static_range(NUM_PRODUCTS):
-        direction = tl.sum(covariance * direction[None, :], axis=1) * scale
+        direction = _product(covariance, direction, away, HAS_AWAY) * scale
         if product % 2 == 1:
             direction /= _largest(direction)
-    return direction
+    return direction / tl.sqrt(tl.maximum(tl.sum(direction * direction), TINY))
 
 
 @triton.jit
 def _goes_first(projection, is_member, SIZE: tl.constexpr):
-    """Whether a member is in the half with the smallest projections, of equal ones the earlier. NaN counts as 0."""
+    """Whether a member is in the half of its row with the smallest projections, of equal ones the earlier.
+
+    NaN counts as 0. projection [rows, SIZE].
+    """
     HALF: tl.constexpr = SIZE // 2
     projection = tl.where((projection == projection) & (projection != 0), projection, 0.0)  # no -0.0 either
     bits = projection.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ GREATEST_KEY, bits)
     key = tl.where(is_member, key, GREATEST_KEY)
-    # The largest key that has fewer than HALF keys below it.
-    if SIZE <= MOST_COMPARED:
-        num_below = tl.sum((key[:, None] < key[None, :]).to(tl.int32), axis=0)
-        threshold = tl.max(tl.where(num_below < HALF, key, LEAST_KEY))
-    else:  # from the sign down to the last bit, two at a time: three counts of at most 2^21 in one sum
-        threshold = tl.where(tl.sum((key < 0).to(tl.int32)) < HALF, 0, LEAST_KEY)
-        for step in range(15):
-            unit = 1 << (29 - 2 * step)
-            below = (key < threshold + unit).to(tl.int64)
-            below += (key < threshold + 2 * unit).to(tl.int64) << 21
-            below += (key < threshold + 3 * unit).to(tl.int64) << 42
-            below = tl.sum(below)
-            passed = ((below & 0x1FFFFF) < HALF).to(tl.int32) + (((below >> 21) & 0x1FFFFF) < HALF).to(tl.int32)
-            threshold += unit * (passed + ((below >> 42) < HALF).to(tl.int32))
-        threshold += (tl.sum((key < threshold + 1).to(tl.int32)) < HALF).to(tl.int32)
-    is_below = key < threshold
-    is_equal = key == threshold
-    missing = HALF - tl.sum(is_below.to(tl.int32))
-    return is_below | (is_equal & (tl.cumsum(is_equal.to(tl.int32), axis=0) <= missing))
+    # The largest key that has fewer than HALF keys below it, from the sign down to the last bit, two at a time: three
+    # counts of at most 2^21 in one sum.
+    threshold = tl.where(tl.sum((key < 0).to(tl.int32), axis=1) < HALF, 0, LEAST_KEY)
+    for step in range(15):
+        unit = 1 << (29 - 2 * step)
+        limit = threshold[:, None] + unit
+        counts = (key < limit).to(tl.int64)
+        counts += (key < limit + unit).to(tl.int64) << 21
+        counts += (key < limit + 2 * unit).to(tl.int64) << 42
+        counts = tl.sum(counts, axis=1)
+        passed = ((counts & 0x1FFFFF) < HALF).to(tl.int32) + (((counts >> 21) & 0x1FFFFF) < HALF).to(tl.int32)
+        threshold += unit * (passed + ((counts >> 42) < HALF).to(tl.int32))
+    threshold += (tl.sum((key < threshold[:, None] + 1).to(tl.int32), axis=1) < HALF).to(tl.int32)
+    is_below = key < threshold[:, None]
+    is_equal = key == threshold[:, None]
+    missing = HALF - tl.sum(is_below.to(tl.int32), axis=1)
+    return is_below | (is_equal & (tl.cumsum(is_equal.to(tl.int32), axis=1) <= missing[:, None]))
+
+
+@triton.jit
+def _variance(projection, is_member):
+    """Sum of squared distances from the mean, of the members of each row."""
+    mean = tl.sum(projection, axis=1) / tl.maximum(tl.sum(is_member.to(tl.float32), axis=1), 1.0)
+    centred = tl.where(is_member, projection - mean[:, None], 0.0)
+    return tl.sum(centred * centred, axis=1)
+
+
+@triton.jit
+def _places(projection, place, is_member, SIZE: tl.constexpr):
+    """Where the members at places [rows, SIZE] go when every row is split."""
+    goes_first = _goes_first(projection, is_member, SIZE)
+    rank = tl.cumsum(goes_first.to(tl.int32), axis=1)
+    i = tl.arange(0, SIZE)[None, :]
+    return place - i + tl.where(goes_first, rank - 1, SIZE // 2 + i - rank)
 
 
 @triton.jit(do_not_specialize=["num_rows", "end_head"])
 def muse_cluster_split(
     x_ptr,
     order_ptr,
+    cluster,
     stride_xb,
     stride_xh,
     stride_xn,
     num_heads,
     other_x_ptr,
     other_order_ptr,
+    other_cluster,
     other_stride_xb,
     other_stride_xh,
     other_stride_xn,
     other_num_heads,
     projection_ptr,
+    second_ptr,
     start_ptr,
     length_ptr,
     end_head,
@@ -135,7 +166,7 @@ def muse_cluster_split(
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Split every node of SIZE members in place, one program each.
+    """Split every node of SIZE members in place, twice where clusters have at most SIZE / 4, one program each.
 
     order [B * H, C, CHUNK / SIZE, SIZE]: `end_head` heads of one tensor, then those of another.
     """
@@ -145,10 +176,12 @@ def muse_cluster_split(
     row = node // (CHUNK // SIZE) % num_rows
     head = node // (CHUNK // SIZE) // num_rows
     projection_ptr += node * SIZE
+    second_ptr += node * SIZE
     if head >= end_head:
-        x_ptr, order_ptr, stride_xb, stride_xh, stride_xn, num_heads = (
+        x_ptr, order_ptr, cluster, stride_xb, stride_xh, stride_xn, num_heads = (
             other_x_ptr,
             other_order_ptr,
+            other_cluster,
             other_stride_xb,
             other_stride_xh,
             other_stride_xn,
@@ -162,7 +195,8 @@ def muse_cluster_split(
     x_ptr += head // num_heads * stride_xb + head % num_heads * stride_xh
     order_ptr += node * SIZE
     places = tl.arange(0, SIZE)
-    if count > HALF:
+    is_split_twice = cluster * 4 <= SIZE
+    if count > (HALF // 2 if is_split_twice else HALF):
         gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_D], tl.float32)
         for first in range(0, count, TILE):
@@ -171,21 +205,44 @@ def muse_cluster_split(
             x = _member_rows(x_ptr, tokens, some < count, stride_xn, HEAD_DIM, BLOCK_D)  # [TILE, BLOCK_D]
             gram = tl.dot(tl.trans(x), x, gram, input_precision="ieee")
             total += tl.sum(x.to(tl.float32), axis=0)
-        direction = _main_direction(gram, total, count, BLOCK_D)
+        mean = total / count
+        covariance = gram - total[:, None] * mean[None, :]  # [BLOCK_D, BLOCK_D], times the number of members
+        mean /= _largest(mean)
+        direction = _direction(covariance, mean, mean, BLOCK_D, False)
+        second = direction
+        if is_split_twice:
+            mean -= direction * tl.sum(mean * direction)
+            second = _direction(covariance, mean, direction, BLOCK_D, True)
         for first in range(0, count, TILE):
             some = first + tl.arange(0, TILE)
             tokens = _node_tokens(order_ptr, start, some, count, IS_FIRST_LEVEL)
-            x = _member_rows(x_ptr, tokens, some < count, stride_xn, HEAD_DIM, BLOCK_D)
-            tl.store(projection_ptr + some, tl.sum(x.to(tl.float32) * direction[None, :], axis=1))
+            x = _member_rows(x_ptr, tokens, some < count, stride_xn, HEAD_DIM, BLOCK_D).to(tl.float32)
+            tl.store(projection_ptr + some, tl.sum(x * direction[None, :], axis=1))
+            if is_split_twice:
+                tl.store(second_ptr + some, tl.sum(x * second[None, :], axis=1))
         tl.debug_barrier()
-        projection = tl.load(projection_ptr + places, mask=places < count, other=0.0)
-        tokens = _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL)
-        goes_first = _goes_first(projection, places < count, SIZE)
-        rank = tl.cumsum(goes_first.to(tl.int32), axis=0)
-        place = tl.where(goes_first, rank - 1, HALF + places - rank)
+        place = places[None, :]
+        projection = tl.load(projection_ptr + place, mask=place < count, other=0.0)
+        second_projection = tl.load(second_ptr + place, mask=(place < count) & is_split_twice, other=0.0)
+        tokens = _node_tokens(order_ptr, start, place, count, IS_FIRST_LEVEL)
+        place = _places(projection, place, place < count, SIZE)
         # Every token is loaded before one is stored.
         tl.debug_barrier()
         tl.store(order_ptr + place, tokens)
+        if is_split_twice:
+            tl.store(projection_ptr + place, projection)
+            tl.store(second_ptr + place, second_projection)
+            tl.debug_barrier()
+            place = tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+            is_member = place < count
+            projection = tl.load(projection_ptr + place, mask=is_member, other=0.0)
+            second_projection = tl.load(second_ptr + place, mask=is_member, other=0.0)
+            tokens = tl.load(order_ptr + place)
+            is_first = _variance(projection, is_member) > _variance(second_projection, is_member)
+            projection = tl.where(is_first[:, None], projection, second_projection)
+            place = _places(projection, place, is_member, HALF)
+            tl.debug_barrier()
+            tl.store(order_ptr + place, tokens)
     elif IS_FIRST_LEVEL:
         tl.store(order_ptr + places, _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL))
 
@@ -260,18 +317,18 @@ def bisection_orders(inputs: Sequence[tuple[Tensor, int]], table: ChunkTable, ch
         return [next(split) if cluster < chunk else spatial_order(x, table, chunk) for x, cluster in inputs]
     num_rows, device = table.start.shape[0], table.start.device
     orders = [torch.empty(*x.shape[:2], num_rows, chunk, dtype=torch.int32, device=device) for x, _ in inputs]
-    projection = torch.empty(sum(order.numel() for order in orders), dtype=torch.float32, device=device)
-    size = chunk if projection.numel() > 0 else 0
+    projections = torch.empty(2, sum(order.numel() for order in orders), dtype=torch.float32, device=device)
+    size = chunk if projections.numel() > 0 else 0
     # Those with the smaller clusters come last, alone in the last levels.
     parts = sorted(zip(inputs, orders, strict=True), key=lambda part: -part[0][1])
     while parts := [part for part in parts if part[0][1] < size]:
-        arguments = [_split_arguments(x, order) for (x, _), order in parts]
+        arguments = [(x, order, cluster, *x.stride()[:3], x.shape[1]) for (x, cluster), order in parts]
         places = sum(order.numel() for _, order in parts)
         x, first = parts[0][0][0], parts[0][1]
         muse_cluster_split[(places // size,)](
             *arguments[0],
             *arguments[-1],
-            projection,
+            *projections,
             table.start,
             table.length,
             first.shape[0] * first.shape[1],
@@ -283,12 +340,8 @@ def bisection_orders(inputs: Sequence[tuple[Tensor, int]], table: ChunkTable, ch
             TILE=_tile(size, x),
             num_warps=4,
         )
-        size //= 2
+        size //= 4
     return orders
-
-
-def _split_arguments(x: Tensor, order: Tensor) -> tuple[Tensor | int, ...]:
-    return x, order, *x.stride()[:3], x.shape[1]
 
 
 def cluster_orders(q: Tensor, k: Tensor, table: ChunkTable, options: ResolvedOptions) -> tuple[Tensor, Tensor]:

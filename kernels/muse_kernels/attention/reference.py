@@ -109,13 +109,35 @@ def normalised(direction: Tensor) -> Tensor:
     return direction / direction.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(direction.dtype).tiny)
 
 
-def main_direction_projection(members: Tensor, is_member: Tensor) -> Tensor:
-    """Project each node's members on their main direction of variance.
+def main_direction(covariance: Tensor, mean: Tensor, away: Tensor | None = None) -> Tensor:
+    """Direction of largest variance at right angles to `away`, by power iteration.
+
+    Args:
+        covariance: [..., D, D], times any factor. mean: [..., D, 1], times any factor. away: [..., D, 1], length 1.
+    Returns:
+        [..., D, 1] of length 1 or 0.
+    """
+
+    def without(direction: Tensor) -> Tensor:
+        return direction if away is None else direction - away * (away * direction).sum(-2, keepdim=True)
+
+    direction = without(covariance @ without(mean))
+    # A mean that varies nowhere leads nowhere; the column of the coordinate that varies most always does.
+    widest = covariance.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    is_zero = (direction == 0).all(-2, keepdim=True)
+    direction = torch.where(is_zero, without(covariance.take_along_dim(widest, dim=-1)), direction)
+    for _ in range(POWER_ITERATIONS):
+        direction = without(covariance @ normalised(direction))
+    return normalised(direction)
+
+
+def main_projections(members: Tensor, is_member: Tensor) -> tuple[Tensor, Tensor]:
+    """Project each node's members on its two main directions.
 
     Args:
         members: [..., size, D]. is_member: bool, broadcastable to [..., size]; the others have no influence.
     Returns:
-        [..., size]; +inf at places without a member, so that they sort last.
+        [..., size] each; +inf at places without a member, so that they sort last.
     """
     tiny = torch.finfo(members.dtype).tiny
     weight = is_member.to(members.dtype).unsqueeze(-1)
@@ -124,15 +146,22 @@ def main_direction_projection(members: Tensor, is_member: Tensor) -> Tensor:
     # One common factor per node changes no direction and keeps the squares of very large vectors finite.
     centred = centred / centred.abs().amax((-2, -1), keepdim=True).clamp(min=tiny)
     covariance = centred.mT @ centred  # [..., D, D], times the number of members
-    direction = covariance @ (mean / mean.abs().amax(-1, keepdim=True).clamp(min=tiny)).mT  # [..., D, 1]
-    # A mean that varies nowhere leads nowhere; the column of the coordinate that varies most always does.
-    widest = covariance.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
-    is_zero = (direction == 0).all(-2, keepdim=True)
-    direction = torch.where(is_zero, covariance.take_along_dim(widest, dim=-1), direction)
-    for _ in range(POWER_ITERATIONS):
-        direction = covariance @ normalised(direction)
-    direction = normalised(direction)
-    return (centred @ direction).squeeze(-1).nan_to_num().masked_fill(~is_member, math.inf)
+    mean = (mean / mean.abs().amax(-1, keepdim=True).clamp(min=tiny)).mT
+    first = main_direction(covariance, mean)
+    second = main_direction(covariance, mean, first)
+    first, second = (
+        (centred @ direction).squeeze(-1).nan_to_num().masked_fill(~is_member, math.inf)
+        for direction in (first, second)
+    )
+    return first, second
+
+
+def variance_of_members(projection: Tensor) -> Tensor:
+    """Sum of squared distances from the mean, of what is finite: [...] of [..., size]."""
+    is_member = projection.isfinite()
+    members = projection.masked_fill(~is_member, 0)
+    mean = members.sum(-1, keepdim=True) / is_member.sum(-1, keepdim=True).clamp(min=1)
+    return ((members - mean) * is_member).square().sum(-1)
 
 
 def bisection_order(x: Tensor, chunk: int, cluster: int) -> Tensor:
@@ -150,17 +179,31 @@ def bisection_order(x: Tensor, chunk: int, cluster: int) -> Tensor:
 def bisected(x: Tensor, order: Tensor, cluster: int) -> Tensor:
     """Members of each chunk, in `order` [B, H, C, chunk], put into clusters.
 
-    A split is a stable partition: of equal projections the earlier member goes first, and either half keeps the order
-    of its members.
+    A node of four clusters or more is split twice: either half of it by that of the node's two projections that varies
+    more in it. A split is a stable partition: of equal projections the earlier member goes first, and either half keeps
+    the order of its members.
     """
     size = chunk = order.shape[-1]
     while size > cluster:
         nodes = order.unflatten(-1, (chunk // size, size))
-        projection = main_direction_projection(gather_tokens(x, nodes), nodes >= 0)
-        halves = projection.argsort(dim=-1, stable=True).unflatten(-1, (2, size // 2)).sort(dim=-1).values
-        order = nodes.take_along_dim(halves.flatten(-2), dim=-1).flatten(-2)
+        first, second = main_projections(gather_tokens(x, nodes), nodes >= 0)
+        halves = _halves(first)
+        nodes = nodes.take_along_dim(halves, dim=-1)
         size //= 2
+        if size > cluster:
+            first, second = (x.take_along_dim(halves, dim=-1).unflatten(-1, (2, size)) for x in (first, second))
+            is_first = variance_of_members(first) > variance_of_members(second)
+            halves = _halves(torch.where(is_first.unsqueeze(-1), first, second))
+            nodes = nodes.unflatten(-1, (2, size)).take_along_dim(halves, dim=-1)
+            size //= 2
+        order = nodes.flatten(3)
     return order
+
+
+def _halves(projection: Tensor) -> Tensor:
+    """Where the members of the first half, then of the second half are: [..., size], either ascending."""
+    size = projection.shape[-1]
+    return projection.argsort(dim=-1, stable=True).unflatten(-1, (2, size // 2)).sort(dim=-1).values.flatten(-2)
 
 
 def cluster_order(x: Tensor, chunk: int, cluster: int, clustering: Clustering) -> Tensor:

@@ -119,13 +119,33 @@ def test_bisection_splits_at_the_median_and_keeps_the_order_of_tokens(length: in
         assert (cluster[len(members) :] == -1).all()
 
 
-def test_the_direction_is_that_of_greatest_variance() -> None:
-    scale = torch.tensor([1.0, 3.0, 0.5, 2.0])
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Absolute correlation of two lists of numbers."""
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1].abs())
+
+
+def test_directions_are_those_of_greatest_variance() -> None:
     rotation = torch.linalg.qr(torch.randn(4, 4)).Q
-    x = (torch.randn(512, 4) * scale) @ rotation.T + 5
-    projection = step.main_direction_projection(x, torch.ones(512, dtype=torch.bool))
-    along = (x - x.mean(0)) @ torch.linalg.eigh(x.T.cov()).eigenvectors[:, -1]
-    assert torch.corrcoef(torch.stack([projection, along]))[0, 1].abs() > 0.999
+    by_axis = torch.randn(4096, 4) * torch.tensor([1.0, 3.0, 0.5, 2.0])
+    first, second = step.main_projections(by_axis @ rotation.T + 5, torch.ones(4096, dtype=torch.bool))
+    assert correlation(first, by_axis[:, 1]) > 0.99
+    assert correlation(second, by_axis[:, 3]) > 0.99
+
+
+@pytest.mark.parametrize(("width", "coordinates"), [(0.5, [1, 1]), (0.01, [2, 2]), (None, [1, 2])])
+def test_halves_are_split_by_what_varies_more_in_them(width: float | None, coordinates: list[int]) -> None:
+    """First by coordinate 1; then also by it, by the second widest, or one half by this, the other by that."""
+    x = torch.zeros(64, 4)
+    side = torch.arange(64) % 2
+    spread = torch.rand(64) * (width if width is not None else torch.where(side == 0, 0.5, 0.01))
+    x[:, 1] = 20 * side + spread * 10
+    x[:, 2] = torch.rand(64)
+    order = step.bisection_order(x[None, None], 64, 16)[0, 0].long().view(2, 2, 16)
+    if x[order[0].flatten(), 1].mean() > x[order[1].flatten(), 1].mean():
+        order = order.flip(0)  # the sign of a direction is free
+    for half, coordinate in zip(x[order], coordinates, strict=True):
+        low, high = half[:, :, coordinate]
+        assert low.max() <= high.min() or high.max() <= low.min()
 
 
 @pytest.mark.parametrize("coordinate", range(4))
@@ -134,7 +154,7 @@ def test_a_direction_is_found_whichever_coordinate_varies(coordinate: int, mean:
     """Also where the mean is 0 and gives the power iteration nothing to start from."""
     x = torch.zeros(16, 4)
     x[:, coordinate] = torch.tensor([-1.5, -0.5, 0.5, 1.5])[torch.randperm(16) % 4] + mean
-    projection = step.main_direction_projection(x, torch.ones(16, dtype=torch.bool))
+    projection, _ = step.main_projections(x, torch.ones(16, dtype=torch.bool))
     assert torch.corrcoef(torch.stack([projection, x[:, coordinate]]))[0, 1] > 0.999
 
 
