@@ -21,16 +21,16 @@ from muse_lightning.measure.attention_error import relative_squared_error
 
 SPATIAL = {"query_clustering": "spatial", "key_clustering": "spatial"}
 SPATIAL_BLOCKS = {**SPATIAL, "expansion": "zero", "summary_cluster": 64}
-DEFAULT = "default: clusters 128/64, summaries of 512 keys, peak mass, top_k 12, candidates 32"
+DEFAULT = "default: clusters 128/64, summaries of 512 keys, peak mass, top_k 12, candidates 48"
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     (DEFAULT, {}),
     ("top_k 8", {"top_k": 8}),
     ("top_k 16", {"top_k": 16}),
     ("top_k 24", {"top_k": 24}),
     ("top_k 0", {"top_k": 0}),
-    ("candidates 24", {"candidates": 24}),
+    ("candidates 32", {"candidates": 32}),
     ("candidates 64", {"candidates": 64}),
-    ("candidates 48, top_k 16", {"candidates": 48, "top_k": 16}),
+    ("candidates 32, top_k 16", {"candidates": 32, "top_k": 16}),
     *((f"summaries of {size} keys", {"summary_cluster": size}) for size in (64, 128, 256, 1024, 2048)),
     ("centroid", {"selection": "centroid"}),
     ("order 0", {"order": 0}),

@@ -40,9 +40,9 @@ class MusePairs:
         return self.forward - self.selection * 2 / 3
 
 
-def muse_pairs(num_tokens: int, options: MuseOptions) -> MusePairs:
-    """Pairs that `muse_attention` works on for one document of `num_tokens` tokens."""
-    resolved = options.resolved(head_dim=1)
+def muse_pairs(num_tokens: int, options: MuseOptions, *, has_documents: bool = False) -> MusePairs:
+    """Pairs that `muse_attention` works on for one document of `num_tokens` tokens, packed with others or a row."""
+    resolved = options.resolved(head_dim=1, has_documents=has_documents)
     if num_tokens <= resolved.exact_below:
         exact = num_tokens * (num_tokens + 1) / 2 if options.causal else float(num_tokens**2)
         return MusePairs(near=exact, summaries=0, stage_1=0, retrieved=0, selection=0)
@@ -85,6 +85,7 @@ def muse_work(
     num_kv_heads: int,
     head_dim: int,
     element_size: int,
+    has_documents: bool = False,
 ) -> dict[str, Work]:
     """Work of one forward and backward pass over documents of these lengths, by part of the decomposition.
 
@@ -97,14 +98,15 @@ def muse_work(
         lengths: tokens of the documents that are attended separately.
         num_heads, num_kv_heads, head_dim: of q, and of k and v.
         element_size: bytes of one element of q.
+        has_documents: the documents are packed, `cu_seqlens` is given.
     Returns:
         Part -> work, in the order in which the parts run; names of parts of the backward pass end with "backward".
     Source: docs/attention.md, "Kernel decomposition" and "Gradient".
     """
     product = 2 * head_dim * num_heads
     tokens = sum(lengths)
-    all_pairs = [muse_pairs(length, options) for length in lengths]
-    exact_below = options.resolved(head_dim).exact_below
+    all_pairs = [muse_pairs(length, options, has_documents=has_documents) for length in lengths]
+    exact_below = options.resolved(head_dim, has_documents=has_documents).exact_below
     long_tokens = sum(length for length in lengths if length > exact_below)
     near, summaries, centroid_keys, retrieved, selection = (
         sum(getattr(pairs, name) for pairs in all_pairs) / per_pair

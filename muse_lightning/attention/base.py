@@ -46,11 +46,14 @@ class AttentionStrategy(nn.Module):
                 f"num_attention_heads must be a multiple of num_key_value_heads, got {num_heads} and {num_kv_heads}"
             )
 
-    def pairs(self, lengths: Sequence[int]) -> float:
+    def pairs(self, lengths: Sequence[int], *, has_documents: bool = False) -> float:
         """A third of the query-key pairs per head that a training step works on, for documents of these lengths.
 
         A pair is one product with a key and one with a value, 4 * head_dim FLOPs. The backward pass of attention costs
         twice its forward pass, so this is the number of pairs of the forward pass, but for work that has no backward
         pass, which counts a third.
+
+        Args:
+            has_documents: the documents are packed, `cu_seqlens` is given; else each is a row.
         """
         raise NotImplementedError

@@ -43,5 +43,5 @@ class Dense(AttentionStrategy):
             return varlen_attention(q, k, v, cu_seqlens, softmax_scale)
         return attend_documents(partial(sdpa, softmax_scale=softmax_scale), q, k, v, cu_seqlens)
 
-    def pairs(self, lengths: Sequence[int]) -> float:
+    def pairs(self, lengths: Sequence[int], *, has_documents: bool = False) -> float:
         return float(sum(length * (length + 1) // 2 for length in lengths))

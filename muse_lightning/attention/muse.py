@@ -34,7 +34,8 @@ class Muse(AttentionStrategy):
         expansion: expand around the query cluster's "centroid" or around "zero" (plain means).
         query_clustering: "semantic" or "spatial" (contiguous runs).
         key_clustering: "semantic" or "spatial" (contiguous runs).
-        exact_below: documents of at most so many tokens are attended exactly; null is 7 * chunk.
+        exact_below: documents of at most so many tokens are attended exactly; null is 2 * chunk with document_mask and
+            7 * chunk without: up to there exact attention is the faster.
         workspace_mib: bound on intermediate results, MiB.
         implementation: "triton" (kernels), "reference" (plain PyTorch), or "auto": kernels wherever they can be used.
     """
@@ -47,7 +48,7 @@ class Muse(AttentionStrategy):
         key_cluster: int = 64,
         summary_cluster: int | None = None,
         top_k: int = 12,
-        candidates: int = 32,
+        candidates: int = 48,
         order: int = 1,
         selection: Selection = "peak_mass",
         expansion: Expansion = "centroid",
@@ -93,10 +94,11 @@ class Muse(AttentionStrategy):
         exact_below = MuseOptions(**self.options).resolved(head_dim).exact_below
         if seq_len <= exact_below and self.layer_idx == 0:
             warnings.warn(
-                f"{type(self).__name__} is exact attention at this context: data.seq_len={seq_len} is at most "
-                f"exact_below={exact_below} (default 7 * chunk); use a longer context or a smaller chunk",
+                f"{type(self).__name__} attends rows without documents exactly at this context: data.seq_len={seq_len} "
+                f"is at most exact_below={exact_below} (default 7 * chunk); use a longer context or a smaller chunk",
                 stacklevel=2,
             )
 
-    def pairs(self, lengths: Sequence[int]) -> float:
-        return sum(muse_pairs(length, MuseOptions(**self.options)).training for length in lengths)
+    def pairs(self, lengths: Sequence[int], *, has_documents: bool = False) -> float:
+        options = MuseOptions(**self.options)
+        return sum(muse_pairs(length, options, has_documents=has_documents).training for length in lengths)

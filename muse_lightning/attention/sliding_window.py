@@ -36,7 +36,7 @@ class SlidingWindow(AttentionStrategy):
         attend = partial(banded_attention, window=self.window, softmax_scale=softmax_scale)
         return attend(q, k, v) if cu_seqlens is None else attend_documents(attend, q, k, v, cu_seqlens)
 
-    def pairs(self, lengths: Sequence[int]) -> float:
+    def pairs(self, lengths: Sequence[int], *, has_documents: bool = False) -> float:
         full = [min(length, self.window) for length in lengths]
         return float(
             sum(w * (w + 1) // 2 + (length - w) * self.window for length, w in zip(lengths, full, strict=True))

@@ -14,7 +14,8 @@ class SpatialBlocks(Muse):
         query_cluster: tokens per block of queries.
         key_cluster: tokens per block of keys.
         top_k: key blocks that each query block attends exactly.
-        exact_below: documents of at most so many tokens are attended exactly; null is 7 * chunk.
+        exact_below: documents of at most so many tokens are attended exactly; null is 2 * chunk with document_mask and
+            7 * chunk without.
         workspace_mib: bound on intermediate results, MiB.
     """
 

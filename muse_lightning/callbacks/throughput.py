@@ -71,10 +71,12 @@ class DeviceThroughput(L.Callback):
         elapsed = time.perf_counter() - self._started
         # Read here and not batch by batch: it waits for the device.
         lengths = [length for unread in self._unread for length in document_lengths(*unread)]
+        has_documents = any(cu_seqlens is not None for *_, cu_seqlens in self._unread)
         self._unread = []
         metrics = {}
         for name, strategies in (("mfu", None), ("mfu_dense_equivalent", [Dense(0)])):
-            flops = training_flops_per_token(pl_module.llama, lengths, strategies) * sum(lengths)
+            per_token = training_flops_per_token(pl_module.llama, lengths, strategies, has_documents=has_documents)
+            flops = per_token * sum(lengths)
             rate = self._rates[name]
             rate.update(
                 time=elapsed, batches=self._batches, samples=self._rows, lengths=self._tokens, flops=round(flops)

@@ -14,7 +14,11 @@ def matrix_parameters(llama: Llama) -> int:
 
 
 def training_flops_per_token(
-    llama: Llama, lengths: Sequence[int], attention: Sequence[AttentionStrategy] | None = None
+    llama: Llama,
+    lengths: Sequence[int],
+    attention: Sequence[AttentionStrategy] | None = None,
+    *,
+    has_documents: bool = False,
 ) -> float:
     """FLOPs of the forward and backward pass, per token, nothing recomputed.
 
@@ -24,11 +28,13 @@ def training_flops_per_token(
     Args:
         llama: the model, on any device.
         lengths: tokens of the documents that are attended separately; one number for a context of one document.
+        has_documents: the documents are packed, attention is told by `cu_seqlens`.
         attention: strategies to count instead of the layers' own; their number need not be that of the layers.
     Source: PaLM (arXiv 2204.02311), appendix B, with pairs counted instead of assumed to be N^2.
     """
     config = llama.config
     strategies = attention or [block.self_attn.attention for block in llama.blocks]
-    pairs = sum(strategy.pairs(lengths) for strategy in strategies) * len(llama.blocks) / len(strategies)
+    pairs = sum(strategy.pairs(lengths, has_documents=has_documents) for strategy in strategies)
+    pairs *= len(llama.blocks) / len(strategies)
     per_pair = 12 * config.attention_head_dim * config.num_attention_heads
     return 6 * matrix_parameters(llama) + per_pair * pairs / sum(lengths)

@@ -195,7 +195,8 @@ def test_muse_passes_its_options_on(make: type[Muse]) -> None:
 def test_muse_warns_once_when_everything_is_exact() -> None:
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     with pytest.warns(
-        UserWarning, match=r"Muse is exact attention at this context: data.seq_len=112 .* exact_below=112"
+        UserWarning,
+        match=r"Muse attends rows without documents exactly at this context: data.seq_len=112 .* exact_below=112",
     ):
         Muse(0, chunk=16, query_cluster=4, key_cluster=4).check(seq_len=112, **sizes)
 

@@ -51,7 +51,7 @@ def test_the_defaults_cost_a_tenth_of_dense() -> None:
     """docs/attention.md, "Kernel decomposition"; its figures count far keys in the first chunk too, which has none."""
     pairs, dense = muse_pairs(65536, MuseOptions()), 65536**2 / 2
     parts = [pairs.near, pairs.summaries, pairs.stage_1, pairs.retrieved, pairs.selection]
-    assert [round(100 * part / dense, 1) for part in parts] == pytest.approx([3.1, 0.2, 1.2, 2.3, 3.5], abs=0.11)
+    assert [round(100 * part / dense, 1) for part in parts] == pytest.approx([3.1, 0.2, 1.2, 2.3, 4.9], abs=0.11)
     assert pairs.training == pytest.approx(pairs.forward - 2 / 3 * pairs.selection)
 
 
@@ -59,6 +59,16 @@ def test_the_defaults_cost_a_tenth_of_dense() -> None:
 def test_an_exact_document_costs_what_dense_attention_costs(num_tokens: int) -> None:
     pairs = muse_pairs(num_tokens, MuseOptions(**SIZES))
     assert pairs.forward == pairs.training == num_tokens * (num_tokens + 1) / 2
+
+
+@pytest.mark.parametrize(("has_documents", "chunks"), [(False, 7), (True, 2)])
+def test_packed_documents_are_exact_up_to_fewer_tokens(has_documents: bool, chunks: int) -> None:
+    longest = chunks * SIZES["chunk"]
+    for num_tokens, is_exact in ((longest, True), (longest + 1, False)):
+        pairs = muse_pairs(num_tokens, MuseOptions(**SIZES), has_documents=has_documents)
+        assert (pairs.near == num_tokens * (num_tokens + 1) / 2) == is_exact
+        work = muse_work([num_tokens], MuseOptions(**SIZES), has_documents=has_documents, **HEADS)
+        assert ("far" not in work) == is_exact
 
 
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "element_size": 2}

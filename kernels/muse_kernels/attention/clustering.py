@@ -233,16 +233,16 @@ def muse_cluster_split(
             tl.store(projection_ptr + place, projection)
             tl.store(second_ptr + place, second_projection)
             tl.debug_barrier()
-            place = tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-            is_member = place < count
-            projection = tl.load(projection_ptr + place, mask=is_member, other=0.0)
-            second_projection = tl.load(second_ptr + place, mask=is_member, other=0.0)
-            tokens = tl.load(order_ptr + place)
-            is_first = _variance(projection, is_member) > _variance(second_projection, is_member)
-            projection = tl.where(is_first[:, None], projection, second_projection)
-            place = _places(projection, place, is_member, HALF)
+            half = tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+            is_member = half < count
+            by_first = tl.load(projection_ptr + half, mask=is_member, other=0.0)
+            by_second = tl.load(second_ptr + half, mask=is_member, other=0.0)
+            half_tokens = tl.load(order_ptr + half)
+            is_first = _variance(by_first, is_member) > _variance(by_second, is_member)
+            by_either = tl.where(is_first[:, None], by_first, by_second)
+            quarter = _places(by_either, half, is_member, HALF)
             tl.debug_barrier()
-            tl.store(order_ptr + place, tokens)
+            tl.store(order_ptr + quarter, half_tokens)
     elif IS_FIRST_LEVEL:
         tl.store(order_ptr + places, _node_tokens(order_ptr, start, places, count, IS_FIRST_LEVEL))
 

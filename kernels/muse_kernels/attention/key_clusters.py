@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from muse_kernels.attention.chunks import ChunkTable
 from muse_kernels.attention.common import padded_head_dim, rows_contiguous
 
 
@@ -18,6 +19,7 @@ def muse_gather(
     k,
     v,
     order,
+    length,
     clustered_k,
     clustered_v,
     spread,
@@ -33,9 +35,12 @@ def muse_gather(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     K: tl.constexpr,
+    KEY_CLUSTERS: tl.constexpr,
 ):
-    """One program for each key cluster of each head."""
+    """One program for each key cluster of each head; nobody reads those of an unused row."""
     cluster, local_head = tl.program_id(0), tl.program_id(1)
+    if tl.load(length + cluster // KEY_CLUSTERS) == 0:
+        return
     head = first_head + local_head
     batch, kv_head = (head // num_kv_heads).to(tl.int64), (head % num_kv_heads).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -67,6 +72,7 @@ def gather_keys(
     k: Tensor,
     v: Tensor,
     key_order: Tensor,
+    table: ChunkTable,
     heads: slice,
     *,
     key_cluster: int,
@@ -88,6 +94,7 @@ def gather_keys(
         k,
         v,
         key_order,
+        table.length,
         clustered_k,
         clustered_v,
         spread,
@@ -99,5 +106,6 @@ def gather_keys(
         D=head_dim,
         BLOCK_D=padded_head_dim(head_dim),
         K=key_cluster,
+        KEY_CLUSTERS=key_order.shape[3] // key_cluster,
         num_warps=4,
     )

@@ -60,7 +60,7 @@ def muse_attention(
     key_cluster: int = 64,
     summary_cluster: int | None = None,
     top_k: int = 12,
-    candidates: int = 32,
+    candidates: int = 48,
     order: int = 1,
     selection: Selection = "peak_mass",
     expansion: Expansion = "centroid",
@@ -91,7 +91,8 @@ def muse_attention(
             among the candidates; "centroid" by what it weighs for their mean alone.
         expansion: expand around the query cluster's "centroid", or around "zero" (plain means of keys and values).
         query_clustering, key_clustering: "semantic" by recursive bisection, "spatial" contiguous runs.
-        exact_below: documents of at most so many tokens are attended exactly; None is 7 * chunk.
+        exact_below: documents of at most so many tokens are attended exactly; None is 2 * chunk with `cu_seqlens` and
+            7 * chunk without: up to there exact attention is the faster.
         clusters: reuse these (from `muse_clusters`, of the same shapes and documents) and choose nothing.
         workspace_mib: bound on intermediate results, MiB; at least one query chunk is worked on at a time.
         return_lse: also return the log-sum-exp.
@@ -124,7 +125,7 @@ def muse_attention(
     )
     q, k, v = _as_autocast_has_it(q, k, v)
     _check_tensors(q, k, v, cu_seqlens)
-    resolved = _resolved(q, options)
+    resolved = _resolved(q, options, cu_seqlens)
     if not return_lse and clusters is None and cu_seqlens is None and _is_for_library(q, k, resolved):
         return _exact_by_library(q, k, v, resolved)
     out, lse, _ = _attend(q, k, v, cu_seqlens, resolved, clusters)
@@ -162,7 +163,7 @@ def muse_clusters(q: Tensor, k: Tensor, *, cu_seqlens: Tensor | None = None, **o
     with torch.no_grad():
         q, k, _ = _as_autocast_has_it(q, k, k)
         _check_tensors(q, k, k, cu_seqlens)
-        return _attend(q, k, k, cu_seqlens, _resolved(q, MuseOptions(**options)), None)[2]
+        return _attend(q, k, k, cu_seqlens, _resolved(q, MuseOptions(**options), cu_seqlens), None)[2]
 
 
 def _as_autocast_has_it(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -174,8 +175,9 @@ def _as_autocast_has_it(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _resolved(q: Tensor, options: MuseOptions) -> ResolvedOptions:
-    return replace(options.resolved(q.shape[-1]), implementation=_implementation(q, options))
+def _resolved(q: Tensor, options: MuseOptions, cu_seqlens: Tensor | None) -> ResolvedOptions:
+    resolved = options.resolved(q.shape[-1], has_documents=cu_seqlens is not None)
+    return replace(resolved, implementation=_implementation(q, options))
 
 
 def _attend(

@@ -13,6 +13,11 @@ Implementation = Literal["auto", "triton", "reference"]
 KEY_CLUSTERS_PER_SUMMARY = 8
 """By default. `benchmarks/NOTES.md`, "coarse summaries"."""
 
+EXACT_CHUNKS = 7
+"""Chunks up to which exact attention is no slower, measured: a row without documents, which cuDNN attends."""
+EXACT_CHUNKS_OF_DOCUMENTS = 2
+"""The same for packed documents: what PyTorch has for them, FlashAttention 2, is slower."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MuseOptions:
@@ -29,7 +34,7 @@ class MuseOptions:
     key_cluster: int = 64
     summary_cluster: int | None = None
     top_k: int = 12
-    candidates: int = 32
+    candidates: int = 48
     order: int = 1
     selection: Selection = "peak_mass"
     expansion: Expansion = "centroid"
@@ -56,13 +61,18 @@ class MuseOptions:
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
 
-    def resolved(self, head_dim: int) -> "ResolvedOptions":
-        """The options with numbers in place of the defaults that depend on other values."""
+    def resolved(self, head_dim: int, *, has_documents: bool = False) -> "ResolvedOptions":
+        """The options with numbers in place of the defaults that depend on other values.
+
+        Args:
+            has_documents: `cu_seqlens` is given.
+        """
         values = {name: getattr(self, name) for name in _FIELDS}
         values["softmax_scale"] = head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
         if self.summary_cluster is None:
             values["summary_cluster"] = min(KEY_CLUSTERS_PER_SUMMARY * self.key_cluster, self.chunk)
-        values["exact_below"] = 7 * self.chunk if self.exact_below is None else self.exact_below
+        if self.exact_below is None:
+            values["exact_below"] = (EXACT_CHUNKS_OF_DOCUMENTS if has_documents else EXACT_CHUNKS) * self.chunk
         return ResolvedOptions(**values)
 
 

@@ -64,7 +64,7 @@ def attention_forward(
     mu = means.mean if means is not None and options.expansion == "centroid" else clusters.mu.to(q.dtype)
     for group in workspace.groups():
         if group.is_first:
-            clustered_k, clustered_v, spread = _keys(workspace, group, k, v, clusters)
+            clustered_k, clustered_v, spread = _keys(workspace, group, k, v, clusters, table)
         if means is not None:
             scores = workspace.scores(group)
             score_clusters(means, clustered_k, spread, scores, key_clusters, table, group, options)
@@ -124,7 +124,7 @@ def attention_backward(
     mu = clusters.mu.to(q.dtype)
     for group in workspace.groups():
         if group.is_first:
-            clustered_k, clustered_v, _ = _keys(workspace, group, k, v, clusters)
+            clustered_k, clustered_v, _ = _keys(workspace, group, k, v, clusters, table)
             far = None if group.is_last else workspace.key_sums(group)
         summary = workspace.summaries(group)
         summaries(mu, clusters.selected, clustered_k, clustered_v, summary, layout, table, group, options)
@@ -203,13 +203,14 @@ def _layout_without_documents(num_tokens: int, options: ResolvedOptions, device:
 
 
 def _keys(
-    workspace: Workspace, group: Group, k: Tensor, v: Tensor, clusters: MuseClusters
+    workspace: Workspace, group: Group, k: Tensor, v: Tensor, clusters: MuseClusters, table: ChunkTable
 ) -> tuple[Tensor, Tensor, Tensor]:
     clustered_k, clustered_v, spread = workspace.keys(group)
     gather_keys(
         k,
         v,
         clusters.key_order,
+        table,
         group.heads,
         key_cluster=workspace.options.key_cluster,
         clustered_k=clustered_k,

@@ -260,7 +260,9 @@ def _work(name: str, settings: Settings, num_tokens: int) -> dict[str, Work]:
     lengths, sizes = settings.document_lengths(num_tokens), settings.heads.sizes
     if name in EXACT:
         return dense_work(lengths, causal=settings.muse.causal, **sizes)
-    return muse_work(lengths, settings.muse, **sizes) if name == "muse" else {}
+    if name != "muse":
+        return {}
+    return muse_work(lengths, settings.muse, has_documents=bool(settings.documents), **sizes)
 
 
 def _flops_fractions(work: dict[str, Work], timings: dict[str, Timing], ceilings: Ceilings) -> dict[str, float]:

@@ -170,6 +170,16 @@ def test_a_cluster_without_queries_retrieves_nothing(selection: str) -> None:
     assert (selected[2, 1] == -1).all()
 
 
+@pytest.mark.parametrize(("has_documents", "chunks"), [(False, 7), (True, 2)])
+def test_packed_documents_are_exact_up_to_fewer_tokens_by_default(has_documents: bool, chunks: int) -> None:
+    options = {**SMALL, "exact_below": None}
+    for num_tokens, is_exact in ((8 * chunks, True), (8 * chunks + 1, False)):
+        qkv = tuple(torch.randn(1, 2, num_tokens, 4, dtype=torch.float64) for _ in range(3))
+        cu_seqlens = torch.tensor([0, num_tokens], dtype=torch.int32) if has_documents else None
+        error = muse_attention(*qkv, cu_seqlens=cu_seqlens, **options) - exact(*qkv)
+        assert (error.abs().max() < 1e-9) == is_exact
+
+
 @pytest.mark.parametrize(("exact_below", "is_exact"), [(44, False), (45, True), (46, True)])
 def test_exact_below_includes_its_own_length(exact_below: int, is_exact: bool) -> None:
     qkv = random_qkv(45)
