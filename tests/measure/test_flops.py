@@ -19,7 +19,7 @@ class AllPairs(AttentionStrategy):
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return torch.softmax(softmax_scale * q @ k.mT, dim=-1) @ v
 
-    def pairs(self, lengths):
+    def pairs(self, lengths, *, has_documents=False):
         return float(sum(length**2 for length in lengths))
 
 
