@@ -16,6 +16,7 @@ from functools import partial
 from typing import IO, NamedTuple, cast
 
 from muse_lightning.data.documents import DamagedSource, ReadLimits, name_bytes
+from muse_lightning.data.sources.raw_files import open_raw
 from muse_lightning.data.sources.unpacking import BoundedStream, damage_named, open_unpacked, unpacked_limit
 
 # Headers of one member: long names, extended attributes. GNU tar and pax writers stay far below.
@@ -54,11 +55,13 @@ def open_members(location: str, limits: ReadLimits) -> Iterator[Iterator[Member]
     """The members of an archive, in stored order.
 
     Raises:
-        DamagedSource: it is no archive, corrupt or truncated, or passes one of the limits. While the members are
+        DamagedSource: it is gone, no archive, corrupt or truncated, or passes one of the limits. While the members are
             consumed, too.
+        UserError: the disk fails.
     """
-    with damage_named(location), open(location, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with damage_named(location), open_raw(location, is_local=True) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         is_zip = file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
         file.seek(0)
         members = _zip_members(file, size, limits) if is_zip else _tar_members(file, size, limits)

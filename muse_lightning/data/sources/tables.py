@@ -13,6 +13,7 @@ import fsspec
 from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLimits, Repository, SourceFile, SourceUnit
 from muse_lightning.data.sources.archive_members import clean_path
 from muse_lightning.data.sources.local import file_stamp
+from muse_lightning.data.sources.raw_files import open_raw
 from muse_lightning.data.sources.table_rows import Row, json_rows, open_parquet_rows
 from muse_lightning.data.sources.unpacking import damage_named
 from muse_lightning.errors import UserError, nearest
@@ -160,7 +161,7 @@ class TableUnit(SourceUnit):
                 columns = None if all_columns else self.columns.names
                 yield stack.enter_context(open_parquet_rows(self.name, columns, limits))
             else:
-                yield json_rows(stack.enter_context(fsspec.open(self.name, "rb")), self.size, limits)
+                yield json_rows(stack.enter_context(open_raw(self.name)), self.size, limits)
 
     def _texts(self, limits: ReadLimits, skipped: list[Counter[str]]) -> Iterator[_Text]:
         """The rows that can be used. `skipped[0]`, whichever counter that is by then, counts the others."""
