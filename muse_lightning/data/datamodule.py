@@ -11,6 +11,7 @@ import torch
 from muse_lightning.data.batches import Collate
 from muse_lightning.data.card import DatasetCard
 from muse_lightning.data.documents import DEFAULT_ARCHIVE_LIMITS, ArchiveLimits, DocumentSource
+from muse_lightning.data.filesystems import is_url
 from muse_lightning.data.filters import DEFAULT_FILTERS, Filters
 from muse_lightning.data.item_loader import Block, BlockReader
 from muse_lightning.data.ledger import LedgerDataset, LedgerHeader
@@ -24,11 +25,11 @@ from muse_lightning.data.prepared import (
     check_different,
     listed_datasets,
 )
-from muse_lightning.data.remote import ChunkCache, copy_tokenizer, is_url
+from muse_lightning.data.remote import ChunkCache, copy_tokenizer
 from muse_lightning.data.selection import FileOrder, Limits
 from muse_lightning.data.streaming import EvaluationLoader, Share, TrainLoader
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, load_tokenizer
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, shown_url
 
 DEFAULT_CACHE_DIR = Path("~/.cache/muse-lightning/chunks")
 _OTHER_DATA = "give data.sources to prepare the data again"
@@ -158,7 +159,7 @@ class TokenDataModule(L.LightningDataModule):
         self._cache = ChunkCache(cache_dir.expanduser(), cache_bytes)
         self.ranks_per_block = ranks_per_block
         self.sources = sources
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name = shown_url(tokenizer)
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.document_mask = document_mask

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from muse_lightning.data.card import DatasetCard, check_index, count_blocks, largest_seq_len, read_card
+from muse_lightning.data.filesystems import is_url
 from muse_lightning.data.item_loader import LocalChunks, SplitFiles
 from muse_lightning.data.mixing import Part
 from muse_lightning.data.prepare import damaged_chunks
-from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_description, is_url
-from muse_lightning.errors import UserError
+from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_description
+from muse_lightning.errors import UserError, shown_url
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class PreparedDataset:
     """One dataset, opened.
 
     Attributes:
-        name: As the recipe has it.
+        name: As the recipe has it, without credentials.
+        url: Of a remote one; empty for a folder.
         key: Where the recipe has it, for messages.
         weight: See MixtureEntry.
         folder: Of its files; of a remote one, of the copies of those that describe it.
@@ -36,6 +38,7 @@ class PreparedDataset:
     """
 
     name: str
+    url: str
     key: str
     weight: float
     folder: Path
@@ -50,10 +53,11 @@ class PreparedDataset:
             UserError: there is none.
         """
         if is_url(name):
-            folder = copy_description(name.rstrip("/"), cache.folder)
-            return cls(name.rstrip("/"), key, weight, folder, read_card(folder), cache)
+            url = name.rstrip("/")
+            folder = copy_description(url, cache.folder)
+            return cls(shown_url(url), url, key, weight, folder, read_card(folder), cache)
         folder = Path(name).expanduser()
-        return cls(name, key, weight, folder, read_card(folder), None)
+        return cls(name, "", key, weight, folder, read_card(folder), None)
 
     def check(self, splits: Sequence[str]) -> None:
         """Check that the files of these splits are whole, as far as that takes no reading of chunks.
@@ -77,7 +81,7 @@ class PreparedDataset:
         entry = self.card.split(name)
         if self.cache is None:
             return SplitFiles(entry, self.card.dtype, LocalChunks((self.folder / name).absolute()))
-        return SplitFiles(entry, self.card.dtype, CachedChunks(f"{self.name}/{name}", self.cache))
+        return SplitFiles(entry, self.card.dtype, CachedChunks(f"{self.url}/{name}", self.cache))
 
     def part(self, seq_len: int) -> Part:
         """Its part in a plan of training."""

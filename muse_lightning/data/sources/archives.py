@@ -65,7 +65,7 @@ class Archives(DocumentSource):
         return {
             "class": "Archives",
             "path": None if self.path is None else str(self.path.absolute()),
-            "downloads": [{"url": download.url, "sha256": download.sha256} for download in self.downloads],
+            "downloads": [{"url": download.shown, "sha256": download.sha256} for download in self.downloads],
             **self.rules.identity(),
         }
 
@@ -73,7 +73,7 @@ class Archives(DocumentSource):
         found = [] if self.path is None else list(_local_units(self.path, self.rules))
         for download in self.downloads:
             location = fetch(download, self.cache / "archives")
-            found.append(archive_unit(download.url, str(location), self.rules, stamp=download.sha256))
+            found.append(archive_unit(download.shown, str(location), self.rules, stamp=download.sha256))
         names = Counter(unit.name for unit in found)
         twice = next((name for name, count in names.items() if count > 1), None)
         if twice is not None:

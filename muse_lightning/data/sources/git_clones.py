@@ -9,13 +9,12 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, shown_url
 from muse_lightning.files import exclusive_lock
 
 # scheme://host/path, or scp's form user@host:path.
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://.+|[^/@:\s]+@[^/:\s]+:.+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 # No hooks, no prompts, no submodules, no helper that a URL could name (ext::).
 _SETTINGS = ("core.hooksPath=/dev/null", "protocol.ext.allow=never", "fetch.recurseSubmodules=false")
@@ -24,11 +23,6 @@ _SETTINGS = ("core.hooksPath=/dev/null", "protocol.ext.allow=never", "fetch.recu
 def is_url(location: str) -> bool:
     """Whether a location is for git to fetch, not a path on this machine."""
     return _URL.fullmatch(location) is not None
-
-
-def without_credentials(url: str) -> str:
-    """The URL as it may be shown and stored."""
-    return _CREDENTIALS.sub("", url)
 
 
 def clone(url: str, revision: str, cache: Path, refresh: bool) -> Path:
@@ -82,7 +76,5 @@ def _git(url: str, *arguments: str) -> None:
         raise UserError("GitRepositories: git is not installed; install it, or give local repositories") from error
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
-        reason = without_credentials(lines[-1] if lines else f"git exit code {error.returncode}")
-        raise UserError(
-            f"GitRepositories: {without_credentials(url)}: {reason}; check the address and the revision"
-        ) from error
+        reason = shown_url(lines[-1] if lines else f"git exit code {error.returncode}")
+        raise UserError(f"GitRepositories: {shown_url(url)}: {reason}; check the address and the revision") from error

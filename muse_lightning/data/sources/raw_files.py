@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import IO
 
-import fsspec
-
 from muse_lightning.data.documents import DamagedSource
+from muse_lightning.data.filesystems import open_file
 from muse_lightning.errors import UserError, reason_of, shown_url
 
 _PIECE = 1 << 16
@@ -85,6 +84,6 @@ def open_raw(name: str, *, is_local: bool = False) -> Iterator[io.BufferedReader
     """
     with ExitStack() as stack:
         with reading(name):
-            opened = open(name, "rb", buffering=0) if is_local else fsspec.open(name, "rb")  # noqa: SIM115
+            opened = open(name, "rb", buffering=0) if is_local else open_file(name)  # noqa: SIM115
             file = stack.enter_context(opened)
         yield io.BufferedReader(_Raw(file, name), _PIECE)
