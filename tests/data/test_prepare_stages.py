@@ -1,12 +1,12 @@
 """A whole preparation: what the card says, several workers, kills, a full disk, two processes at once."""
 
+import multiprocessing
 import os
 import resource
-import signal
-import subprocess
 import sys
 import time
 from itertools import pairwise
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,6 @@ from muse_lightning.data.selection import Limits
 from muse_lightning.data.tokenizer import ByteTokenizer
 from muse_lightning.errors import UserError
 from tests.data.memory_source import MemorySource, MemoryUnit, contents, text
-
-ROOT = Path(__file__).parents[2]
 
 
 def how(limits: Limits | None = None, **arguments) -> Preparation:
@@ -205,26 +203,17 @@ def test_the_same_bytes_on_any_number_of_workers(tmp_path):
     assert one == contents(tmp_path / "set2") == contents(tmp_path / "set4")
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from tests.data import test_prepare_stages as t
-if __name__ == "__main__":
-    t.shrink_stages()
-    t.prepare(Path(sys.argv[1]), t.MemorySource(t.REPOSITORIES), preparation=t.how(num_workers=int(sys.argv[2])))
-"""
+def start(tmp_path: Path, name: str, workers: int) -> ForkProcess:
+    """Prepare in a process of its own that writes to a file. A fork, which need not import everything again."""
+    process = multiprocessing.get_context("fork").Process(target=prepare_alone, args=(tmp_path, name, workers))
+    process.start()
+    return process
 
 
-def shrink_stages() -> None:
-    building._PACK_BYTES = 1000
-    building.encode_jobs.__globals__["_JOB_BYTES"] = 1500
-
-
-def start(tmp_path: Path, workers: int) -> subprocess.Popen:
-    (tmp_path / "main.py").write_text(KILLED)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "main.py", "set", str(workers)]
-    return subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+def prepare_alone(tmp_path: Path, name: str, workers: int) -> None:
+    os.setsid()
+    with (tmp_path / f"{name}.log").open("w") as sys.stderr:
+        prepare(tmp_path / "set", MemorySource(REPOSITORIES), preparation=how(num_workers=workers))
 
 
 def finished_jobs(tmp_path: Path) -> dict[str, int]:
@@ -248,13 +237,13 @@ def test_what_was_finished_before_a_kill_is_not_done_again(tmp_path, workers, ca
     kept: dict[str, int] = {}
     kills = 0
     while True:
-        process = start(tmp_path, workers)
+        process = start(tmp_path, "log", workers)
         before = len(kept)
-        while process.poll() is None and len(finished_jobs(tmp_path)) < before + 16:
+        while process.is_alive() and len(finished_jobs(tmp_path)) < before + 16:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not process.stderr.read().count("Traceback")
+        process.kill()
+        process.join()
+        assert "Traceback" not in (tmp_path / "log.log").read_text()
         if (tmp_path / "set").exists():
             break
         kills += 1
@@ -338,9 +327,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, longest_file, size, reached
 @pytest.mark.multi_process
 @pytest.mark.usefixtures("small_stages")
 def test_two_processes_at_once(tmp_path):
-    both = [start(tmp_path, 1), start(tmp_path, 1)]
-    errors = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    names = ["first", "second"]
+    both = [start(tmp_path, name, 1) for name in names]
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
     # One of them built it, the other found it.
-    assert sorted(error.count("data: documents:") for error in errors) == [0, 1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.lock", "main.py", "set"]
+    assert sorted((tmp_path / f"{name}.log").read_text().count("data: documents:") for name in names) == [0, 1]
