@@ -230,6 +230,4 @@ def _is_identifier(name: str) -> bool:
 def _in_few_words(text: str) -> str:
     """Lower case without punctuation and the words that tell no licence from another."""
     words = re.findall(r"[a-z0-9+]+", re.sub(r"\bv(?:er(?:sion)?)?\.?\s*(?=\d)", "", text.lower()))
-    return " ".join(
-        word for word in words if word not in ("the", "license", "licence", "licensed", "software", "version")
-    )
+    return " ".join(word for word in words if word not in _EMPTY_WORDS)
