@@ -51,7 +51,12 @@ def fetch(download: Download, cache: Path) -> Path:
     target = cache / download.sha256 / name
     if target.exists() and sha256_file(target) == download.sha256:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"download {download.shown}: cannot write {target.parent}: {reason_of(error)}; choose another cache"
+        ) from error
     partial = target.with_name(f".{uuid.uuid4().hex}.partial")
     digest = hashlib.sha256()
     try:

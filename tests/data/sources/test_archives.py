@@ -308,6 +308,12 @@ def test_downloads_are_fetched_once_and_compared(tmp_path):
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    write(tmp_path / "cache", b"no folder")
+    with pytest.raises(UserError, match=r"download https://.*: cannot write .*/cache/archives/0+: Not a directory"):
+        list(Archives(downloads=[Download("https://host/a.zip", "0" * 64)], cache=tmp_path / "cache").units())
+
+
 def test_a_download_needs_a_digest():
     with pytest.raises(UserError, match="64 digits"):
         Download("https://example.com/a.tar.gz", "abc")
