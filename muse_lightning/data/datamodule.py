@@ -23,6 +23,7 @@ from muse_lightning.data.prepared import (
     PreparedDataset,
     check_blocks,
     check_different,
+    check_one_tokenizer,
     listed_datasets,
 )
 from muse_lightning.data.remote import ChunkCache, copy_tokenizer
@@ -32,7 +33,7 @@ from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens,
 from muse_lightning.errors import UserError, shown_url
 
 DEFAULT_CACHE_DIR = Path("~/.cache/muse-lightning/chunks")
-_OTHER_DATA = "give data.sources to prepare the data again"
+_OTHER_DATA = "prepare the data again (data.sources)"
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
@@ -215,9 +216,9 @@ class TokenDataModule(L.LightningDataModule):
         """
         if self._opened is None:
             opened = [PreparedDataset.open(*listed, self._cache) for listed in self._listed]
-            for dataset in opened:
-                if dataset.card.tokenizer["sha256"] != self.tokenizer.sha256:
-                    raise UserError(f"{self._other_tokenizer(dataset)}; configure that one, or {_OTHER_DATA}")
+            check_one_tokenizer(opened)
+            if opened[0].card.tokenizer["sha256"] != self.tokenizer.sha256:
+                raise UserError(f"{self._other_tokenizer(opened[0])}; configure that one, or {_OTHER_DATA}")
             check_different(opened)
             self._opened = opened
         return self._opened
@@ -232,7 +233,11 @@ class TokenDataModule(L.LightningDataModule):
         if changed:
             here, there = (", ".join(f"{field} {of[field]!r}" for field in changed) for of in (found, prepared))
             return f"data.special_tokens: {here} found, but {dataset.name} was prepared with {there}"
-        return f"data.tokenizer: {name} found, but {dataset.name} was prepared with another file of that name"
+        here, there = (sha256[:12] for sha256 in (self.tokenizer.sha256, dataset.card.tokenizer["sha256"]))
+        return (
+            f"data.tokenizer: {name} ({here}) found, but {dataset.name} was prepared with another file of that name "
+            f"({there})"
+        )
 
     def prepare_data(self) -> None:
         """Make the dataset if it is missing or stale. Lightning calls this on one rank while the others wait.

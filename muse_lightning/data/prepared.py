@@ -124,6 +124,24 @@ def check_different(datasets: Sequence[PreparedDataset]) -> None:
             raise UserError(f"{dataset.key}: {dataset.name} holds the same as {other.name}; list it once")
 
 
+def check_one_tokenizer(datasets: Sequence[PreparedDataset]) -> None:
+    """Refuse a mixture of datasets whose ids mean different things.
+
+    Raises:
+        UserError: two datasets were prepared with different tokenizers.
+    """
+    tokenizers = [dataset.card.tokenizer for dataset in datasets]
+    if len({tokenizer["sha256"] for tokenizer in tokenizers}) > 1:
+        found = ", ".join(
+            f"{dataset.name} with {tokenizer['name']} ({tokenizer['sha256'][:12]})"
+            for dataset, tokenizer in zip(datasets, tokenizers, strict=True)
+        )
+        raise UserError(
+            f"data.mixture: prepared with different tokenizers: {found}; prepare all of them with one, as "
+            "muse prepare --data.tokenizer=PATH"
+        )
+
+
 def check_blocks(datasets: Sequence[PreparedDataset], split: str, seq_len: int, needed: int, per: str) -> None:
     """Check that a split of all datasets together has enough blocks, and `train` one of each dataset that is read.
 
@@ -148,6 +166,8 @@ def check_blocks(datasets: Sequence[PreparedDataset], split: str, seq_len: int, 
         together = replace(entries[0], chunks=[chunk for entry in entries for chunk in entry.chunks])
         largest = largest_seq_len(together, least)
         cure = f"the largest that works is {largest}" if largest else "no context is short enough: give more data"
+        if split in ("val", "test"):
+            cure += f", or prepare again with a larger data.{split}_fraction"
         name = f"split {split!r}" + (f" of {group[0].name}" if number else "")
         tokens = sum(entry.tokens for entry in entries)
         what = f"{least} are needed for {per}" if number == 0 else "1 is needed"
