@@ -165,23 +165,44 @@ def _run_in_threads(root: Path, context: Any, num_workers: int, progress: StageP
 def _run_in_processes(root: Path, context: Any, num_workers: int, progress: StageProgress) -> Iterator[Submit]:
     # spawn: a fork would copy the threads' locks of torch and of the tokenizer.
     processes = get_context("spawn")
-    counts: Any = processes.Array("q", [0, 0, 0, 0])  # bytes, files, tokens; whether to stop
+    # Bytes, files, tokens; whether to stop. The processes lock it among themselves: this one must not wait for one that
+    # was killed while it held the lock.
+    counts: Any = processes.RawArray("q", 4)
 
     def cancel() -> None:
         counts[3] = 1
 
     progress.follow(counts)
     pool = ProcessPoolExecutor(
-        num_workers, mp_context=processes, initializer=_start_worker, initargs=(root, context, counts)
+        num_workers,
+        mp_context=processes,
+        initializer=_start_worker,
+        initargs=(root, context, counts, processes.Lock()),
     )
     try:
-        with _closing(pool, cancel):
+        with _safe_path(), _closing(pool, cancel):
             yield lambda job: pool.submit(_run_in_worker, job)
     except BrokenProcessPool as error:
         raise UserError(
             "a preparation process was killed, most likely for lack of memory; what was finished is kept for the next "
             "call; use fewer data.prepare_workers, or smaller data.max_document_bytes or data.chunk_bytes"
         ) from error
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Processes that are started meanwhile look for modules in the working directory only where this one does: before
+    they know its path, Python would have them look there first."""
+    name = "PYTHONSAFEPATH"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 @contextmanager
@@ -196,12 +217,12 @@ def _closing(pool: Executor, cancel: Callable[[], None]) -> Iterator[Executor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: tuple[Path, Any, Any]
+_worker: tuple[Path, Any, Any, Any]
 
 
-def _start_worker(root: Path, context: Any, counts: Any) -> None:
+def _start_worker(root: Path, context: Any, counts: Any, lock: Any) -> None:
     global _worker
-    _worker = (root, context, counts)
+    _worker = (root, context, counts, lock)
     # One thread per process: there are as many processes as the user wants busy cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # An interrupt from the keyboard reaches every process of the terminal; the parent ends these by `cancel`.
@@ -218,12 +239,12 @@ def _exit_after(parent: BaseProcess) -> None:
 
 
 def _run_in_worker(job: Job) -> dict[str, Any]:
-    root, context, counts = _worker
+    root, context, counts, lock = _worker
 
     def meter(size: int, files: int, tokens: int) -> None:
-        with counts.get_lock():
-            if counts[3]:
-                raise JobCancelledError
+        if counts[3]:
+            raise JobCancelledError
+        with lock:
             counts[0] += size
             counts[1] += files
             counts[2] += tokens
