@@ -137,9 +137,12 @@ def test_a_url_is_cloned_bare_and_shallow_and_used_again(repository, tmp_path):
     [
         ("{root}/none", "no git repository; give a repository's path"),
         ("{root}/*.git", "no git repository; give a repository's path"),
-        ("{root}/alpha#none", r"no commit 'none' \(.*\); give a repository and a revision that it has"),
+        ("{root}/alpha#none", r"no commit 'none': it has the branches and tags main; give a repository and a"),
         ("file://{root}/none", r"file://.*/none: .*; check the address and the revision"),
-        ("file://{root}/alpha#none", r"GitRepositories: file://.*/alpha: no commit 'none'"),
+        (
+            "file://{root}/alpha#none",
+            r"GitRepositories: file://.*/alpha: no commit 'none': it has the branches and tags main",
+        ),
         ("https://user:secret@127.0.0.1:1/owner/name", r"GitRepositories: https://127.0.0.1:1/owner/name: "),
     ],
 )
@@ -154,7 +157,7 @@ def test_bad_places_are_one_line(repository, tmp_path, location, message):
 def test_an_empty_repository_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     git(tmp_path / "empty", "init", "--quiet")
-    with pytest.raises(UserError, match="no commit 'HEAD'"):
+    with pytest.raises(UserError, match="no commit 'HEAD': it has no branches and no tags"):
         list(source(tmp_path / "empty").units())
     # Among many it is a unit that says so, and the others are read.
     git_repository(tmp_path / "full", ALPHA)
