@@ -168,13 +168,13 @@ def test_exit_codes_of_the_command(tmp_path, monkeypatch, capsys):
     lines = write(tmp_path, 8)
     monkeypatch.setattr(sys, "argv", ["muse", "data", "audit", str(tmp_path)])
 
-    def code() -> object:
+    def code() -> int:
         try:
-            main()
+            return main()
         except SystemExit as stop:
-            assert "Traceback" not in capsys.readouterr().err
             return stop.code
-        return 0
+        finally:
+            assert "Traceback" not in capsys.readouterr().err
 
     assert code() == 0
     repeat(lines)
