@@ -193,10 +193,23 @@ class TestRunFolder:
             assert muse.with_recipe("fit", "--trainer.max_steps=1")[0] == 0
         assert muse.versions() == ["runs/tiny/version_0", "runs/tiny/version_1"]
 
-    def test_prepare_needs_no_model(self, muse: Muse) -> None:
-        Path("data.yaml").write_text(RECIPE[RECIPE.index("data:") :])
-        assert muse("prepare", "--config", "data.yaml")[0] == 0
+    def test_prepare_needs_neither_model_nor_context(self, muse: Muse) -> None:
+        data = RECIPE[RECIPE.index("data:") :]
+        Path("data.yaml").write_text(data.replace("  seq_len: 32\n  batch_size: 2\n", ""))
+        code, _, err = muse("prepare", "--config", "data.yaml")
+        assert code == 0, err
         assert Path("dataset/dataset.json").is_file()
+        assert "up to date" not in err
+        code, _, err = muse("prepare", "--config", "data.yaml", "--data.seq_len=100000")
+        assert code == 0
+        assert "data: dataset is up to date\n" in err
+        warning = "data: warning: as it is, muse fit would end with: data.seq_len: 100000 found; split 'train' ("
+        assert len([line for line in err.splitlines() if line.startswith(warning)]) == 1
+        code, _, err = muse("prepare", "--config", "data.yaml", "--data.sources=null")
+        assert (code, "data: dataset: used as prepared, for data.sources is null\n" in err) == (0, True)
+        assert muse.error("prepare", "--config=data.yaml", "--data.sources=null", "--data.dataset=new").startswith(
+            "new is not a prepared dataset"
+        )
 
     def test_other_verbs(self, muse: Muse) -> None:
         assert muse.with_recipe("prepare")[0] == 0

@@ -58,6 +58,7 @@ def prepare_dataset(
     }
     staging = dataset.with_name(f".{dataset.name}.staging")
     if not _reasons_to_build(dataset, inputs) and not staging.exists():
+        print(f"data: {dataset} is up to date", file=sys.stderr, flush=True)
         return read_card(dataset)
     with exclusive_lock(dataset):
         # Another process may have built it while this one waited for the lock.

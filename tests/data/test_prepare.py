@@ -188,7 +188,7 @@ class TestReuse:
 
     def test_nothing_changed(self, built, make_data, capsys):
         assert not self.is_rebuilt(built, make_data(seq_len=32, batch_size=1, seed=3, num_workers=1))
-        assert capsys.readouterr().err == ""
+        assert capsys.readouterr().err == f"data: {built.dataset} is up to date\n"
 
     def test_workers_are_no_change(self, built, make_data):
         assert not self.is_rebuilt(built, make_data(prepare_workers=2))
