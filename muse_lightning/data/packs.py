@@ -48,7 +48,7 @@ _MOST_NUMBERS = 2**16 - 1  # and one more for what is unknown
 _LIBRARIES = ("identify", "license-expression")
 _FILES_BETWEEN_COUNTS = 64
 # Part of every pack's key: raise it when the same units would give another pack.
-_PACK_VERSION = 1
+_PACK_VERSION = 2
 
 
 @dataclass(frozen=True)
