@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from fsspec.callbacks import Callback
+
 from muse_lightning.data.card import CARD_NAME, INDEX_NAME, TOKENIZER_NAME, ChunkEntry, read_card
 from muse_lightning.data.filesystems import filesystem
 from muse_lightning.data.item_loader import Chunk, Chunks
@@ -20,6 +22,8 @@ from muse_lightning.files import exclusive_lock, sha256_bytes, sha256_file
 
 _SPLITS = ("train", "val", "test")
 _OPENING_ATTEMPTS = 5
+# A card has some 300 bytes for a chunk.
+_MAX_DESCRIPTION_BYTES = 1 << 30
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -62,7 +66,7 @@ class ChunkCache:
         while (reservation := self._take_room(entry, room)) is None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)  # what others are fetching will be chunks that can be removed
         try:
-            copy_file(url, partial)
+            copy_file(url, partial, entry.size_bytes)
             found = sha256_file(partial)
             if found != entry.sha256:
                 raise UserError(
@@ -158,15 +162,45 @@ class CachedChunks(Chunks):
         )
 
 
-def copy_file(url: str, target: Path) -> None:
+class _AtMost(Callback):
+    """Ends a download that goes on for longer than it may."""
+
+    def __init__(self, url: str, limit: int) -> None:
+        super().__init__()
+        self._url = url
+        self._limit = limit
+
+    def check(self, size: int) -> None:
+        if size > self._limit:
+            raise UserError(
+                f"{shown_url(self._url)}: more than {self._limit:,} bytes found, at most these expected; upload it "
+                "again"
+            )
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        self.check(self.value)
+
+
+def copy_file(url: str, target: Path, limit: int) -> None:
     """Copy one file to this machine.
 
+    Args:
+        url: The file.
+        target: Its place here.
+        limit: Bytes that it may have.
     Raises:
-        UserError: it cannot be read or written.
+        UserError: it cannot be read or written, or is longer.
     """
     system, path = filesystem(url)
+    expected = _AtMost(url, limit)
     try:
-        system.get_file(path, str(target))
+        # What is said beforehand, on the way, and what came: not every file system tells the first two.
+        expected.check(system.info(path)["size"] or 0)
+        system.get_file(path, str(target), callback=expected)
+        expected.check(target.stat().st_size)
+    except UserError:
+        raise
     except Exception as error:  # each file system has errors of its own
         raise UserError(f"{shown_url(url)}: cannot be read: {reason_of(error)}") from error
 
@@ -205,7 +239,7 @@ def _replace_copy(url: str, target: Path) -> None:
     """Copy a file in place of one that other ranks may be reading."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial-copy")
-    copy_file(url, partial)
+    copy_file(url, partial, _MAX_DESCRIPTION_BYTES)
     os.replace(partial, target)
 
 
