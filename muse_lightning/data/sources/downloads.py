@@ -12,6 +12,8 @@ from muse_lightning.errors import UserError, reason_of, shown_url
 from muse_lightning.files import sha256_file
 
 _PIECE = 1 << 20
+# Of a file's name on Linux.
+_MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def fetch(download: Download, cache: Path) -> Path:
     Raises:
         UserError: it cannot be fetched, or what came has another digest.
     """
-    name = unquote(urlsplit(download.url).path).rstrip("/").rpartition("/")[2] or "file"
+    name = _file_name(download.url)
     target = cache / download.sha256 / name
     if target.exists() and sha256_file(target) == download.sha256:
         return target
@@ -80,3 +82,10 @@ def fetch(download: Download, cache: Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def _file_name(url: str) -> str:
+    """The last part of a URL's path, where that can name a file."""
+    name = unquote(urlsplit(url).path).rstrip("/").rpartition("/")[2]
+    is_name = name not in ("", ".", "..") and "\0" not in name and len(os.fsencode(name)) <= _MAX_NAME_BYTES
+    return name if is_name else "file"

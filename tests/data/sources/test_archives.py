@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from muse_lightning.data.documents import DamagedSource, Repository
-from muse_lightning.data.sources import Archives, Download
+from muse_lightning.data.sources import Archives, Download, downloads
 from muse_lightning.data.sources.archives import declared_by_file_name
 from muse_lightning.data.sources.unpacking import BoundedStream
 from muse_lightning.errors import UserError
@@ -306,6 +306,19 @@ def test_downloads_are_fetched_once_and_compared(tmp_path):
     with pytest.raises(UserError, match=f"SHA-256 [0-9a-f]{{64}} found, {digest} expected"):
         contents(source)
     assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("path", ["..", "%2e%2e", ".", "", "a/..", "%00", "x" * 300, "a%2F..", "kit.zip/"])
+def test_any_url_of_a_download_is_a_file_in_the_cache(tmp_path, monkeypatch, path):
+    archive = zipped(tmp_path / "kit.zip", [("kit/a.py", b"x = 1\n")])
+    monkeypatch.setattr(downloads, "open_file", lambda url: archive.open("rb"))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    found = Archives(downloads=[Download(f"https://host/{path}", digest)], cache=tmp_path / "cache")
+    for _ in range(2):
+        (unit,) = found.units()
+        assert Path(unit.location).is_file()
+        assert Path(unit.location).parent == tmp_path / "cache" / "archives" / digest
+        assert read_all(unit) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
