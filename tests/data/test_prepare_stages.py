@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -273,6 +274,25 @@ def test_a_second_call_says_what_was_finished(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / ".set.staging").exists()
 
 
+def test_what_was_read_is_kept_where_only_the_limits_left_nothing(tmp_path, capsys):
+    source = MemorySource(REPOSITORIES)
+    with pytest.raises(UserError, match=r"nothing is left of 20 listed repositories"):
+        prepare(tmp_path / "set", source, preparation=how(Limits(max_bytes=10)))
+    prepare(tmp_path / "set", source, preparation=how(Limits(max_bytes=10**6)))
+    assert "data: 1 of 1 packs were finished before\n" in capsys.readouterr().err
+
+
+def test_sources_of_which_nothing_can_be_read(tmp_path):
+    unit = MemoryUnit("u", (("r", {}),), damaged="cut off")
+    with pytest.raises(UserError) as error:
+        prepare(tmp_path / "set", MemorySource([unit, replace(unit, name="v")]))
+    assert str(error.value) == (
+        "no repository was found in 2 listed units, 2 of them damaged; the first: u: cut off; repair them or give "
+        "other sources"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def interrupt(*arguments: object) -> None:
     raise KeyboardInterrupt
 
@@ -321,7 +341,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, longest_file, size, reached
     assert {Path(folder).relative_to(tmp_path).parts[1] for folder in finished_jobs(tmp_path)} == reached
     longest_file(1 << 30)
     prepare(tmp_path / "set", source)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.lock", "set"]
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 @pytest.mark.multi_process
