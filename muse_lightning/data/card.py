@@ -112,7 +112,7 @@ def read_card(dataset: Path) -> DatasetCard:
         raise UserError(
             f"{dataset} is not a prepared dataset: {path.name}: {error.strerror}; `muse prepare` makes one"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: not JSON ({error}); prepare the dataset again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
@@ -141,7 +141,7 @@ def check_index(folder: Path, entry: SplitEntry, dtype: str) -> None:
     try:
         content = path.read_bytes()
         data_format = json.loads(content)["config"]["data_format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); prepare the dataset again") from error
     if len(data_format) != 1 or not _PLAIN_TOKENS.fullmatch(str(data_format[0])):
         raise UserError(f"{path}: data format {data_format} refused; only plain tokens of type {dtype} are read")

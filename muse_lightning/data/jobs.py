@@ -111,7 +111,7 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     try:
         noted = json.loads((folder / _RESULT_NAME).read_text())
         sizes = {name: (folder / name).stat().st_size for name in noted["sizes"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return noted["result"] if sizes == noted["sizes"] else None
 

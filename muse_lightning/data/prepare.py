@@ -124,7 +124,7 @@ def _reasons_to_build(dataset: Path, inputs: dict[str, Any]) -> list[str]:
         if old.get("format_version") != FORMAT_VERSION:
             return [_describe_change("format_version", old.get("format_version"), FORMAT_VERSION)]
         old_inputs = {key: old.get(key) for key in inputs}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return [f"its {CARD_NAME} is unreadable"]
     # Compared as JSON, so that a tuple and a list, or 0 and 0.0, are no difference.
     changed = [key for key, value in inputs.items() if old_inputs[key] != json.loads(json.dumps(value))]
