@@ -5,7 +5,6 @@ device, a sparse file) has no content here.
 """
 
 import os
-import re
 import stat
 import tarfile
 import zipfile
@@ -15,14 +14,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import IO, NamedTuple, cast
 
-from muse_lightning.data.documents import DamagedSource, ReadLimits, name_bytes
+from muse_lightning.data.documents import DamagedSource, ReadLimits
+from muse_lightning.data.sources.local import clean_path
 from muse_lightning.data.sources.raw_files import open_raw
 from muse_lightning.data.sources.unpacking import BoundedStream, damage_named, open_unpacked, unpacked_limit
 
 # Headers of one member: long names, extended attributes. GNU tar and pax writers stay far below.
 _MAX_HEADER_BYTES = 1 << 20
-# Length of a path on Linux.
-_MAX_PATH_BYTES = 4096
 # zipfile holds a zip's directory in memory, 46 bytes and the name of each member, as ten times as many bytes.
 _MAX_DIRECTORY_BYTES = 64 << 20
 
@@ -39,15 +37,6 @@ class Member(NamedTuple):
     read: Callable[[], bytes]
     """Its content. To be called before the next member is asked for, for files of at most `max_file_bytes`. Raises
     OSError where this member alone is unreadable."""
-
-
-def clean_path(name: str) -> str | None:
-    """A member's path inside the archive, or None where it is not inside. Backslashes separate, too."""
-    parts = re.split(r"[/\\]", name)
-    drive = len(parts[0]) == 2 and parts[0][1] == ":"
-    if name[:1] in ("/", "\\") or drive or ".." in parts or "\0" in name or len(name_bytes(name)) > _MAX_PATH_BYTES:
-        return None
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from muse_lightning.data.documents import DocumentSource, ReadLimits, Repository, SourceFile, SourceUnit
 from muse_lightning.data.licences import is_licence_name
 from muse_lightning.data.sources import declarations
-from muse_lightning.data.sources.archive_members import Member, clean_path, open_members
+from muse_lightning.data.sources.archive_members import Member, open_members
 from muse_lightning.data.sources.declarations import Declaration, read_declaration
 from muse_lightning.data.sources.downloads import Download, cache_folder, fetch
-from muse_lightning.data.sources.local import EXCLUDE, PathRules, file_stamp, walk
+from muse_lightning.data.sources.local import EXCLUDE, PathRules, clean_path, file_stamp, walk
 from muse_lightning.errors import UserError
 
 _ENDINGS = re.compile(r"\.(?:tar|tar\.(?:gz|bz2|xz|zst)|tgz|tbz2?|txz|zip|whl|crate)$")

@@ -20,8 +20,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SETTINGS = ("core.hooksPath=/dev/null", "protocol.ext.allow=never", "fetch.recurseSubmodules=false")
 
 
-def is_url(location: str) -> bool:
-    """Whether a location is for git to fetch, not a path on this machine."""
+def is_git_url(location: str) -> bool:
+    """Whether a location is for git to fetch, not a path on this machine: a URL, or `user@host:path`."""
     return _URL.fullmatch(location) is not None
 
 

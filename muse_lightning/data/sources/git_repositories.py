@@ -12,7 +12,7 @@ from typing import Any
 
 from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLimits, Repository, SourceFile, SourceUnit
 from muse_lightning.data.sources.downloads import cache_folder
-from muse_lightning.data.sources.git_clones import clone, is_url
+from muse_lightning.data.sources.git_clones import clone, is_git_url
 from muse_lightning.data.sources.git_store import (
     NO_FILE,
     CommitReader,
@@ -79,9 +79,9 @@ class GitRepositories(DocumentSource):
 
     def _units_of(self, entry: str) -> "Iterator[GitUnit]":
         location, mark, revision = entry.rpartition("#")
-        if not mark or (not is_url(entry) and os.path.exists(os.path.expanduser(entry))):
+        if not mark or (not is_git_url(entry) and os.path.exists(os.path.expanduser(entry))):
             location, revision = entry, self.revision
-        if is_url(location):
+        if is_git_url(location):
             shown = shown_url(location)
             owner_and_name = shown.rstrip("/").removesuffix(".git").replace(":", "/").split("/")[-2:]
             path = clone(location, revision, self.cache / "git", self.refresh)

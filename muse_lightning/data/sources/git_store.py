@@ -14,10 +14,9 @@ from dulwich.refs import DictRefsContainer
 from dulwich.repo import BaseRepo
 
 from muse_lightning.data.documents import DamagedSource
-from muse_lightning.data.sources.archive_members import clean_path
 from muse_lightning.data.sources.git_objects import GitObjects
 from muse_lightning.data.sources.git_packs import BLOB, COMMIT, TREE, BrokenObjectError, broken_named
-from muse_lightning.data.sources.local import PathRules, read_regular
+from muse_lightning.data.sources.local import PathRules, clean_path, read_regular
 
 _MAX_REFERENCE_BYTES = 1 << 12
 _MAX_PACKED_REFERENCES_BYTES = 1 << 28

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLimits, Repository, SourceFile, SourceUnit
 from muse_lightning.data.filesystems import filesystem
-from muse_lightning.data.sources.archive_members import clean_path
-from muse_lightning.data.sources.local import file_stamp
+from muse_lightning.data.sources.local import clean_path, file_stamp
 from muse_lightning.data.sources.raw_files import open_raw
 from muse_lightning.data.sources.table_rows import Row, json_rows, open_parquet_rows
 from muse_lightning.data.sources.unpacking import damage_named

@@ -179,10 +179,12 @@ def test_a_reader_that_aborts_is_a_damaged_table(tmp_path, monkeypatch):
 def test_a_table_that_is_not_read_to_its_end_leaves_no_process(tmp_path):
     rows = [{**ROWS[0], "license": "MIT", "repo_name": str(number), "text": "x" * 9000} for number in range(200)]
     (unit,) = source(parquet(tmp_path / "a.parquet", rows)).units()
+    before = psutil.Process().children()
     pieces = unit.read(LIMITS)
     next(pieces)
+    assert len(psutil.Process().children()) == len(before) + 1
     pieces.close()
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 class Endless(io.RawIOBase):
