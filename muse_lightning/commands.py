@@ -155,7 +155,8 @@ class MuseCLI(LightningCLI):
         except ArgumentError as error:
             raise UserError(explain(error, check)) from error
         if self.config.ckpt_path is not None:
-            check_checkpoint(self.config.ckpt_path, for_training=self.verb == "fit")
+            max_steps = self.config.trainer.max_steps
+            check_checkpoint(self.config.ckpt_path, for_training=self.verb == "fit", max_steps=max_steps)
 
     def instantiate_classes(self) -> None:
         """Build what the verb needs."""

@@ -249,6 +249,16 @@ class TestCheckpoint:
         torch.save(content, "some.ckpt")
         assert self.error(muse, "some.ckpt").startswith(f"ckpt_path: some.ckpt {line}")
 
+    def test_with_nothing_left_to_train(self, muse: Muse) -> None:
+        assert muse.with_recipe("fit")[0] == 0
+        path = "runs/tiny/version_0/checkpoints/step=2.ckpt"
+        for steps in (1, 2):
+            assert self.error(muse, path, f"--trainer.max_steps={steps}") == (
+                f"trainer.max_steps: {steps} found, but ckpt_path {path} is of step 2: nothing is left to train; give "
+                "more than 2"
+            )
+        assert muse.with_recipe("validate", f"--ckpt_path={path}")[0] == 0
+
     def test_cut_short(self, muse: Muse) -> None:
         assert muse.with_recipe("fit")[0] == 0
         content = Path("runs/tiny/version_0/checkpoints/step=2.ckpt").read_bytes()

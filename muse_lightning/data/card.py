@@ -79,8 +79,10 @@ class DatasetCard:
     created_by: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The text of dataset.json."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        """The text of dataset.json: a line each, but the bytes of all ids last and in one."""
+        content = asdict(self)
+        token_bytes = json.dumps(content.pop("token_bytes"))
+        return json.dumps(content, indent=1).removesuffix("\n}") + f',\n "token_bytes": {token_bytes}\n}}\n'
 
     def split(self, name: str) -> SplitEntry:
         """A split by name.
