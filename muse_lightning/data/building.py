@@ -238,7 +238,9 @@ def _report_damage(unit: str, why: str, how: Preparation) -> None:
     if not how.skip_damaged:
         raise UserError(f"{unit}: {why}; repair or remove it, or set data.skip_damaged to true")
     name = os.fsencode(unit).decode("utf-8", "replace")
-    print(f"data: left out, damaged: {name}: {why}", file=sys.stderr, flush=True)
+    # What is wrong may begin with the place.
+    place = "" if why.partition(" ")[0].rstrip(":").endswith(name) else f"{name}: "
+    print(f"data: left out, damaged: {place}{why}", file=sys.stderr, flush=True)
 
 
 def _report_finished(what: str, finished: int, total: int) -> None:

@@ -9,11 +9,11 @@ import lightning as L
 import torch
 
 from muse_lightning.data.batches import Collate
+from muse_lightning.data.block_reader import Block, BlockReader
 from muse_lightning.data.card import DatasetCard
 from muse_lightning.data.documents import DEFAULT_ARCHIVE_LIMITS, ArchiveLimits, DocumentSource
 from muse_lightning.data.filesystems import is_url
 from muse_lightning.data.filters import DEFAULT_FILTERS, Filters
-from muse_lightning.data.item_loader import Block, BlockReader
 from muse_lightning.data.ledger import LedgerDataset, LedgerHeader
 from muse_lightning.data.mixing import Plan
 from muse_lightning.data.order import Order

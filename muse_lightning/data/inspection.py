@@ -4,8 +4,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from muse_lightning.data.block_reader import read_block
 from muse_lightning.data.card import TOKENIZER_NAME, DatasetCard, check_index, count_blocks, read_card
-from muse_lightning.data.item_loader import read_block
 from muse_lightning.data.left_out import read_left_out
 from muse_lightning.data.length_histogram import draw_lengths
 from muse_lightning.data.tokenizer import SpecialTokens, Tokenizer, load_tokenizer

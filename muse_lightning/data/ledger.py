@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from muse_lightning.data.item_loader import Block
+from muse_lightning.data.block_reader import Block
 from muse_lightning.errors import UserError, reason_of
 
 FOLDER_NAME = "ledger"

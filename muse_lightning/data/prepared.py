@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from muse_lightning.data.block_reader import LocalChunks, SplitFiles
 from muse_lightning.data.card import DatasetCard, check_index, count_blocks, largest_seq_len, read_card
 from muse_lightning.data.filesystems import is_url
-from muse_lightning.data.item_loader import LocalChunks, SplitFiles
 from muse_lightning.data.mixing import Part
 from muse_lightning.data.prepare import damaged_chunks
 from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_description

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from fsspec.callbacks import Callback
 
+from muse_lightning.data.block_reader import Chunk, Chunks
 from muse_lightning.data.card import CARD_NAME, INDEX_NAME, TOKENIZER_NAME, ChunkEntry, read_card
 from muse_lightning.data.filesystems import filesystem
-from muse_lightning.data.item_loader import Chunk, Chunks
 from muse_lightning.errors import UserError, reason_of, shown_url
 from muse_lightning.files import exclusive_lock, sha256_bytes, sha256_file
 

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from muse_lightning.data.batches import Batch, Collate
-from muse_lightning.data.item_loader import Block, BlockReader
+from muse_lightning.data.block_reader import Block, BlockReader
 from muse_lightning.data.mixing import BlockId, Plan, Position
 from muse_lightning.data.order import BlockOrder, Order
 from muse_lightning.data.remote import CachedChunks

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from muse_lightning.data.item_loader import Block
+from muse_lightning.data.block_reader import Block
 from muse_lightning.data.ledger import (
     LedgerBatch,
     LedgerDataset,

@@ -13,9 +13,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from muse_lightning.data import TokenDataModule, assembly
+from muse_lightning.data.block_reader import document_starts
 from muse_lightning.data.card import read_card
 from muse_lightning.data.filters import Filters
-from muse_lightning.data.item_loader import document_starts
 from muse_lightning.data.sources import Folders
 from muse_lightning.errors import UserError
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from muse_lightning.data import TokenDataModule, item_loader
+from muse_lightning.data import TokenDataModule, block_reader
 from muse_lightning.data.card import ChunkEntry, read_card
 from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_file
 from muse_lightning.errors import UserError
@@ -163,13 +163,13 @@ def test_a_file_that_is_removed_while_it_is_open_stays_readable(upload, tmp_path
     entry = read_card(upload).splits["train"].chunks[0]
     chunks = CachedChunks(f"file://{upload}/train", ChunkCache(tmp_path / "cache", 10**6))
     expected = chunks.open(entry, "uint16").tokens.tolist()
-    check = item_loader.check_content
+    check = block_reader.check_content
 
     def check_and_remove(file, path, sha256) -> None:
         check(file, path, sha256)
         path.unlink()
 
-    monkeypatch.setattr(item_loader, "check_content", check_and_remove)
+    monkeypatch.setattr(block_reader, "check_content", check_and_remove)
     assert chunks.open(entry, "uint16").tokens.tolist() == expected
     assert not cached(tmp_path / "cache")
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from muse_lightning.data import TokenDataModule, streaming
+from muse_lightning.data.block_reader import read_block
 from muse_lightning.data.card import count_blocks
-from muse_lightning.data.item_loader import read_block
 from muse_lightning.data.prepared import MixtureEntry
 from muse_lightning.data.streaming import DataWorkerError, TrainLoader
 from muse_lightning.errors import UserError
