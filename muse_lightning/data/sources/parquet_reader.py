@@ -25,6 +25,8 @@ _MAX_COLUMN_CHUNK = 1 << 30
 
 def main() -> int:
     """Do what standard input asks for; the exit code of `write_rows`."""
+    # A file that was not opened complains when it is thrown away, and would join the line that is said.
+    sys.unraisablehook = lambda unraisable: None
     return write_rows(*json.load(sys.stdin))
 
 

@@ -1,8 +1,10 @@
 """Servers on this machine's loopback."""
 
 import http.server
+import os
 import socket
 import struct
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +84,65 @@ class _FileHandler(http.server.BaseHTTPRequestHandler):
 def file_server(root: Path) -> Iterator[FileServer]:
     """A server of a folder, for the length of the `with` block."""
     with FileServer(root) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+class _GitHandler(http.server.BaseHTTPRequestHandler):
+    """`git http-backend`, git's own server, as its manual has web servers start it."""
+
+    server: "GitServer"
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        variables = {
+            "GIT_PROJECT_ROOT": str(self.server.root),
+            "GIT_HTTP_EXPORT_ALL": "1",
+            "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
+            "REQUEST_METHOD": self.command,
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
+            "CONTENT_LENGTH": self.headers.get("Content-Length", ""),
+            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
+            "REMOTE_ADDR": "127.0.0.1",
+        }
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        done = subprocess.run(
+            ("git", "http-backend"), env={**os.environ, **variables}, input=sent, capture_output=True, check=True
+        )
+        head, _, body = done.stdout.partition(b"\r\n\r\n")
+        lines = [line.split(": ", 1) for line in head.decode().split("\r\n")]
+        self.send_response(int(dict(lines).get("Status", "200").split()[0]))
+        for name, value in lines:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.server.paths.append(self.path)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+class GitServer(http.server.ThreadingHTTPServer):
+    """The repositories of a folder, by git's protocol over HTTP."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _GitHandler)
+        self.root = root
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.paths: list[str] = []
+
+
+@contextmanager
+def git_server(root: Path) -> Iterator[GitServer]:
+    """A server of the repositories in a folder, for the length of the `with` block."""
+    with GitServer(root) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
