@@ -94,6 +94,8 @@ def _git(url: str, *arguments: str) -> None:
         # What ssh or the server says comes first, then git's own word, then advice.
         said = [line for line in lines if line and not line.startswith(("warning:", "hint:"))][:2]
         reason = shown_url(" ".join(said) or f"git exit code {error.returncode}")
+        if reason.endswith("couldn't find remote ref HEAD"):
+            reason = "it has no commits"
         raise UserError(f"GitRepositories: {shown_url(url)}: {reason}; check the address and the revision") from error
 
 

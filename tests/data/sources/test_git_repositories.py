@@ -160,6 +160,8 @@ def test_an_empty_repository_is_one_line(tmp_path):
     git(tmp_path / "empty", "init", "--quiet")
     with pytest.raises(UserError, match="no commit 'HEAD': it has no branches and no tags"):
         list(source(tmp_path / "empty").units())
+    with pytest.raises(UserError, match=r"file://.*/empty: it has no commits; check the address"):
+        list(source((tmp_path / "empty").as_uri(), cache=tmp_path / "cache").units())
     # Among many it is a unit that says so, and the others are read.
     git_repository(tmp_path / "full", ALPHA)
     units = {Path(unit.name).name: unit for unit in source(tmp_path / "*").units()}
