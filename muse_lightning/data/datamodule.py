@@ -1,7 +1,6 @@
 """TokenDataModule: a recipe's `data:` section. Prepares the dataset, then turns chunks into batches."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from muse_lightning.data.prepared import (
     PreparedDataset,
     check_blocks,
     check_different,
-    check_one_tokenizer,
+    check_tokenizer,
     listed_datasets,
 )
 from muse_lightning.data.remote import ChunkCache, copy_tokenizer
@@ -33,7 +32,6 @@ from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens,
 from muse_lightning.errors import UserError, shown_url
 
 DEFAULT_CACHE_DIR = Path("~/.cache/muse-lightning/chunks")
-_OTHER_DATA = "prepare the data again (data.sources)"
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
@@ -216,28 +214,10 @@ class TokenDataModule(L.LightningDataModule):
         """
         if self._opened is None:
             opened = [PreparedDataset.open(*listed, self._cache) for listed in self._listed]
-            check_one_tokenizer(opened)
-            if opened[0].card.tokenizer["sha256"] != self.tokenizer.sha256:
-                raise UserError(f"{self._other_tokenizer(opened[0])}; configure that one, or {_OTHER_DATA}")
+            check_tokenizer(opened, self.tokenizer, self.tokenizer_name)
             check_different(opened)
             self._opened = opened
         return self._opened
-
-    def _other_tokenizer(self, dataset: PreparedDataset) -> str:
-        """What tells the configured tokenizer from a dataset's, in words."""
-        name, prepared_name = self.tokenizer_name, dataset.card.tokenizer["name"]
-        if name != prepared_name:
-            return f"data.tokenizer: {name} found, but {dataset.name} was prepared with {prepared_name}"
-        found, prepared = asdict(self.tokenizer.special_tokens), dataset.card.tokenizer["special_tokens"]
-        changed = [field for field in found if found[field] != prepared[field]]
-        if changed:
-            here, there = (", ".join(f"{field} {of[field]!r}" for field in changed) for of in (found, prepared))
-            return f"data.special_tokens: {here} found, but {dataset.name} was prepared with {there}"
-        here, there = (sha256[:12] for sha256 in (self.tokenizer.sha256, dataset.card.tokenizer["sha256"]))
-        return (
-            f"data.tokenizer: {name} ({here}) found, but {dataset.name} was prepared with another file of that name "
-            f"({there})"
-        )
 
     def prepare_data(self) -> None:
         """Make the dataset if it is missing or stale. Lightning calls this on one rank while the others wait.

@@ -1,7 +1,7 @@
 """Prepared datasets as a recipe names them: one, or several with weights; in folders or at URLs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from muse_lightning.data.block_reader import LocalChunks, SplitFiles
@@ -10,6 +10,7 @@ from muse_lightning.data.filesystems import is_url
 from muse_lightning.data.mixing import Part
 from muse_lightning.data.prepare import damaged_chunks
 from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_description
+from muse_lightning.data.tokenizer import Tokenizer
 from muse_lightning.errors import UserError, shown_url
 
 
@@ -124,22 +125,46 @@ def check_different(datasets: Sequence[PreparedDataset]) -> None:
             raise UserError(f"{dataset.key}: {dataset.name} holds the same as {other.name}; list it once")
 
 
-def check_one_tokenizer(datasets: Sequence[PreparedDataset]) -> None:
-    """Refuse a mixture of datasets whose ids mean different things.
+def check_tokenizer(datasets: Sequence[PreparedDataset], tokenizer: Tokenizer, name: str) -> None:
+    """Refuse datasets whose ids mean something else than the configured tokenizer's.
 
+    Args:
+        datasets: All of them.
+        tokenizer: The configured one.
+        name: As configured.
     Raises:
-        UserError: two datasets were prepared with different tokenizers.
+        UserError: datasets were prepared with different tokenizers, or with another than the configured one.
     """
-    tokenizers = [dataset.card.tokenizer for dataset in datasets]
-    if len({tokenizer["sha256"] for tokenizer in tokenizers}) > 1:
-        found = ", ".join(
-            f"{dataset.name} with {tokenizer['name']} ({tokenizer['sha256'][:12]})"
-            for dataset, tokenizer in zip(datasets, tokenizers, strict=True)
+    found = [dataset.card.tokenizer for dataset in datasets]
+    if len({one["sha256"] for one in found}) > 1:
+        each = ", ".join(
+            f"{dataset.name} with {one['name']} ({one['sha256'][:12]})"
+            for dataset, one in zip(datasets, found, strict=True)
         )
         raise UserError(
-            f"data.mixture: prepared with different tokenizers: {found}; prepare all of them with one, as "
-            "muse prepare --data.tokenizer=PATH"
+            f"data.mixture: prepared with different tokenizers: {each}; prepare all of them with one, as muse prepare "
+            "--data.tokenizer=PATH"
         )
+    if found[0]["sha256"] != tokenizer.sha256:
+        raise UserError(
+            f"{_difference(datasets[0], tokenizer, name)}; configure that one, or prepare the data again (data.sources)"
+        )
+
+
+def _difference(dataset: PreparedDataset, tokenizer: Tokenizer, name: str) -> str:
+    """What tells the configured tokenizer from a dataset's, in words."""
+    prepared = dataset.card.tokenizer
+    if name != prepared["name"]:
+        return f"data.tokenizer: {name} found, but {dataset.name} was prepared with {prepared['name']}"
+    special = asdict(tokenizer.special_tokens)
+    changed = [field for field in special if special[field] != prepared["special_tokens"][field]]
+    if changed:
+        here, there = (
+            ", ".join(f"{field} {of[field]!r}" for field in changed) for of in (special, prepared["special_tokens"])
+        )
+        return f"data.special_tokens: {here} found, but {dataset.name} was prepared with {there}"
+    here, there = tokenizer.sha256[:12], prepared["sha256"][:12]
+    return f"data.tokenizer: {name} ({here}) found, but {dataset.name} was prepared with another file of that name ({there})"
 
 
 def check_blocks(datasets: Sequence[PreparedDataset], split: str, seq_len: int, needed: int, per: str) -> None:
