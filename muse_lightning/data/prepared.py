@@ -164,7 +164,8 @@ def _difference(dataset: PreparedDataset, tokenizer: Tokenizer, name: str) -> st
         )
         return f"data.special_tokens: {here} found, but {dataset.name} was prepared with {there}"
     here, there = tokenizer.sha256[:12], prepared["sha256"][:12]
-    return f"data.tokenizer: {name} ({here}) found, but {dataset.name} was prepared with another file of that name ({there})"
+    other = f"another file of that name ({there})"
+    return f"data.tokenizer: {name} ({here}) found, but {dataset.name} was prepared with {other}"
 
 
 def check_blocks(datasets: Sequence[PreparedDataset], split: str, seq_len: int, needed: int, per: str) -> None:
