@@ -31,6 +31,10 @@ Meter = Callable[[int, int, int], None]
 """Called while a job works, with what was done since the last call: bytes, files, tokens."""
 
 
+Result = dict[str, Any] | Future[Any]
+"""Of a job; one that a process of its own has done gives None, and its result lies in its folder."""
+
+
 class JobCancelledError(Exception):
     """Raised in a job that nobody waits for any more."""
 
@@ -78,7 +82,7 @@ def run_jobs(
     keys = set()
     start = _run_here if num_workers <= 1 else _run_in_threads if in_threads else _run_in_processes
     with start(root, context, num_workers, progress) as submit:
-        waiting: deque[tuple[Job, dict[str, Any] | Future[dict[str, Any]]]] = deque()
+        waiting: deque[tuple[Job, Result]] = deque()
         for job in jobs:
             keys.add(job.key)
             finished = _finished(root / job.key)
@@ -94,16 +98,18 @@ def run_jobs(
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def _next(
-    root: Path, waiting: deque[tuple[Job, dict[str, Any] | Future[dict[str, Any]]]], progress: StageProgress
-) -> tuple[Path, dict[str, Any]]:
+def _next(root: Path, waiting: deque[tuple[Job, Result]], progress: StageProgress) -> tuple[Path, dict[str, Any]]:
     job, result = waiting.popleft()
     if isinstance(result, Future):
         while not wait([result], timeout=_POLL_SECONDS).done:
             progress.show()
         progress.show()
-        result = result.result()
-    return root / job.key, result
+        found = result.result() or _finished(root / job.key)
+    else:
+        found = result
+    if found is None:
+        raise UserError(f"{root / job.key} was changed while it was prepared; prepare again")
+    return root / job.key, found
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
@@ -136,7 +142,7 @@ def _run(job: Job, root: Path, context: Any, meter: Meter) -> dict[str, Any]:
     return result
 
 
-Submit = Callable[[Job], dict[str, Any] | Future[dict[str, Any]]]
+Submit = Callable[[Job], Result]
 
 
 @contextmanager
@@ -238,7 +244,9 @@ def _exit_after(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _run_in_worker(job: Job) -> dict[str, Any]:
+def _run_in_worker(job: Job) -> None:
+    """The result lies in the job's folder: of a long one, a process that is killed while it sends it would leave the
+    parent waiting for the rest."""
     root, context, counts, lock = _worker
 
     def meter(size: int, files: int, tokens: int) -> None:
@@ -249,4 +257,4 @@ def _run_in_worker(job: Job) -> dict[str, Any]:
             counts[1] += files
             counts[2] += tokens
 
-    return _run(job, root, context, meter)
+    _run(job, root, context, meter)

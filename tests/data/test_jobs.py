@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from muse_lightning.data import jobs
 from muse_lightning.data.jobs import Job, Meter, run_jobs
 from muse_lightning.data.progress import StageProgress
 from muse_lightning.errors import UserError
+
+set_result = Future.set_result
 
 KINDS = [
     pytest.param({"num_workers": 1}, id="here"),
@@ -123,6 +126,16 @@ def test_jobs_are_made_as_they_are_needed(tmp_path):
 def test_a_killed_process_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"a preparation process was killed, most likely for lack of memory; .*kept"):
         run(tmp_path, [Square(0, "kill"), Square(1)], num_workers=2)
+
+
+@pytest.mark.multi_process
+def test_a_result_is_not_sent_but_found_in_its_folder(tmp_path, monkeypatch):
+    results = []
+    monkeypatch.setattr(
+        Future, "set_result", lambda future, result: (results.append(result), set_result(future, result))
+    )
+    assert run(tmp_path, [Square(n) for n in range(3)], num_workers=2) == [("0", 0), ("1", 1), ("4", 2)]
+    assert results == [None] * 3
 
 
 @pytest.mark.multi_process
