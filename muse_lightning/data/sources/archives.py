@@ -16,7 +16,7 @@ from muse_lightning.data.sources.archive_members import Member, open_members
 from muse_lightning.data.sources.declarations import Declaration, read_declaration
 from muse_lightning.data.sources.downloads import Download, cache_folder, fetch
 from muse_lightning.data.sources.local import EXCLUDE, PathRules, clean_path, file_stamp, walk
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, reason_of
 
 _ENDINGS = re.compile(r"\.(?:tar|tar\.(?:gz|bz2|xz|zst)|tgz|tbz2?|txz|zip|whl|crate)$")
 # "requests-2.32.5", "coreutils_9.1.orig": a name, then what begins with a digit.
@@ -91,6 +91,8 @@ def _local_units(path: Path, rules: PathRules) -> "Iterator[ArchiveUnit]":
         raise UserError(f"Archives: {path}: {error.strerror}; give an archive or a folder of archives") from error
     empty = True
     for found in walk(str(path.absolute()), PathRules(exclude=())):
+        if found.reason == "unreadable":
+            raise UserError(f"Archives: {found.location}: cannot be read; mend it, or give another folder")
         if found.status is not None and _ENDINGS.search(found.path):
             empty = False
             yield archive_unit(found.path, found.location, rules)
@@ -125,7 +127,10 @@ class ArchiveUnit(SourceUnit):
 
 def archive_unit(name: str, location: str, rules: PathRules, *, stamp: str = "") -> ArchiveUnit:
     """A unit for an archive as it is now. `stamp`: its digest, where that is known."""
-    status = os.stat(location)
+    try:
+        status = os.stat(location)
+    except OSError as error:
+        raise UserError(f"Archives: {location}: {reason_of(error)}; give an archive that can be read") from error
     return ArchiveUnit(
         name, status.st_size, stamp or file_stamp(status), location, declared_by_file_name(location), rules
     )

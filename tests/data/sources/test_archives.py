@@ -291,6 +291,29 @@ def test_bad_places_are_one_line(tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
+def test_what_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
+    tar(tmp_path / "more" / "a.tar", FILES)
+    scandir, stat = os.scandir, os.stat
+
+    def refuse_folder(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    def refuse_file(path, **options):
+        if str(path).endswith("a.tar"):
+            raise OSError(5, "Input/output error", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "scandir", refuse_folder)
+    with pytest.raises(UserError, match=r"Archives: .*/more: cannot be read"):
+        list(Archives(tmp_path).units())
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "stat", refuse_file)
+    with pytest.raises(UserError, match=r"Archives: .*/a\.tar: Input/output error; give an archive"):
+        list(Archives(tmp_path).units())
+
+
 def test_downloads_are_fetched_once_and_compared(tmp_path):
     path = tar(tmp_path / "there" / "alpha-1.0.tar.gz", FILES)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
