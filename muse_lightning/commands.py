@@ -281,6 +281,7 @@ def prepare(verb: str, description: str, args: Sequence[str], allowed: Sequence[
         names = ", ".join(dataset.name for dataset in data.datasets)
         print(f"data: {names}: used as prepared, for data.sources is null", file=sys.stderr)
     data.prepare_data()
+    data.ranks_per_block = 1  # of one process
     try:
         data.setup("fit")
     except UserError as error:

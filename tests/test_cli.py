@@ -205,6 +205,8 @@ class TestRunFolder:
         assert "data: dataset is up to date\n" in err
         warning = "data: warning: as it is, muse fit would end with: data.seq_len: 100000 found; split 'train' ("
         assert len([line for line in err.splitlines() if line.startswith(warning)]) == 1
+        code, _, err = muse("prepare", "--config", "data.yaml", "--data.ranks_per_block=2")
+        assert (code, "warning" in err) == (0, False)
         code, _, err = muse("prepare", "--config", "data.yaml", "--data.sources=null")
         assert (code, "data: dataset: used as prepared, for data.sources is null\n" in err) == (0, True)
         assert muse.error("prepare", "--config=data.yaml", "--data.sources=null", "--data.dataset=new").startswith(
