@@ -5,9 +5,10 @@ not have become null.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from muse_lightning.data.documents import DamagedSource
 from muse_lightning.data.sources.raw_files import open_raw
@@ -23,11 +24,15 @@ _BATCH_ROWS = 32
 _MAX_COLUMN_CHUNK = 1 << 30
 
 
-def main() -> int:
-    """Do what standard input asks for; the exit code of `write_rows`."""
+def main() -> NoReturn:
+    """Do what standard input asks for, and end with the exit code of `write_rows`."""
     # A file that was not opened complains when it is thrown away, and would join the line that is said.
     sys.unraisablehook = lambda unraisable: None
-    return write_rows(*json.load(sys.stdin))
+    code = write_rows(*json.load(sys.stdin))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: what a library does on its way out, which may be to crash, says nothing about the file.
+    os._exit(code)
 
 
 def write_rows(name: str, columns: Sequence[str] | None) -> int:

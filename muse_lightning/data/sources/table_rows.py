@@ -75,7 +75,7 @@ def open_parquet_rows(name: str, columns: Sequence[str] | None, limits: ReadLimi
     """
     # -P: without it, Python would look for modules in the working directory first. Not -m, which warns that the module
     # is known already.
-    start = f"import sys, {parquet_reader.__name__} as reader; sys.exit(reader.main())"
+    start = f"import {parquet_reader.__name__} as reader; reader.main()"
     command = [sys.executable, "-P", "-W", "ignore", "-c", start]
     with tempfile.TemporaryFile() as task, tempfile.TemporaryFile() as messages:
         # Not as arguments, which every user of the machine may see: the name may have credentials in it.

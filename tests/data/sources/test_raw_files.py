@@ -102,6 +102,15 @@ def test_a_reader_of_parquet_that_is_killed_is_no_damage(tmp_path, monkeypatch):
         read_all(unit)
 
 
+def test_a_reader_of_parquet_that_crashes_when_it_is_done_is_no_damage(tmp_path, monkeypatch):
+    (unit,) = Tables([str(parquet(tmp_path / "a.parquet", ROWS[2:3]))], path="path").units()
+    reader = f"import atexit, os\natexit.register(os.abort)\nfrom {parquet_reader.__name__} import main\n"
+    write(tmp_path / "crashing.py", reader.encode())
+    monkeypatch.setattr(parquet_reader, "__name__", "crashing")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert read_all(unit) == 1
+
+
 def test_parquet_at_a_server_without_ranges(tmp_path, monkeypatch):
     parquet(tmp_path / "a.parquet", [{**ROWS[2], "license": "MIT"}])
     with file_server(tmp_path) as server:
