@@ -23,7 +23,7 @@ for _name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "MUSE_TRACEBACK"):
 SEED = 20250912
 
 
-SLOW_TIMEOUT_S = 1200
+SLOW_TIMEOUT_S = 1800
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
