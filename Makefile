@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
-PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4
+PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
 CHECK_VERSION := import sys; sys.version_info >= (3, 11) or sys.exit( \

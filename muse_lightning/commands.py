@@ -1,6 +1,7 @@
 """The verbs of `muse` on LightningCLI(LanguageModel, TokenDataModule), and the run around a trainer's call."""
 
 import enum
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,6 +137,7 @@ class MuseCLI(LightningCLI):
             parser.link_arguments(source, target, apply_on="instantiate")
         if self.builds == "data":
             parser.set_defaults({f"model.config.{name}": value for name, value in ANY_MODEL.items()})
+            parser.set_defaults({"data.seq_len": 1, "data.batch_size": 1})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse files and flags.
@@ -153,7 +155,8 @@ class MuseCLI(LightningCLI):
         except ArgumentError as error:
             raise UserError(explain(error, check)) from error
         if self.config.ckpt_path is not None:
-            check_checkpoint(self.config.ckpt_path, for_training=self.verb == "fit")
+            max_steps = self.config.trainer.max_steps
+            check_checkpoint(self.config.ckpt_path, for_training=self.verb == "fit", max_steps=max_steps)
 
     def instantiate_classes(self) -> None:
         """Build what the verb needs."""
@@ -273,7 +276,16 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
 def prepare(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
     """`muse prepare`: build the dataset of a recipe, or find that it is there."""
     cli = MuseCLI(verb, description, args, allowed, builds="data")
-    cli.datamodule.prepare_data()
+    data = cli.datamodule
+    if data.sources is None:
+        names = ", ".join(dataset.name for dataset in data.datasets)
+        print(f"data: {names}: used as prepared, for data.sources is null", file=sys.stderr)
+    data.prepare_data()
+    data.ranks_per_block = 1  # of one process
+    try:
+        data.setup("fit")
+    except UserError as error:
+        print(f"data: warning: as it is, muse fit would end with: {error}", file=sys.stderr)
 
 
 def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:

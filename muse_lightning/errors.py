@@ -1,11 +1,17 @@
 """Errors that a user caused, and the exit codes of every command. All packages may import this file."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import TypeVar
 
 Cause = TypeVar("Cause", bound=BaseException)
+
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+# Of other schemes only what assigns something: a question mark may also be a pattern, as in s3://bucket/part-?.
+_QUERY = re.compile(r"(https?://[^\s?#'\"<>]+|\w+://[^\s?#'\"<>]+(?=\?[^\s#'\"<>]*=))\?[^\s#'\"<>]*")
+_LONGEST_REASON = 300
 
 
 class ExitCode(IntEnum):
@@ -42,3 +48,15 @@ def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
     accepted = sorted(accepted)
     close = difflib.get_close_matches(name, accepted, n=count, cutoff=0.5)
     return ", ".join(close or accepted[: 2 * count])
+
+
+def shown_url(text: str) -> str:
+    """A URL, or a text with URLs in it, as it may be printed and stored: without users and passwords, and with `?...`
+    in place of a query, which may be a signature. Equal for a URL that is signed anew."""
+    return _QUERY.sub(r"\1?...", _USER.sub("", text))
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a library or of the system says, in one line of bounded length without credentials."""
+    said = error.strerror if isinstance(error, OSError) and error.errno and error.strerror else str(error)
+    return " ".join(shown_url(str(said)).split())[:_LONGEST_REASON] or type(error).__name__

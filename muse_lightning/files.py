@@ -96,15 +96,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Wait until no other process holds the lock of `path`, and hold it during the `with` block.
 
-    The lock is an flock on `.<name>.lock` beside `path`; the kernel frees it when its holder dies. The file stays,
-    unless the block ends with an error: then what was made here, the file and missing folders above it, is removed.
+    The lock is an flock on `.<name>.lock` beside `path`; the kernel frees it when its holder dies. The file is removed
+    at the end of the block, and if that is an error, so are the folders above it that were made here.
 
     Raises:
         UserError: the folder that holds `path` cannot be written.
     """
     lock = path.with_name(f".{path.name}.lock")
     made_folders = [folder for folder in lock.parents if not folder.exists()]
-    is_new = not lock.exists()
     try:
         descriptor = _open_locked(lock)
     except OSError as error:
@@ -114,14 +113,21 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if is_new:
-            lock.unlink(missing_ok=True)
-            with suppress(OSError):  # something else is in one of them
-                for folder in made_folders:
-                    folder.rmdir()
+        _remove(lock)
+        with suppress(OSError):  # something else is in one of them
+            for folder in made_folders:
+                folder.rmdir()
         raise
+    else:
+        _remove(lock)
     finally:
         os.close(descriptor)
+
+
+def _remove(lock: Path) -> None:
+    """Remove a lock file that this process holds: who waits for it makes a new one."""
+    with suppress(OSError):
+        lock.unlink()
 
 
 def _open_locked(lock: Path) -> int:

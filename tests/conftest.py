@@ -23,8 +23,16 @@ for _name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "MUSE_TRACEBACK"):
 SEED = 20250912
 
 
+SLOW_TIMEOUT_S = 1800
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu`, when somebody selects them on a machine without one."""
+    """Skip tests marked `gpu`, when somebody selects them on a machine without one. Slow tests have a longer time limit
+    and go first, the demo before all, so that at the end no process waits for another (--dist worksteal)."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+    items.sort(key=lambda item: (item.path.name != "test_demo.py", item.get_closest_marker("slow") is None))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

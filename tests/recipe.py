@@ -1,10 +1,15 @@
 """A recipe small enough to train in a test, on repositories made for it, and `muse` called with it in this process."""
 
+import multiprocessing
+import os
+import sys
 from collections.abc import Sequence
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
 
+import muse_lightning.cli
 from muse_lightning.cli import main
 
 RECIPE = """
@@ -81,3 +86,23 @@ class Muse:
     def versions(self) -> Sequence[str]:
         """Run folders that exist."""
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.glob("runs/*/*"))
+
+
+def start(command: Sequence[str], log: Path) -> ForkProcess:
+    """Start `muse` as a process and group of its own that writes to a file. A fork: importing everything again would
+    take most of a test's time."""
+    process = multiprocessing.get_context("fork").Process(target=_alone, args=(list(command), log))
+    process.start()
+    return process
+
+
+def _alone(command: list[str], log: Path) -> None:
+    os.setsid()
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # pytest's capture put others in their place.
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    # What Lightning would start as the second rank is this program.
+    sys.argv = [muse_lightning.cli.__file__, *command]
+    sys.exit(main())

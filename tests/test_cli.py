@@ -1,7 +1,6 @@
 """`muse` as a user meets it: verbs, precedence of files and flags, run folder, exit codes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from muse_lightning.commands import MuseCLI
 from muse_lightning.configuration.packaged import recipes_folder
 from muse_lightning.data.card import read_card
 from muse_lightning.training.module import LanguageModel
-from tests.recipe import RECIPE, Muse
+from tests.recipe import RECIPE, Muse, start
 
 
 @pytest.fixture
@@ -194,10 +193,25 @@ class TestRunFolder:
             assert muse.with_recipe("fit", "--trainer.max_steps=1")[0] == 0
         assert muse.versions() == ["runs/tiny/version_0", "runs/tiny/version_1"]
 
-    def test_prepare_needs_no_model(self, muse: Muse) -> None:
-        Path("data.yaml").write_text(RECIPE[RECIPE.index("data:") :])
-        assert muse("prepare", "--config", "data.yaml")[0] == 0
+    def test_prepare_needs_neither_model_nor_context(self, muse: Muse) -> None:
+        data = RECIPE[RECIPE.index("data:") :]
+        Path("data.yaml").write_text(data.replace("  seq_len: 32\n  batch_size: 2\n", ""))
+        code, _, err = muse("prepare", "--config", "data.yaml")
+        assert code == 0, err
         assert Path("dataset/dataset.json").is_file()
+        assert "up to date" not in err
+        code, _, err = muse("prepare", "--config", "data.yaml", "--data.seq_len=100000")
+        assert code == 0
+        assert "data: dataset is up to date\n" in err
+        warning = "data: warning: as it is, muse fit would end with: data.seq_len: 100000 found; split 'train' ("
+        assert len([line for line in err.splitlines() if line.startswith(warning)]) == 1
+        code, _, err = muse("prepare", "--config", "data.yaml", "--data.ranks_per_block=2")
+        assert (code, "warning" in err) == (0, False)
+        code, _, err = muse("prepare", "--config", "data.yaml", "--data.sources=null")
+        assert (code, "data: dataset: used as prepared, for data.sources is null\n" in err) == (0, True)
+        assert muse.error("prepare", "--config=data.yaml", "--data.sources=null", "--data.dataset=new").startswith(
+            "new is not a prepared dataset"
+        )
 
     def test_other_verbs(self, muse: Muse) -> None:
         assert muse.with_recipe("prepare")[0] == 0
@@ -313,52 +327,31 @@ class TestExitCodes:
         assert muse.versions() == []
 
 
-@pytest.mark.slow
-def test_the_demo_takes_its_first_step_soon(tmp_path: Path) -> None:
-    """In 40 s on prepared data, while other tests run: of the whole recipe, on less data than it has."""
-    command = [sys.executable, "-m", "muse_lightning.cli"]
-    flags = ["--config=recipe:demo", "--data.max_documents=12"]
-    subprocess.run([*command, "prepare", *flags], cwd=tmp_path, capture_output=True, timeout=120, check=True)
-    # All cores, as for a user.
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    begin = time.monotonic()
-    with subprocess.Popen(
-        [*command, "fit", *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-    ) as run:
-        assert run.stdout is not None
-        lines = iter(run.stdout.readline, b"")
-        first = next(line for line in lines if line.startswith(b"step "))
-        seconds = time.monotonic() - begin
-        run.kill()
-    assert first.startswith(b"step 1/240 ")
-    assert seconds < 40
-
-
 @pytest.mark.multi_process
 @pytest.mark.slow
 class TestRanks:
     """Two processes, of which Lightning starts the second."""
 
     @staticmethod
-    def fit(*flags: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "muse_lightning.cli", "fit", "--config=recipe.yaml"]
-        command += ["--trainer.devices=2", "--trainer.strategy=ddp", *flags]
-        ranks = ("LOCAL_RANK", "WORLD_SIZE", "RANK")
-        environment = {name: value for name, value in os.environ.items() if name not in ranks}
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    def fit(*flags: str) -> tuple[int | None, str]:
+        """Exit code, and what both wrote."""
+        log = Path("log")
+        first = start(["fit", "--config=recipe.yaml", "--trainer.devices=2", "--trainer.strategy=ddp", *flags], log)
+        first.join(240)
+        return first.exitcode, log.read_text()
 
     def test_share_one_folder(self, muse: Muse) -> None:
-        done = self.fit()
-        assert done.returncode == 0, done.stderr
+        code, out = self.fit()
+        assert code == 0, out
         assert muse.versions() == ["runs/tiny/version_0"]
         assert Path("runs/tiny/version_0/checkpoints/step=2.ckpt").is_file()
 
     def test_a_mistake_of_the_first_is_known_to_both(self, muse: Muse) -> None:
         """Only one rank prepares the data; the other must not be left at a barrier."""
-        done = self.fit("--data.dataset=new", "--data.filters.max_file_bytes=1")
-        assert done.returncode == 2, done.stderr
-        assert "Traceback" not in done.stderr
-        assert len([line for line in done.stderr.splitlines() if "error: " in line]) == 2
+        code, out = self.fit("--data.dataset=new", "--data.filters.max_file_bytes=1")
+        assert code == 2, out
+        assert "Traceback" not in out
+        assert len([line for line in out.splitlines() if "error: " in line]) == 2
 
     def test_more_than_blocks(self, muse: Muse) -> None:
         """One block of training data, for two ranks."""
@@ -367,11 +360,11 @@ class TestRanks:
         (chunk,) = read_card(Path("dataset")).splits["train"].chunks
         seq_len, largest = chunk.tokens - 1, chunk.tokens // 2 - 1
         sizes = [f"--data.seq_len={seq_len}", f"--model.config.max_position_embeddings={seq_len}"]
-        done = self.fit(*flags, *sizes)
-        assert done.returncode == 2, done.stderr
+        code, out = self.fit(*flags, *sizes)
+        assert code == 2, out
         line = (
             f"error: data.seq_len: {seq_len} found; split 'train' ({chunk.tokens:,} tokens) has 1 blocks of that "
             f"length, 2 are needed for 2 rank(s) of batch_size 1; the largest that works is {largest}"
         )
-        assert sorted(text for text in done.stderr.splitlines() if "rror" in text) == [line, f"rank 1: {line}"]
+        assert sorted(text for text in out.splitlines() if "rror" in text) == [line, f"rank 1: {line}"]
         assert muse.versions() == []

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,12 @@ MARGIN = 0.2
 """Bits per byte under a bigram model of the same data. Seen: 0.28 after 220 steps, 0.35 after all 240."""
 
 
+FIRST_STEP_S = 40
+"""From the command to its first step on prepared data, while other tests run."""
+
+
 @pytest.mark.slow
-def test_the_demo_ends_below_a_bigram_model(tmp_path: Path) -> None:
+def test_the_demo_ends_below_a_bigram_model_and_starts_soon(tmp_path: Path) -> None:
     # All cores, as for a user: the tests themselves run one thread a process.
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     command = [sys.executable, "-m", "muse_lightning.cli", "fit", "--config", "recipe:demo"]
@@ -26,3 +31,14 @@ def test_the_demo_ends_below_a_bigram_model(tmp_path: Path) -> None:
     assert own + MARGIN <= bigram < unigram
     printed = [float(number) for number in re.findall(r"model: +([0-9.]+) validation bits per byte", output)]
     assert printed == pytest.approx([unigram, bigram, own], abs=0.001)
+
+    begin = time.monotonic()
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as again:
+        assert again.stdout is not None
+        first = next((line for line in again.stdout if line.startswith("step ")), "")
+        seconds = time.monotonic() - begin
+        again.kill()
+    assert first.startswith("step 1/240 ")
+    assert seconds < FIRST_STEP_S

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks").rglob("*.md")),
 ]
 
@@ -34,6 +34,8 @@ SMALL = {
     "runs/demo/version_0/checkpoints/step=240.ckpt": "runs/smoke/version_0/checkpoints/step=2.ckpt",
     "--trainer.max_steps=300": "--trainer.max_steps=3",
     "--vocab_size=4096": "--vocab_size=300",
+    # Little data is prepared sooner than more processes start.
+    "--data.dataset=data/mine": "--data.dataset=data/mine --data.prepare_workers=1",
 }
 
 

@@ -13,7 +13,9 @@ import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, Timer
 
+from muse_lightning.data.card import read_card
 from muse_lightning.data.sources import Folders
+from muse_lightning.data.tokenizer import load_tokenizer
 from muse_lightning.data.tokenizer_training import train_tokenizer
 from muse_lightning.errors import nearest
 from muse_lightning.training.run_folder import RunFolder
@@ -176,8 +178,8 @@ class TestData:
             train_tokenizer([Folders(Path("source"))], Path(name), vocab_size=size)
         assert muse.with_recipe("prepare", f"--data.tokenizer={prepared}")[0] == 0
         assert self.fit(muse, "--data.sources=null", f"--data.tokenizer={found}") == (
-            f"data.tokenizer: {found} found, but dataset was prepared with {prepared}; configure that one, or give "
-            "data.sources to prepare the data again"
+            f"data.tokenizer: {found} found, but dataset was prepared with {prepared}; configure that one, or "
+            "prepare the data again (data.sources)"
         )
 
     def test_dataset_of_a_tokenizer_that_has_changed(self, muse: Muse) -> None:
@@ -186,9 +188,11 @@ class TestData:
             train_tokenizer([Folders(Path("source"))], Path("one.json"), vocab_size=size)
             if size == 270:
                 assert muse.with_recipe("prepare", "--data.tokenizer=one.json")[0] == 0
+        old = read_card(Path("dataset")).tokenizer["sha256"]
+        new = load_tokenizer("one.json").sha256
         assert self.fit(muse, "--data.sources=null", "--data.tokenizer=one.json") == (
-            "data.tokenizer: one.json found, but dataset was prepared with another file of that name; configure that "
-            "one, or give data.sources to prepare the data again"
+            f"data.tokenizer: one.json ({new[:12]}) found, but dataset was prepared with another file of that name "
+            f"({old[:12]}); configure that one, or prepare the data again (data.sources)"
         )
 
     def test_dataset_of_other_special_tokens(self, muse: Muse) -> None:
@@ -196,7 +200,7 @@ class TestData:
         line = self.fit(muse, "--data.sources=null", "--data.special_tokens.repo_name=<repo>")
         assert line == (
             "data.special_tokens: repo_name '<repo>' found, but dataset was prepared with repo_name '<|repo_name|>'; "
-            "configure that one, or give data.sources to prepare the data again"
+            "configure that one, or prepare the data again (data.sources)"
         )
 
     def test_missing_dataset(self, muse: Muse) -> None:
@@ -244,6 +248,16 @@ class TestCheckpoint:
     def test_of_something_else(self, muse: Muse, content: Any, line: str) -> None:
         torch.save(content, "some.ckpt")
         assert self.error(muse, "some.ckpt").startswith(f"ckpt_path: some.ckpt {line}")
+
+    def test_with_nothing_left_to_train(self, muse: Muse) -> None:
+        assert muse.with_recipe("fit")[0] == 0
+        path = "runs/tiny/version_0/checkpoints/step=2.ckpt"
+        for steps in (1, 2):
+            assert self.error(muse, path, f"--trainer.max_steps={steps}") == (
+                f"trainer.max_steps: {steps} found, but ckpt_path {path} is of step 2: nothing is left to train; give "
+                "more than 2"
+            )
+        assert muse.with_recipe("validate", f"--ckpt_path={path}")[0] == 0
 
     def test_cut_short(self, muse: Muse) -> None:
         assert muse.with_recipe("fit")[0] == 0

@@ -1,11 +1,8 @@
 """Training that is killed and resumed reads exactly the batches of one that is not: by the hashes in the ledgers."""
 
-import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from collections import defaultdict
@@ -16,10 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import muse_lightning.cli
-from muse_lightning.cli import main
 from muse_lightning.data.ledger import LedgerBatch, ledger_files, read_ledger
-from tests.recipe import Muse
+from tests.recipe import Muse, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
 
@@ -35,11 +30,9 @@ def muse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def kill_after(steps: int, version: int, *flags: str) -> Path:
     """Start a fit, kill all its processes a while after it has saved a checkpoint of so many steps or more, and return
     the last checkpoint that it left."""
-    # A fork, which need not import everything again; Lightning starts a second rank as a new process anyway.
     command = ["fit", "--config=recipe.yaml", "--trainer.max_steps=1000000", *OFTEN, *flags]
     log = Path(f"log{version}")
-    run = multiprocessing.get_context("fork").Process(target=fit_alone, args=(command, log))
-    run.start()
+    run = start(command, log)
     assert run.pid is not None
     folder = Path(f"runs/tiny/version_{version}/checkpoints")
     try:
@@ -54,17 +47,6 @@ def kill_after(steps: int, version: int, *flags: str) -> Path:
             os.killpg(run.pid, signal.SIGKILL)
         run.join()
     return next(path for _, path in sorted(saved(folder), reverse=True) if is_whole(path))
-
-
-def fit_alone(command: list[str], log: Path) -> None:
-    """`muse`, in a session of its own, that writes to a file."""
-    os.setsid()
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    # What Lightning would start as the second rank is this program.
-    sys.argv = [muse_lightning.cli.__file__, *command]
-    sys.exit(main())
 
 
 def saved(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -122,10 +104,10 @@ def test_two_processes_killed_then_two_and_one(muse: Muse) -> None:
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1")
     checkpoint = kill_after(4, 0, *ranks)
     steps = int(checkpoint.stem.removeprefix("step="))
-    command = [sys.executable, "-m", "muse_lightning.cli", "fit", "--config=recipe.yaml", *OFTEN, *ranks]
-    subprocess.run(
-        [*command, f"--trainer.max_steps={steps + 20}", f"--ckpt_path={checkpoint}"], check=True, capture_output=True
-    )
+    more = (f"--trainer.max_steps={steps + 20}", f"--ckpt_path={checkpoint}")
+    resumed = start(["fit", "--config=recipe.yaml", *OFTEN, *ranks, *more], Path("log"))
+    resumed.join(240)
+    assert resumed.exitcode == 0, Path("log").read_text()
     flags = (f"--trainer.max_steps={steps + 20}", "--data.batch_size=2", *OFTEN)
     assert muse.with_recipe("fit", *flags)[0] == 0
     # Two ranks of one block each read what one rank of two blocks reads.

@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from muse_lightning.data import TokenDataModule
-from muse_lightning.data.item_loader import Block
+from muse_lightning.data.block_reader import Block
 from muse_lightning.measure.ngram import MAX_BIGRAM_VOCAB, NgramCounts, ngram_bits_per_byte
 
 _BLOCKS_AT_ONCE = 256

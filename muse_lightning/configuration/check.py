@@ -171,7 +171,7 @@ class ConfigCheck:
         return new
 
     def _merge_spec(self, accepted: Accepted, old: Any, new: Any, path: str, layer: Layer) -> Spec | None:
-        if isinstance(new, str) and (layer.folder / new).is_file():
+        if isinstance(new, str) and (new.endswith((".yaml", ".yml")) or (layer.folder / new).is_file()):
             new, layer = load_yaml(new, path, layer.folder), Layer(new, {}, (layer.folder / new).parent)
         spec = {"class_path": new} if isinstance(new, str) else new
         if not any(key in spec for key in SPEC_KEYS):

@@ -9,9 +9,13 @@ SECRET_NAME = (
     r"(?:auth|access|session|api|hf|bearer)_token)|token"
 )
 SECRET_VALUE = re.compile(rf"^(\s*-?\s*(?:{SECRET_NAME}):[ \t]+)(?!null\b)\S.*$", re.IGNORECASE | re.MULTILINE)
+SECRET_IN_QUERY = re.compile(
+    r"(?<=[?&])([\w.-]*(?:sig|signature|token|credential|key|secret|password)[\w.-]*=)[^\s&'\"]+", re.IGNORECASE
+)
 USER_IN_ADDRESS = re.compile(r"(\w+://)[^\s/@]+@")
 
 
 def without_credentials(text: str) -> str:
-    """YAML text with the values of secret-sounding keys, and users and passwords in addresses, replaced."""
+    """YAML text with the values of secret-sounding keys, and users, passwords and signatures in addresses, replaced."""
+    text = SECRET_IN_QUERY.sub(rf"\1{REDACTED}", text)
     return USER_IN_ADDRESS.sub(rf"\1{REDACTED}@", SECRET_VALUE.sub(rf"\1{REDACTED}", text))

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -26,11 +26,15 @@ from muse_lightning.data.card import (
     long_document_share,
     read_card,
 )
+from muse_lightning.data.choosing import read_paths
 from muse_lightning.data.inventory import revisions
+from muse_lightning.data.left_out import LeftOut, write_left_out
 from muse_lightning.data.selection import DROPPED, SPLITS
 from muse_lightning.data.shards import check_written
 from muse_lightning.data.tokenizer import Tokenizer
 from muse_lightning.files import atomic_write, sha256_bytes
+
+_ROWS_AT_ONCE = 1 << 16
 
 
 def assemble(
@@ -57,10 +61,21 @@ def assemble(
     tokenizer_json = tokenizer.to_json()
     if tokenizer_json is not None:
         atomic_write(folder / TOKENIZER_NAME, tokenizer_json)
+    write_left_out(folder, [pack.left_out for pack in built.reading.packs], _repeated(built))
     card = _card(built, splits, identities, tokenizer, tokenizer_name, inputs)
     atomic_write(folder / CARD_NAME, card.to_json())
     _verify(folder, num_workers)
     return card
+
+
+def _repeated(built: Built) -> Iterator[LeftOut]:
+    """The duplicates, as they are listed."""
+    contents = [pack.content for pack in built.reading.packs]
+    repeated = built.documents.repeated
+    for start in range(0, len(repeated["name"]), _ROWS_AT_ONCE):
+        rows = {column: values[start : start + _ROWS_AT_ONCE] for column, values in repeated.items()}
+        for name, path in zip(rows["name"].tolist(), read_paths(contents, rows), strict=True):
+            yield LeftOut("duplicate", built.documents.names[name], os.fsdecode(path))
 
 
 def _place(chunk: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 
-from muse_lightning.data.item_loader import Block
+from muse_lightning.data.block_reader import Block
 from muse_lightning.data.ledger import batch_record
 
 IGNORED_LABEL = -100

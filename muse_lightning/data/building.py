@@ -126,12 +126,7 @@ def build(
     )
     reading.skipped.update(documents.skipped)
     if not len(documents):
-        listed = sum(len(pack.repositories()) for pack in reading.packs)
-        shutil.rmtree(staging)
-        raise UserError(
-            f"nothing is left of {listed} listed repositories after the filters and limits"
-            f"{skipped_text(reading.skipped)}; loosen data.filters or the limits, or give other sources"
-        )
+        raise _nothing_left(staging, reading)
     for pattern in how.held_out:
         if not is_held_out(documents.names, [pattern]).any():
             print(f"data: data.held_out: {pattern!r} matches no repository that was read", file=sys.stderr, flush=True)
@@ -141,6 +136,22 @@ def build(
     split, dropped = arrange(documents, encoded["tokens"].astype(np.int64), how)
     shards = _write(staging / "shards", documents, parts, encoded, split, tokenizer, how)
     return Built(reading, documents, {**documents.dropped, **dropped}, split, encoded, shards)
+
+
+def _nothing_left(staging: Path, reading: Reading) -> UserError:
+    """The error to raise where there are no documents. What was read is kept where other limits may admit it."""
+    listed = sum(len(pack.repositories()) for pack in reading.packs)
+    if not any(len(pack.files()) for pack in reading.packs):
+        shutil.rmtree(staging)
+    if not listed:
+        found = f"{reading.units.total()} listed units"
+        for _, unit, why in reading.damaged[:1]:
+            found += f", {len(reading.damaged)} of them damaged; the first: {unit}: {why}"
+        return UserError(f"no repository was found in {found}; repair them or give other sources")
+    return UserError(
+        f"nothing is left of {listed} listed repositories after the filters and limits"
+        f"{skipped_text(reading.skipped)}; loosen data.filters or the limits, or give other sources"
+    )
 
 
 def _read(
@@ -227,7 +238,9 @@ def _report_damage(unit: str, why: str, how: Preparation) -> None:
     if not how.skip_damaged:
         raise UserError(f"{unit}: {why}; repair or remove it, or set data.skip_damaged to true")
     name = os.fsencode(unit).decode("utf-8", "replace")
-    print(f"data: left out, damaged: {name}: {why}", file=sys.stderr, flush=True)
+    # What is wrong may begin with the place.
+    place = "" if why.partition(" ")[0].rstrip(":").endswith(name) else f"{name}: "
+    print(f"data: left out, damaged: {place}{why}", file=sys.stderr, flush=True)
 
 
 def _report_finished(what: str, finished: int, total: int) -> None:

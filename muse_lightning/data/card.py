@@ -79,8 +79,10 @@ class DatasetCard:
     created_by: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The text of dataset.json."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        """The text of dataset.json: a line each, but the bytes of all ids last and in one."""
+        content = asdict(self)
+        token_bytes = json.dumps(content.pop("token_bytes"))
+        return json.dumps(content, indent=1).removesuffix("\n}") + f',\n "token_bytes": {token_bytes}\n}}\n'
 
     def split(self, name: str) -> SplitEntry:
         """A split by name.
@@ -112,7 +114,7 @@ def read_card(dataset: Path) -> DatasetCard:
         raise UserError(
             f"{dataset} is not a prepared dataset: {path.name}: {error.strerror}; `muse prepare` makes one"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: not JSON ({error}); prepare the dataset again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
@@ -141,7 +143,7 @@ def check_index(folder: Path, entry: SplitEntry, dtype: str) -> None:
     try:
         content = path.read_bytes()
         data_format = json.loads(content)["config"]["data_format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); prepare the dataset again") from error
     if len(data_format) != 1 or not _PLAIN_TOKENS.fullmatch(str(data_format[0])):
         raise UserError(f"{path}: data format {data_format} refused; only plain tokens of type {dtype} are read")

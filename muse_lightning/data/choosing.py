@@ -32,6 +32,7 @@ class Documents:
         held_out: bool [names].
         languages, licences: What the columns of that name number.
         skipped: Files left out, by reason.
+        repeated: Columns of the duplicates among them; `name` instead of `document`.
         dropped: Documents and bytes left out, by reason.
     """
 
@@ -44,6 +45,7 @@ class Documents:
     languages: Sequence[str]
     licences: Sequence[str]
     skipped: Counter[str]
+    repeated: Columns
     dropped: dict[str, dict[str, int]]
 
     def __len__(self) -> int:
@@ -75,6 +77,7 @@ def choose_documents(
     names, is_out = inventory.names, is_held_out(inventory.names, held_out)
     name, source = inventory.document_name, inventory.document_source
     skipped: Counter[str] = Counter()
+    repeated = np.zeros(len(files["document"]), dtype=bool)
     if deduplicate:
         order = seeded_order([order_key(seed, names[row], "") for row in name], source)
         ranks = np.empty(len(order), dtype=np.int64)
@@ -82,7 +85,9 @@ def choose_documents(
         ranks[is_out[name]] -= len(order)
         repeated = duplicates(files["digest"], ranks[files["document"]])
         skipped["duplicate"] = int(repeated.sum())
-        files = _take(files, ~repeated)
+    again = {column: files[column][repeated] for column in ("pack", "offset", "path_bytes")}
+    again["name"] = name[files["document"][repeated]]
+    files = _take(files, ~repeated)
     files = {column: values for column, values in files.items() if column != "digest"}
     files, name, source, parts = _cut(inventory, files, name, source, limits.max_document_bytes)
     order = seeded_order(
@@ -122,7 +127,7 @@ def choose_documents(
     files = _take(files, files["document"] >= 0)
     files = _take(files, np.argsort(files["document"], kind="stable"))
     return Documents(
-        files, name, source, sizes, names, is_out, inventory.languages, inventory.licences, skipped, dropped
+        files, name, source, sizes, names, is_out, inventory.languages, inventory.licences, skipped, again, dropped
     )
 
 

@@ -1,7 +1,6 @@
 """TokenDataModule: a recipe's `data:` section. Prepares the dataset, then turns chunks into batches."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,11 @@ import lightning as L
 import torch
 
 from muse_lightning.data.batches import Collate
+from muse_lightning.data.block_reader import Block, BlockReader
 from muse_lightning.data.card import DatasetCard
 from muse_lightning.data.documents import DEFAULT_ARCHIVE_LIMITS, ArchiveLimits, DocumentSource
+from muse_lightning.data.filesystems import is_url
 from muse_lightning.data.filters import DEFAULT_FILTERS, Filters
-from muse_lightning.data.item_loader import Block, BlockReader
 from muse_lightning.data.ledger import LedgerDataset, LedgerHeader
 from muse_lightning.data.mixing import Plan
 from muse_lightning.data.order import Order
@@ -22,16 +22,16 @@ from muse_lightning.data.prepared import (
     PreparedDataset,
     check_blocks,
     check_different,
+    check_tokenizer,
     listed_datasets,
 )
-from muse_lightning.data.remote import ChunkCache, copy_tokenizer, is_url
+from muse_lightning.data.remote import ChunkCache, copy_tokenizer
 from muse_lightning.data.selection import FileOrder, Limits
 from muse_lightning.data.streaming import EvaluationLoader, Share, TrainLoader
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, load_tokenizer
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, shown_url
 
 DEFAULT_CACHE_DIR = Path("~/.cache/muse-lightning/chunks")
-_OTHER_DATA = "give data.sources to prepare the data again"
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
@@ -158,7 +158,7 @@ class TokenDataModule(L.LightningDataModule):
         self._cache = ChunkCache(cache_dir.expanduser(), cache_bytes)
         self.ranks_per_block = ranks_per_block
         self.sources = sources
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name = shown_url(tokenizer)
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.document_mask = document_mask
@@ -214,24 +214,10 @@ class TokenDataModule(L.LightningDataModule):
         """
         if self._opened is None:
             opened = [PreparedDataset.open(*listed, self._cache) for listed in self._listed]
-            for dataset in opened:
-                if dataset.card.tokenizer["sha256"] != self.tokenizer.sha256:
-                    raise UserError(f"{self._other_tokenizer(dataset)}; configure that one, or {_OTHER_DATA}")
+            check_tokenizer(opened, self.tokenizer, self.tokenizer_name)
             check_different(opened)
             self._opened = opened
         return self._opened
-
-    def _other_tokenizer(self, dataset: PreparedDataset) -> str:
-        """What tells the configured tokenizer from a dataset's, in words."""
-        name, prepared_name = self.tokenizer_name, dataset.card.tokenizer["name"]
-        if name != prepared_name:
-            return f"data.tokenizer: {name} found, but {dataset.name} was prepared with {prepared_name}"
-        found, prepared = asdict(self.tokenizer.special_tokens), dataset.card.tokenizer["special_tokens"]
-        changed = [field for field in found if found[field] != prepared[field]]
-        if changed:
-            here, there = (", ".join(f"{field} {of[field]!r}" for field in changed) for of in (found, prepared))
-            return f"data.special_tokens: {here} found, but {dataset.name} was prepared with {there}"
-        return f"data.tokenizer: {name} found, but {dataset.name} was prepared with another file of that name"
 
     def prepare_data(self) -> None:
         """Make the dataset if it is missing or stale. Lightning calls this on one rank while the others wait.

@@ -1,10 +1,12 @@
 """What a prepared dataset holds, as text: `muse data inspect`."""
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
+from muse_lightning.data.block_reader import read_block
 from muse_lightning.data.card import TOKENIZER_NAME, DatasetCard, check_index, count_blocks, read_card
-from muse_lightning.data.item_loader import read_block
+from muse_lightning.data.left_out import read_left_out
 from muse_lightning.data.length_histogram import draw_lengths
 from muse_lightning.data.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
 from muse_lightning.errors import UserError
@@ -13,9 +15,15 @@ _SHOWN = 12
 
 
 def inspect(
-    dataset: Path, split: str = "train", block: int | None = None, seq_len: int = 2048, histogram: Path | None = None
+    dataset: Path,
+    split: str = "train",
+    block: int | None = None,
+    seq_len: int = 2048,
+    histogram: Path | None = None,
+    left_out: str | None = None,
 ) -> None:
-    """Show a prepared dataset's card, decode one of its blocks with the documents in it, draw how long documents are.
+    """Show a dataset's card, decode one of its blocks with the documents in it, draw how long documents are; or
+    list the files that are not in it.
 
     Args:
         dataset: Folder of the prepared dataset.
@@ -23,8 +31,13 @@ def inspect(
         block: Number of the block in stored order, from 0; null shows the card alone.
         seq_len: Context of the block in tokens.
         histogram: PNG file to draw the lengths of all documents in; null draws none.
+        left_out: List, instead of all else, the files that were left out for this reason (minified, licence, duplicate
+            and so on, as the card counts them), or for all of them (all): reason, repository and path.
     """
     card = read_card(dataset)
+    if left_out is not None:
+        list_left_out(dataset, card, left_out)
+        return
     print("\n".join(describe_card(dataset, card)))
     if block is not None:
         print("\n".join(describe_block(dataset, card, split, block, seq_len)))
@@ -62,6 +75,25 @@ def describe_card(dataset: Path, card: DatasetCard) -> list[str]:
     thresholds = {**card.inputs["filters"], **card.inputs["limits"]}
     lines.append("made with: " + ", ".join(f"{key} {value}" for key, value in thresholds.items()))
     return lines
+
+
+def list_left_out(dataset: Path, card: DatasetCard, reason: str) -> None:
+    """Print a line for each file that was left out for a reason, or for all reasons, and say what has no names.
+
+    Raises:
+        UserError: no file was left out for that reason, or the dataset has no list.
+    """
+    wanted = {reason: card.skipped_files[reason]} if reason in card.skipped_files else {}
+    wanted = dict(card.skipped_files) if reason == "all" else wanted
+    if reason != "all" and not wanted:
+        raise UserError(f"left_out: {reason!r} found; accepted: {', '.join(['all', *card.skipped_files])}")
+    for entry in read_left_out(dataset):
+        if entry.reason in wanted:
+            wanted[entry.reason] -= 1
+            print(f"{entry.reason}\t{_printable(entry.repository)}\t{_printable(entry.path)}")
+    unnamed = ", ".join(f"{name} {count:,}" for name, count in wanted.items() if count > 0)
+    if unnamed:
+        print(f"counted by sources, which do not look at such files: {unnamed}", file=sys.stderr)
 
 
 def describe_block(dataset: Path, card: DatasetCard, split: str, block: int, seq_len: int) -> list[str]:
@@ -109,5 +141,6 @@ def _shares(counts: dict[str, dict[str, int]]) -> str:
 
 
 def _printable(name: str) -> str:
-    """A name that any terminal takes: bytes that were not UTF-8 as a replacement character."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """A name that any terminal takes, in one line: what is not UTF-8 or no character to print is replaced."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)

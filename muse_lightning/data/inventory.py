@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -118,8 +117,9 @@ def revisions(packs: Sequence[Pack], num_sources: int) -> list[dict[str, str]]:
 
 
 def _renumbered(column: np.ndarray, texts: Sequence[str], numbers: dict[str, int]) -> np.ndarray:
-    """A pack's numbers of texts as numbers of all packs' texts."""
-    table = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.uint16)
+    """A pack's numbers of texts as numbers of all packs' texts: of 16 bits as long as these hold them."""
+    own = [numbers.setdefault(text, len(numbers)) for text in texts]
+    table = np.array(own, dtype=np.uint16 if len(numbers) <= 1 << 16 else np.uint32)
     return table[column] if len(column) else column
 
 
@@ -132,12 +132,3 @@ def _equal_rows(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     group = np.empty(len(order), dtype=np.int64)
     group[order] = np.cumsum(is_first) - 1
     return order[is_first], group
-
-
-def summed(counts: Iterable[dict[str, Any]], key: str) -> dict[str, int]:
-    """Sums of a dictionary of numbers over many results."""
-    total: dict[str, int] = {}
-    for result in counts:
-        for name, number in result[key].items():
-            total[name] = total.get(name, 0) + number
-    return total

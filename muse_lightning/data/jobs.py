@@ -31,6 +31,10 @@ Meter = Callable[[int, int, int], None]
 """Called while a job works, with what was done since the last call: bytes, files, tokens."""
 
 
+Result = dict[str, Any] | Future[Any]
+"""Of a job; one that a process of its own has done gives None, and its result lies in its folder."""
+
+
 class JobCancelledError(Exception):
     """Raised in a job that nobody waits for any more."""
 
@@ -78,7 +82,7 @@ def run_jobs(
     keys = set()
     start = _run_here if num_workers <= 1 else _run_in_threads if in_threads else _run_in_processes
     with start(root, context, num_workers, progress) as submit:
-        waiting: deque[tuple[Job, dict[str, Any] | Future[dict[str, Any]]]] = deque()
+        waiting: deque[tuple[Job, Result]] = deque()
         for job in jobs:
             keys.add(job.key)
             finished = _finished(root / job.key)
@@ -94,16 +98,18 @@ def run_jobs(
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def _next(
-    root: Path, waiting: deque[tuple[Job, dict[str, Any] | Future[dict[str, Any]]]], progress: StageProgress
-) -> tuple[Path, dict[str, Any]]:
+def _next(root: Path, waiting: deque[tuple[Job, Result]], progress: StageProgress) -> tuple[Path, dict[str, Any]]:
     job, result = waiting.popleft()
     if isinstance(result, Future):
         while not wait([result], timeout=_POLL_SECONDS).done:
             progress.show()
         progress.show()
-        result = result.result()
-    return root / job.key, result
+        found = result.result() or _finished(root / job.key)
+    else:
+        found = result
+    if found is None:
+        raise UserError(f"{root / job.key} was changed while it was prepared; prepare again")
+    return root / job.key, found
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
@@ -111,7 +117,7 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     try:
         noted = json.loads((folder / _RESULT_NAME).read_text())
         sizes = {name: (folder / name).stat().st_size for name in noted["sizes"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return noted["result"] if sizes == noted["sizes"] else None
 
@@ -136,7 +142,7 @@ def _run(job: Job, root: Path, context: Any, meter: Meter) -> dict[str, Any]:
     return result
 
 
-Submit = Callable[[Job], dict[str, Any] | Future[dict[str, Any]]]
+Submit = Callable[[Job], Result]
 
 
 @contextmanager
@@ -165,23 +171,44 @@ def _run_in_threads(root: Path, context: Any, num_workers: int, progress: StageP
 def _run_in_processes(root: Path, context: Any, num_workers: int, progress: StageProgress) -> Iterator[Submit]:
     # spawn: a fork would copy the threads' locks of torch and of the tokenizer.
     processes = get_context("spawn")
-    counts: Any = processes.Array("q", [0, 0, 0, 0])  # bytes, files, tokens; whether to stop
+    # Bytes, files, tokens; whether to stop. The processes lock it among themselves: this one must not wait for one that
+    # was killed while it held the lock.
+    counts: Any = processes.RawArray("q", 4)
 
     def cancel() -> None:
         counts[3] = 1
 
     progress.follow(counts)
     pool = ProcessPoolExecutor(
-        num_workers, mp_context=processes, initializer=_start_worker, initargs=(root, context, counts)
+        num_workers,
+        mp_context=processes,
+        initializer=_start_worker,
+        initargs=(root, context, counts, processes.Lock()),
     )
     try:
-        with _closing(pool, cancel):
+        with _safe_path(), _closing(pool, cancel):
             yield lambda job: pool.submit(_run_in_worker, job)
     except BrokenProcessPool as error:
         raise UserError(
             "a preparation process was killed, most likely for lack of memory; what was finished is kept for the next "
             "call; use fewer data.prepare_workers, or smaller data.max_document_bytes or data.chunk_bytes"
         ) from error
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Processes that are started meanwhile look for modules in the working directory only where this one does: before
+    they know its path, Python would have them look there first."""
+    name = "PYTHONSAFEPATH"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 @contextmanager
@@ -196,12 +223,12 @@ def _closing(pool: Executor, cancel: Callable[[], None]) -> Iterator[Executor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: tuple[Path, Any, Any]
+_worker: tuple[Path, Any, Any, Any]
 
 
-def _start_worker(root: Path, context: Any, counts: Any) -> None:
+def _start_worker(root: Path, context: Any, counts: Any, lock: Any) -> None:
     global _worker
-    _worker = (root, context, counts)
+    _worker = (root, context, counts, lock)
     # One thread per process: there are as many processes as the user wants busy cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # An interrupt from the keyboard reaches every process of the terminal; the parent ends these by `cancel`.
@@ -217,15 +244,17 @@ def _exit_after(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _run_in_worker(job: Job) -> dict[str, Any]:
-    root, context, counts = _worker
+def _run_in_worker(job: Job) -> None:
+    """The result lies in the job's folder: of a long one, a process that is killed while it sends it would leave the
+    parent waiting for the rest."""
+    root, context, counts, lock = _worker
 
     def meter(size: int, files: int, tokens: int) -> None:
-        with counts.get_lock():
-            if counts[3]:
-                raise JobCancelledError
+        if counts[3]:
+            raise JobCancelledError
+        with lock:
             counts[0] += size
             counts[1] += files
             counts[2] += tokens
 
-    return _run(job, root, context, meter)
+    _run(job, root, context, meter)

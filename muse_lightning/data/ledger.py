@@ -14,14 +14,16 @@ of its dataset, the epoch of that dataset (from 1), its chunk and the block in t
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from muse_lightning.data.item_loader import Block
-from muse_lightning.errors import UserError
+from muse_lightning.data.block_reader import Block
+from muse_lightning.errors import UserError, reason_of
 
 FOLDER_NAME = "ledger"
 _FILE_NAME = re.compile(r"rank(\d+)\.jsonl")
@@ -114,21 +116,72 @@ def read_ledger(path: Path) -> Iterator[LedgerHeader | LedgerBatch]:
     Raises:
         UserError: a line is damaged. The last one may be cut short by a kill: it is left out.
     """
-    for _, entry in _entries(path):
-        if "datasets" in entry:
-            yield LedgerHeader(**{**entry, "datasets": [LedgerDataset(**dataset) for dataset in entry["datasets"]]})
-        else:
-            yield LedgerBatch(**entry)
+    header: LedgerHeader | None = None
+    for number, (_, fields) in enumerate(_entries(path), start=1):
+        entry: LedgerHeader | LedgerBatch | None = None
+        with suppress(TypeError):  # other fields
+            if "datasets" in fields:
+                datasets = [LedgerDataset(**dataset) for dataset in fields["datasets"]]
+                entry = header = LedgerHeader(**{**fields, "datasets": datasets})
+            else:
+                entry = LedgerBatch(**fields)
+        if entry is None or not (_is_header(entry) if isinstance(entry, LedgerHeader) else _is_batch(entry, header)):
+            raise _damaged(path, number)
+        yield entry
+
+
+def is_cut_short(path: Path) -> bool:
+    """Whether the last line of a ledger was cut short by a kill."""
+    with path.open("rb") as file:
+        return file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
+
+
+def _is_header(header: LedgerHeader) -> bool:
+    sizes = (header.world_size, header.ranks_per_block, header.batch_size, header.seq_len)
+    return (
+        all(_is_count(value) for value in (header.rank, header.batch, *sizes))
+        and all(sizes)
+        and all(isinstance(dataset.name, str) and isinstance(dataset.fingerprint, str) for dataset in header.datasets)
+        and all(isinstance(dataset.blocks, list) for dataset in header.datasets)
+        and all(_is_count(blocks) for dataset in header.datasets for blocks in dataset.blocks)
+    )
+
+
+def _is_batch(batch: LedgerBatch, header: LedgerHeader | None) -> bool:
+    """Whether a batch is well formed and read blocks that the header before it, if there is one, knows."""
+    if not (_is_count(batch.step) and isinstance(batch.hash, str) and isinstance(batch.blocks, list)):
+        return False
+    for block in batch.blocks:
+        if not isinstance(block, list) or len(block) != 4 or not all(_is_count(number) for number in block):
+            return False
+        if header is not None:
+            dataset, _, chunk, number = block
+            blocks = header.datasets[dataset].blocks if dataset < len(header.datasets) else []
+            if chunk >= len(blocks) or number >= blocks[chunk]:
+                return False
+    return True
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _damaged(path: Path, number: int) -> UserError:
+    return UserError(f"{path}:{number} is damaged: not a line of a ledger; only the last line may be cut short")
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return  # the process was killed in the middle of it
-            try:
-                entry = json.loads(line)
-                entry["batch"] + 0
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}:{number} is damaged: not a line of a ledger") from error
-            yield line, entry
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith("\n"):
+                    return  # the process was killed in the middle of it
+                try:
+                    fields = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise _damaged(path, number) from error
+                if not isinstance(fields, dict) or not _is_count(fields.get("batch")):
+                    raise _damaged(path, number)
+                yield line, fields
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from error

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from muse_lightning.data.block_reader import document_starts
 from muse_lightning.data.card import LONG_DOCUMENT_TOKENS, DatasetCard
-from muse_lightning.data.item_loader import document_starts
 from muse_lightning.errors import UserError
 from muse_lightning.files import atomic_write
 

@@ -201,11 +201,24 @@ def allow_list(names: tuple[str, ...]) -> frozenset[str]:
         for identifier in identifiers(tree):
             if not _is_identifier(identifier):
                 raise UserError(
-                    f"filters.licences: {name!r} is no SPDX identifier; nearest: "
-                    f"{nearest(identifier, {*_identifiers().values(), *NAMED_LISTS})}"
+                    f"filters.licences: {name!r} is no SPDX identifier; nearest: {_nearest_identifiers(identifier)}"
                 )
         allowed.add(tree.render())
     return frozenset(allowed)
+
+
+def _nearest_identifiers(name: str) -> str:
+    """Identifiers that begin as the name does, as GPL-3.0-only for GPLv3; else those that are most like it."""
+    start = _in_short(name)
+    begin = [found for found in set(_identifiers().values()) if start and _in_short(found).startswith(start)]
+    if begin:
+        return ", ".join(sorted(begin, key=lambda found: (len(found), found))[:3])
+    return nearest(name, {*_identifiers().values(), *NAMED_LISTS})
+
+
+def _in_short(name: str) -> str:
+    """Letters and digits alone, without the v of a version."""
+    return re.sub(r"[^a-z0-9]|v(?=\d)", "", name.lower())
 
 
 def _holds(tree: Any, allowed: frozenset[str]) -> bool:
@@ -230,6 +243,4 @@ def _is_identifier(name: str) -> bool:
 def _in_few_words(text: str) -> str:
     """Lower case without punctuation and the words that tell no licence from another."""
     words = re.findall(r"[a-z0-9+]+", re.sub(r"\bv(?:er(?:sion)?)?\.?\s*(?=\d)", "", text.lower()))
-    return " ".join(
-        word for word in words if word not in ("the", "license", "licence", "licensed", "software", "version")
-    )
+    return " ".join(word for word in words if word not in _EMPTY_WORDS)

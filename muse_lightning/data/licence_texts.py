@@ -8,6 +8,7 @@ file, names one licence at most, and none where a title, a second licence or a s
 
 import re
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 from identify.vendor.licenses import LICENSES
@@ -19,8 +20,11 @@ _RUN = 4
 # Share of a licence's runs that must be found. A BSD text with other names keeps more than 0.85, the Apache licence
 # without its instructions 0.87; BSD-3-Clause keeps 0.8 in a BSD-2-Clause text, but then the other explains more of it.
 _MIN_FOUND = 0.8
-# Words that may be left when all licences found are taken away: titles, names, "see also".
+# Words that may be left when all licences found are taken away: titles, names, "see also". In a file of many licences
+# also this share of all its words, if no more than so many come in a row: what stands above each of them.
 _MAX_LEFT = 60
+_MAX_LEFT_SHARE = 0.1
+_MAX_LEFT_IN_A_ROW = 30
 _MAX_BYTES = 300_000
 
 _COPYRIGHT = re.compile(
@@ -82,7 +86,11 @@ def _recognise(text: str) -> LicenceText:
                 left[start : start + _RUN] = [False] * min(_RUN, len(words) - start)
     rest = " ".join(word for word, is_left in zip(words, left, strict=True) if is_left)
     is_restricted = _RESTRICTIONS.search(rest) is not None
-    is_complete = bool(found) and rest.count(" ") < _MAX_LEFT and not is_restricted
+    is_little = sum(left) <= _MAX_LEFT or (
+        sum(left) <= _MAX_LEFT_SHARE * len(words)
+        and max(len(list(row)) for is_left, row in groupby(left) if is_left) <= _MAX_LEFT_IN_A_ROW
+    )
+    is_complete = bool(found) and is_little and not is_restricted
     return LicenceText(tuple(dict.fromkeys(found)), is_complete, is_restricted)
 
 

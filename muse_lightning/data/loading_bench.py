@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from muse_lightning.data.batches import Collate
+from muse_lightning.data.block_reader import BlockReader, LocalChunks, SplitFiles
 from muse_lightning.data.card import ChunkEntry, SplitEntry
-from muse_lightning.data.item_loader import BlockReader, LocalChunks, SplitFiles
 from muse_lightning.data.mixing import Part, Plan
 from muse_lightning.data.prepared import PreparedDataset
 from muse_lightning.data.remote import ChunkCache

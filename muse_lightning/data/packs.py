@@ -16,6 +16,7 @@ import numpy as np
 from muse_lightning.data.documents import DamagedSource, ReadLimits, Repository, SourceUnit, name_bytes
 from muse_lightning.data.filters import Filters
 from muse_lightning.data.jobs import Job, Meter
+from muse_lightning.data.left_out import LeftOut
 from muse_lightning.data.licences import LicenceFinder
 from muse_lightning.files import sha256_bytes
 
@@ -40,7 +41,8 @@ REPOSITORY = np.dtype(
     ]
 )
 UNKNOWN = "unknown"
-_NAMES = ("content.bin", "files.bin", "repositories.bin", "names.bin")
+_LEFT_OUT = "left_out.jsonl"
+_NAMES = ("content.bin", "files.bin", "repositories.bin", "names.bin", _LEFT_OUT)
 
 _MAX_UNITS = 512
 _MOST_NUMBERS = 2**16 - 1  # and one more for what is unknown
@@ -48,7 +50,7 @@ _MOST_NUMBERS = 2**16 - 1  # and one more for what is unknown
 _LIBRARIES = ("identify", "license-expression")
 _FILES_BETWEEN_COUNTS = 64
 # Part of every pack's key: raise it when the same units would give another pack.
-_PACK_VERSION = 1
+_PACK_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class _PackWriter:
     """Appends what passes the filters to a pack. Memory holds one repository's records at a time."""
 
     def __init__(self, files: Sequence[IO[bytes]], filters: Filters, meter: Meter) -> None:
-        self._content, self._files, self._repositories, self._names = self._all = files
+        self._content, self._files, self._repositories, self._names, self._left_out = self._all = files
         self._filters = filters
         self._meter = meter
         self._languages, self._licences = _Numbers(), _Numbers()
@@ -154,6 +156,7 @@ class _PackWriter:
             verdict = self._filters.check(file.path, file.content)
             if verdict.reason is not None:
                 skipped[verdict.reason] += 1
+                self._left_out.write(LeftOut(verdict.reason, repository.name, file.path).to_line())
                 continue
             path = name_bytes(file.path)
             digest = hashlib.blake2b(file.content, digest_size=16).digest()
@@ -178,6 +181,7 @@ class _PackWriter:
             else:
                 kept[index] = False
                 skipped[reason] += 1
+                self._left_out.write(LeftOut(reason, repository.name, path_text).to_line())
         files = files[kept]
         name, revision = name_bytes(repository.name), name_bytes(repository.revision)
         digest = hashlib.blake2b(name, digest_size=16).digest()
@@ -211,6 +215,11 @@ class Pack:
     def content(self) -> Path:
         """Path and content of every file."""
         return self.folder / "content.bin"
+
+    @property
+    def left_out(self) -> Path:
+        """The list of the files that the filters left out."""
+        return self.folder / _LEFT_OUT
 
     def files(self) -> np.ndarray:
         """[files] of FILE."""

@@ -58,6 +58,7 @@ def prepare_dataset(
     }
     staging = dataset.with_name(f".{dataset.name}.staging")
     if not _reasons_to_build(dataset, inputs) and not staging.exists():
+        print(f"data: {dataset} is up to date", file=sys.stderr, flush=True)
         return read_card(dataset)
     with exclusive_lock(dataset):
         # Another process may have built it while this one waited for the lock.
@@ -123,7 +124,7 @@ def _reasons_to_build(dataset: Path, inputs: dict[str, Any]) -> list[str]:
         if old.get("format_version") != FORMAT_VERSION:
             return [_describe_change("format_version", old.get("format_version"), FORMAT_VERSION)]
         old_inputs = {key: old.get(key) for key in inputs}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return [f"its {CARD_NAME} is unreadable"]
     # Compared as JSON, so that a tuple and a list, or 0 and 0.0, are no difference.
     changed = [key for key, value in inputs.items() if old_inputs[key] != json.loads(json.dumps(value))]

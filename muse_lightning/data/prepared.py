@@ -1,15 +1,17 @@
 """Prepared datasets as a recipe names them: one, or several with weights; in folders or at URLs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from muse_lightning.data.block_reader import LocalChunks, SplitFiles
 from muse_lightning.data.card import DatasetCard, check_index, count_blocks, largest_seq_len, read_card
-from muse_lightning.data.item_loader import LocalChunks, SplitFiles
+from muse_lightning.data.filesystems import is_url
 from muse_lightning.data.mixing import Part
 from muse_lightning.data.prepare import damaged_chunks
-from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_description, is_url
-from muse_lightning.errors import UserError
+from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_description
+from muse_lightning.data.tokenizer import Tokenizer
+from muse_lightning.errors import UserError, shown_url
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class PreparedDataset:
     """One dataset, opened.
 
     Attributes:
-        name: As the recipe has it.
+        name: As the recipe has it, without credentials.
+        url: Of a remote one; empty for a folder.
         key: Where the recipe has it, for messages.
         weight: See MixtureEntry.
         folder: Of its files; of a remote one, of the copies of those that describe it.
@@ -36,6 +39,7 @@ class PreparedDataset:
     """
 
     name: str
+    url: str
     key: str
     weight: float
     folder: Path
@@ -50,10 +54,11 @@ class PreparedDataset:
             UserError: there is none.
         """
         if is_url(name):
-            folder = copy_description(name.rstrip("/"), cache.folder)
-            return cls(name.rstrip("/"), key, weight, folder, read_card(folder), cache)
+            url = name.rstrip("/")
+            folder = copy_description(url, cache.folder)
+            return cls(shown_url(url), url, key, weight, folder, read_card(folder), cache)
         folder = Path(name).expanduser()
-        return cls(name, key, weight, folder, read_card(folder), None)
+        return cls(name, "", key, weight, folder, read_card(folder), None)
 
     def check(self, splits: Sequence[str]) -> None:
         """Check that the files of these splits are whole, as far as that takes no reading of chunks.
@@ -77,7 +82,7 @@ class PreparedDataset:
         entry = self.card.split(name)
         if self.cache is None:
             return SplitFiles(entry, self.card.dtype, LocalChunks((self.folder / name).absolute()))
-        return SplitFiles(entry, self.card.dtype, CachedChunks(f"{self.name}/{name}", self.cache))
+        return SplitFiles(entry, self.card.dtype, CachedChunks(f"{self.url}/{name}", self.cache))
 
     def part(self, seq_len: int) -> Part:
         """Its part in a plan of training."""
@@ -120,6 +125,49 @@ def check_different(datasets: Sequence[PreparedDataset]) -> None:
             raise UserError(f"{dataset.key}: {dataset.name} holds the same as {other.name}; list it once")
 
 
+def check_tokenizer(datasets: Sequence[PreparedDataset], tokenizer: Tokenizer, name: str) -> None:
+    """Refuse datasets whose ids mean something else than the configured tokenizer's.
+
+    Args:
+        datasets: All of them.
+        tokenizer: The configured one.
+        name: As configured.
+    Raises:
+        UserError: datasets were prepared with different tokenizers, or with another than the configured one.
+    """
+    found = [dataset.card.tokenizer for dataset in datasets]
+    if len({one["sha256"] for one in found}) > 1:
+        each = ", ".join(
+            f"{dataset.name} with {one['name']} ({one['sha256'][:12]})"
+            for dataset, one in zip(datasets, found, strict=True)
+        )
+        raise UserError(
+            f"data.mixture: prepared with different tokenizers: {each}; prepare all of them with one, as muse prepare "
+            "--data.tokenizer=PATH"
+        )
+    if found[0]["sha256"] != tokenizer.sha256:
+        raise UserError(
+            f"{_difference(datasets[0], tokenizer, name)}; configure that one, or prepare the data again (data.sources)"
+        )
+
+
+def _difference(dataset: PreparedDataset, tokenizer: Tokenizer, name: str) -> str:
+    """What tells the configured tokenizer from a dataset's, in words."""
+    prepared = dataset.card.tokenizer
+    if name != prepared["name"]:
+        return f"data.tokenizer: {name} found, but {dataset.name} was prepared with {prepared['name']}"
+    special = asdict(tokenizer.special_tokens)
+    changed = [field for field in special if special[field] != prepared["special_tokens"][field]]
+    if changed:
+        here, there = (
+            ", ".join(f"{field} {of[field]!r}" for field in changed) for of in (special, prepared["special_tokens"])
+        )
+        return f"data.special_tokens: {here} found, but {dataset.name} was prepared with {there}"
+    here, there = tokenizer.sha256[:12], prepared["sha256"][:12]
+    other = f"another file of that name ({there})"
+    return f"data.tokenizer: {name} ({here}) found, but {dataset.name} was prepared with {other}"
+
+
 def check_blocks(datasets: Sequence[PreparedDataset], split: str, seq_len: int, needed: int, per: str) -> None:
     """Check that a split of all datasets together has enough blocks, and `train` one of each dataset that is read.
 
@@ -144,6 +192,8 @@ def check_blocks(datasets: Sequence[PreparedDataset], split: str, seq_len: int, 
         together = replace(entries[0], chunks=[chunk for entry in entries for chunk in entry.chunks])
         largest = largest_seq_len(together, least)
         cure = f"the largest that works is {largest}" if largest else "no context is short enough: give more data"
+        if split in ("val", "test"):
+            cure += f", or prepare again with a larger data.{split}_fraction"
         name = f"split {split!r}" + (f" of {group[0].name}" if number else "")
         tokens = sum(entry.tokens for entry in entries)
         what = f"{least} are needed for {per}" if number == 0 else "1 is needed"

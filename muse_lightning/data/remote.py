@@ -1,8 +1,7 @@
 """Prepared datasets that lie elsewhere: found through fsspec, copied chunk by chunk into a folder of bounded size.
 
-s3:// and gs:// go through obstore, which litdata brings along (s3fs pins an older botocore than boto3 needs), hf://
-through huggingface_hub, which tokenizers brings along. litdata's own downloader trusts what it gets, evicts by counting
-readers in files, and reads nothing but Parquet from hf://; and a file in its cache belongs to one run.
+litdata's own downloader trusts what it gets, evicts by counting readers in files, and reads nothing but Parquet from
+hf://; and a file in its cache belongs to one run.
 """
 
 import fcntl
@@ -12,41 +11,21 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import fsspec
-import obstore.fsspec
+from fsspec.callbacks import Callback
 
+from muse_lightning.data.block_reader import Chunk, Chunks
 from muse_lightning.data.card import CARD_NAME, INDEX_NAME, TOKENIZER_NAME, ChunkEntry, read_card
-from muse_lightning.data.item_loader import Chunk, Chunks
-from muse_lightning.errors import UserError
+from muse_lightning.data.filesystems import filesystem
+from muse_lightning.errors import UserError, reason_of, shown_url
 from muse_lightning.files import exclusive_lock, sha256_bytes, sha256_file
-
-obstore.fsspec.register(["s3", "gs"])
 
 _SPLITS = ("train", "val", "test")
 _OPENING_ATTEMPTS = 5
+# A card has some 300 bytes for a chunk.
+_MAX_DESCRIPTION_BYTES = 1 << 30
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SHA256 = re.compile("[0-9a-f]{64}")
-
-
-def is_url(place: str) -> bool:
-    """Whether a dataset's place is a URL, and not a folder."""
-    return "://" in place
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path within it.
-
-    Raises:
-        UserError: there is no such file system.
-    """
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"{url}: {error}; accepted: s3://, gs://, hf://, file://, and others that fsspec has"
-        ) from error
 
 
 class ChunkCache:
@@ -71,7 +50,9 @@ class ChunkCache:
             UserError: it cannot be read, it is not what the card describes, or it is larger than the whole cache.
         """
         if not _SHA256.fullmatch(entry.sha256):  # it becomes a file's name
-            raise UserError(f"data chunk {url}: its SHA-256 in {CARD_NAME} is {entry.sha256[:80]!r}, which is none")
+            raise UserError(
+                f"data chunk {shown_url(url)}: its SHA-256 in {CARD_NAME} is {entry.sha256[:80]!r}, which is none"
+            )
         path = self.folder / f"{entry.sha256}.bin"
         if _touched(path):
             return path
@@ -85,12 +66,12 @@ class ChunkCache:
         while (reservation := self._take_room(entry, room)) is None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)  # what others are fetching will be chunks that can be removed
         try:
-            copy_file(url, partial)
+            copy_file(url, partial, entry.size_bytes)
             found = sha256_file(partial)
             if found != entry.sha256:
                 raise UserError(
-                    f"data chunk {url} is damaged: its SHA-256 is {found[:12]}... instead of {entry.sha256[:12]}...; "
-                    "upload the dataset again"
+                    f"data chunk {shown_url(url)} is damaged: its SHA-256 is {found[:12]}... instead of "
+                    f"{entry.sha256[:12]}...; upload the dataset again"
                 )
             os.replace(partial, path)
         finally:
@@ -176,23 +157,52 @@ class CachedChunks(Chunks):
                 # Removed by another process for its own chunk, or rotten on this disk.
                 path.unlink(missing_ok=True)
         raise UserError(
-            f"data chunk {self.url}/{entry.filename}: its copy in {self.cache.folder} does not last until it is read; "
-            "give a larger data.cache_bytes or another data.cache_dir"
+            f"data chunk {shown_url(self.url)}/{entry.filename}: its copy in {self.cache.folder} does not last until "
+            "it is read; give a larger data.cache_bytes or another data.cache_dir"
         )
 
 
-def copy_file(url: str, target: Path) -> None:
+class _AtMost(Callback):
+    """Ends a download that goes on for longer than it may."""
+
+    def __init__(self, url: str, limit: int) -> None:
+        super().__init__()
+        self._url = url
+        self._limit = limit
+
+    def check(self, size: int) -> None:
+        if size > self._limit:
+            raise UserError(
+                f"{shown_url(self._url)}: more than {self._limit:,} bytes found, at most these expected; upload it "
+                "again"
+            )
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        self.check(self.value)
+
+
+def copy_file(url: str, target: Path, limit: int) -> None:
     """Copy one file to this machine.
 
+    Args:
+        url: The file.
+        target: Its place here.
+        limit: Bytes that it may have.
     Raises:
-        UserError: it cannot be read or written.
+        UserError: it cannot be read or written, or is longer.
     """
     system, path = filesystem(url)
+    expected = _AtMost(url, limit)
     try:
-        system.get_file(path, str(target))
+        # What is said beforehand, on the way, and what came: not every file system tells the first two.
+        expected.check(system.info(path)["size"] or 0)
+        system.get_file(path, str(target), callback=expected)
+        expected.check(target.stat().st_size)
+    except UserError:
+        raise
     except Exception as error:  # each file system has errors of its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{url}: cannot be read: {reason}") from error
+        raise UserError(f"{shown_url(url)}: cannot be read: {reason_of(error)}") from error
 
 
 def copy_description(url: str, cache_dir: Path) -> Path:
@@ -229,7 +239,7 @@ def _replace_copy(url: str, target: Path) -> None:
     """Copy a file in place of one that other ranks may be reading."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial-copy")
-    copy_file(url, partial)
+    copy_file(url, partial, _MAX_DESCRIPTION_BYTES)
     os.replace(partial, target)
 
 

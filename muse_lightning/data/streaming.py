@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from muse_lightning.data.batches import Batch, Collate
-from muse_lightning.data.item_loader import Block, BlockReader
+from muse_lightning.data.block_reader import Block, BlockReader
 from muse_lightning.data.mixing import BlockId, Plan, Position
 from muse_lightning.data.order import BlockOrder, Order
 from muse_lightning.data.remote import CachedChunks
@@ -194,6 +194,7 @@ class TrainLoader(BlockLoader):
         # Batches of this epoch that the trainer has counted, and whether that was before a resume.
         self._counted = 0
         self._is_resuming = False
+        self._restored: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """Batches of this epoch, those before a resume included: a trainer that resumes has counted them."""
@@ -250,8 +251,10 @@ class TrainLoader(BlockLoader):
                 f"{state['seq_len']}; resume with that, or start a new run from the checkpoint's weights"
             )
         self._position, notes = self.plan.from_state(state["plan"])
-        for note in notes:
+        # Lightning restores the loader once more, after the data module has.
+        for note in notes if state != self._restored else ():
             rank_zero_info(note)
+        self._restored = state
         self.batches_read = state["batches_read"]
         self._counted = state["counted"]
         self._is_resuming = True

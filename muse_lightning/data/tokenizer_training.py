@@ -1,6 +1,7 @@
 """Training of a byte-level BPE tokenizer on a source: `muse tokenizer train`."""
 
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLimits, Repository, SourceUnit
 from muse_lightning.data.filters import DEFAULT_FILTERS, Filters
+from muse_lightning.data.licences import LicenceFinder
 from muse_lightning.data.selection import order_key
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens
 from muse_lightning.errors import UserError
@@ -17,6 +19,7 @@ from muse_lightning.files import atomic_write
 
 # Of max_bytes: reading stops when so much is there, since the last bytes may be found only after many large files.
 _ENOUGH = 0.99
+_MOST_IN_MEMORY = 64 << 20
 
 
 def train_tokenizer(
@@ -38,7 +41,7 @@ def train_tokenizer(
         max_bytes: Most bytes of text to learn from, taken in seeded order.
         max_documents: Most documents to learn from; null for no limit.
         seed: Which documents are taken when a limit applies.
-        filters: Which files are left out.
+        filters: Which files are left out, as in a recipe's data.filters.
         special_tokens: Names of the special tokens.
     """
     names = list(asdict(special_tokens).values())
@@ -61,14 +64,12 @@ def train_tokenizer(
         nonlocal files, used, documents
         for repository in _repositories(units, ReadLimits(max_file_bytes=filters.max_file_bytes)):
             kept = 0
-            for file in repository.files:
-                if file.for_licence or filters.check(file.path, file.content).reason is not None:
-                    continue
-                if max_bytes is not None and used + len(file.content) > max_bytes:
+            for content in _kept(repository, filters):
+                if max_bytes is not None and used + len(content) > max_bytes:
                     continue
                 kept += 1
-                used += len(file.content)
-                yield file.content.decode()
+                used += len(content)
+                yield content.decode()
             files += kept
             documents += kept > 0
             is_full = max_bytes is not None and used >= _ENOUGH * max_bytes
@@ -88,7 +89,37 @@ def train_tokenizer(
     if not files:
         raise UserError(f"sources: no file of {len(units)} listed units passes the filters; nothing to train on")
     atomic_write(output, tokenizer.to_str(pretty=True))
-    print(f"{output}: {tokenizer.get_vocab_size():,} tokens, from {files:,} files, {used / 1e6:,.1f} MB")
+    found = tokenizer.get_vocab_size()
+    print(f"{output}: {found:,} tokens, from {files:,} files, {used / 1e6:,.1f} MB")
+    if found < vocab_size:
+        print(
+            f"vocab_size: {vocab_size:,} asked for, but the text has pairs for {found:,} only; give more text "
+            "(sources, max_bytes, max_documents), or expect a model with unused ids",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _kept(repository: Repository, filters: Filters) -> Iterator[bytes]:
+    """Contents of the files that the filters, that of licences too, keep: what a dataset would be made of."""
+    finder = LicenceFinder(repository.licence)
+    files: list[tuple[str, int]] = []
+    # A licence file may come after the files it is about, which may be many.
+    with tempfile.SpooledTemporaryFile(max_size=_MOST_IN_MEMORY) as waiting:
+        for file in repository.files:
+            finder.add(file.path, file.content)
+            if file.for_licence or filters.check(file.path, file.content).reason is not None:
+                continue
+            if filters.licences is None:
+                yield file.content
+            else:
+                waiting.write(file.content)
+                files.append((file.path, len(file.content)))
+        waiting.seek(0)
+        for path, size in files:
+            content = waiting.read(size)
+            if filters.check_licence(finder.licence_of(path)) is None:
+                yield content
 
 
 def _repositories(units: Sequence[SourceUnit], limits: ReadLimits) -> Iterator[Repository]:

@@ -150,7 +150,9 @@ class LanguageModel(L.LightningModule):
         nats = self.token_nats(batch).sum()
         labels = batch["labels"]
         self._train_totals.add(nats, (labels != IGNORED_LABEL).sum())
-        self.tokens_seen += labels.numel() * self.trainer.world_size
+        # Ranks that share a sequence have read the same tokens.
+        sharing = getattr(getattr(self.trainer, "datamodule", None), "ranks_per_block", 1)
+        self.tokens_seen += labels.numel() * (self.trainer.world_size // sharing)
         return nats / labels.numel()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

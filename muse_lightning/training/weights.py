@@ -56,15 +56,17 @@ def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
     return checkpoint
 
 
-def check_checkpoint(path: str, for_training: bool) -> None:
+def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None:
     """Refuse what cannot be resumed from before a run is made for it. Weights of another architecture show later, in
     `check_shapes`.
 
     Args:
         path: value of --ckpt_path: a file, or the folder of a sharded checkpoint.
         for_training: whether the optimizer's state is needed too.
+        max_steps: where training shall end; -1: nowhere.
     Raises:
-        UserError: an address (Lightning would unpickle whatever came from there), nothing there, or no checkpoint.
+        UserError: an address (Lightning would unpickle whatever came from there), nothing there, no checkpoint, or one
+            that is not before `max_steps`.
     """
     expected = "expected the path of a local checkpoint"
     if "://" in path:
@@ -81,6 +83,12 @@ def check_checkpoint(path: str, for_training: bool) -> None:
     if missing:
         raise UserError(
             f"ckpt_path: {path} has no {', '.join(missing)}; give it as model.weights to start from its weights alone"
+        )
+    step = checkpoint.get("global_step", 0)
+    if for_training and 0 <= max_steps <= step:
+        raise UserError(
+            f"trainer.max_steps: {max_steps} found, but ckpt_path {path} is of step {step}: nothing is left to train; "
+            f"give more than {step}"
         )
 
 

@@ -155,6 +155,8 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str 
         ("model: [1", "--config: a.yaml is not YAML at line 2, column 1: did not find expected ',' or ']'"),
         ("- 1", "--config: a.yaml holds [1]; expected keys with values, such as `trainer:`"),
         ("model: {sizes: none.yaml}", "model.sizes: no file none.yaml; nearest: a.yaml"),
+        ("model: {attention: none.yaml}", "model.attention: no file none.yaml; nearest: a.yaml"),
+        ("model: {listeners: [none.yaml]}", "model.listeners[0]: no file none.yaml; nearest: a.yaml"),
         ("model: {attention: Near}", "required, but not given: model.sizes.hidden"),
         ("model: {sizes: {hidden: null}}", "model.sizes.hidden: expected an integer, found null (a.yaml)"),
     ],

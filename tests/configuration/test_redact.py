@@ -17,6 +17,7 @@ from muse_lightning.configuration.redact import without_credentials
         'client_secret: "hunter2"',
         "url: s3://me:hunter2@host/path",
         "- https://hunter2@host/path",
+        "- https://host/path?a=1&X-Amz-Credential=hunter2&X-Amz-Signature=hunter2",
     ],
 )
 def test_credentials_go(line: str) -> None:
@@ -27,7 +28,15 @@ def test_credentials_go(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["tokenizer: bytes", "repo_token: <|repo_name|>", "api_key: null", "path: s3://bucket/a@b", "max_tokens: 3"]
+    "line",
+    [
+        "tokenizer: bytes",
+        "repo_token: <|repo_name|>",
+        "api_key: null",
+        "path: s3://bucket/a@b",
+        "max_tokens: 3",
+        "- https://host/path?page=2#v1",
+    ],
 )
 def test_everything_else_stays(line: str) -> None:
     assert without_credentials(line + "\n") == line + "\n"

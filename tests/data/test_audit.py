@@ -1,10 +1,12 @@
 """The audit of ledgers made from plans, whole and with each thing that must not be."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from muse_lightning.cli import main
 from muse_lightning.data.audit import audit, audit_run
 from muse_lightning.data.ledger import LedgerDataset, LedgerHeader, batch_line, ledger_path
 from muse_lightning.data.mixing import Part, Plan
@@ -151,11 +153,45 @@ def test_a_ledger_that_does_not_begin_at_the_start_says_so(tmp_path):
     assert audit_run(tmp_path).problems == ["rank 0: the ledger begins at batch 12"]
 
 
+def test_a_line_that_a_kill_cut_short_is_no_gap(tmp_path):
+    """The other rank has noted the batch, whichever of them it is."""
+    for rank in (0, 1):
+        write(tmp_path, 8, world_size=2)
+        path = ledger_path(tmp_path / "ledger", rank)
+        path.write_text(path.read_text()[:-9])
+        assert audit_run(tmp_path).problems == []
+        path.write_text(path.read_text().rpartition("\n")[0] + "\n")
+        assert len(audit_run(tmp_path).problems) == 1
+
+
+def test_exit_codes_of_the_command(tmp_path, monkeypatch, capsys):
+    lines = write(tmp_path, 8)
+    monkeypatch.setattr(sys, "argv", ["muse", "data", "audit", str(tmp_path)])
+
+    def code() -> int:
+        try:
+            return main()
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            assert "Traceback" not in capsys.readouterr().err
+
+    assert code() == 0
+    repeat(lines)
+    save(tmp_path, lines)
+    assert code() == 1
+    lines[0].insert(4, "garbage\n")
+    save(tmp_path, lines)
+    assert code() == 2
+    ledger_path(tmp_path / "ledger", 0).unlink()
+    assert code() == 2
+
+
 def test_no_ledger_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no ledger/rank0.jsonl found; give the folder of a run"):
         audit(tmp_path)
     write(tmp_path, 2)
     path = ledger_path(tmp_path / "ledger", 0)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(UserError, match="its first line does not describe what follows"):
+    with pytest.raises(UserError, match=r"rank0.jsonl:1 is damaged: the first line does not describe what follows"):
         audit(tmp_path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from muse_lightning.data.batches import Collate, cumulative_lengths
-from muse_lightning.data.item_loader import Block
+from muse_lightning.data.block_reader import Block
 
 
 def block(tokens: list[int], starts: list[int]) -> Block:

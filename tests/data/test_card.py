@@ -43,6 +43,7 @@ def test_share_of_long_documents():
     [
         (None, r"is not a prepared dataset: dataset.json: No such file or directory; `muse prepare` makes one"),
         ("{", r"dataset.json is damaged: not JSON"),
+        ("[" * 100_000, r"dataset.json is damaged: not JSON"),
         ("[]", r"format_version None found, 2 expected"),
         ('{"format_version": 1}', r"format_version 1 found, 2 expected"),
         ('{"format_version": 2, "splits": {}}', r"dataset.json is damaged: .*missing"),
@@ -64,3 +65,10 @@ def test_card_comes_back(make_data):
     assert json.loads(card.to_json()) == json.loads((data.dataset / "dataset.json").read_text())
     with pytest.raises(UserError, match=r"split 'tset': not in this dataset; it has train, val"):
         card.split("tset")
+
+
+def test_the_bytes_of_all_ids_do_not_bury_the_rest(prepared):
+    text = (prepared / "dataset.json").read_text()
+    assert len(text.splitlines()) < 200
+    assert text.splitlines()[-2].startswith(' "token_bytes": [1, 1, ')
+    assert json.loads(text)["token_bytes"] == [1] * 256 + [0] * 3

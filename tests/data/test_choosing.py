@@ -9,7 +9,7 @@ from muse_lightning.data.choosing import Documents, choose_documents, read_paths
 from muse_lightning.data.documents import ReadLimits
 from muse_lightning.data.filters import Filters
 from muse_lightning.data.inventory import Inventory, load_inventory, revisions
-from muse_lightning.data.packs import Pack, read_jobs
+from muse_lightning.data.packs import FILE, REPOSITORY, Pack, read_jobs
 from muse_lightning.data.selection import Limits
 from tests.data.memory_source import MemoryUnit, text
 
@@ -53,6 +53,27 @@ def files_of(inventory: Inventory, documents: Documents) -> list[tuple[int, str,
         name = documents.names[documents.name[row]]
         found.append((int(documents.source[row]), name, [path.decode() for path in paths]))
     return found
+
+
+def test_more_licences_than_16_bits_number(tmp_path):
+    """Those of one pack fit, those of all packs together do not."""
+    found, expected = [], []
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        files = np.zeros(40_000, dtype=FILE)
+        files["licence"] = np.arange(40_000)[::-1]
+        files.tofile(folder / "files.bin")
+        np.array([(0, 1, 0, (number, 0), 0)], dtype=REPOSITORY).tofile(folder / "repositories.bin")
+        (folder / "names.bin").write_bytes(b"r")
+        # Two thirds of them are common to all.
+        own = [f"LicenseRef-{i if i % 3 else f'{number}-{i}'}" for i in range(40_000)]
+        found.append(Pack(folder, ["Python"], own))
+        expected += own[::-1]
+    inventory = load_inventory(found)
+    assert len(inventory.licences) > 1 << 16
+    assert [inventory.licences[number] for number in inventory.files["licence"]] == expected
+    assert inventory.files["language"].dtype == np.uint16
 
 
 def test_pieces_of_one_name_and_source_are_one_document(packs):

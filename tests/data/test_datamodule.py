@@ -147,7 +147,8 @@ def test_too_few_blocks_names_the_largest_context(make_data, ranks, split, monke
     message = str(error.value)
     assert message.startswith(f"data.seq_len: 100000 found; split '{split}'")
     assert f"has 0 blocks of that length, {needed} are needed for {ranks} rank(s)" in message
-    assert message.endswith(f"the largest that works is {largest}")
+    hint = ", or prepare again with a larger data.val_fraction" if split == "val" else ""
+    assert message.endswith(f"the largest that works is {largest}{hint}")
     assert "\n" not in message
     data.seq_len = largest
     if split == "train":

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from muse_lightning.data import TokenDataModule
+from muse_lightning.data.filters import Filters
 from muse_lightning.data.inspection import inspect
 from muse_lightning.data.length_histogram import document_lengths
 from muse_lightning.errors import UserError
@@ -119,3 +120,52 @@ def test_mistakes_are_one_line(data, arguments, message):
 def test_a_folder_that_is_no_dataset(tmp_path):
     with pytest.raises(UserError, match="is not a prepared dataset"):
         inspect(tmp_path)
+
+
+class TestLeftOut:
+    @pytest.fixture
+    def dataset(self, make_data, tmp_path):
+        same = text(1, 500)
+        units = [
+            MemoryUnit("a", (("a", {"x.py": same, "n.bin": b"\0", "b\udcff\n.py": b" "}),), licence="MIT"),
+            MemoryUnit("b", (("b", {"src/x.py": same, "y.py": text(2, 600)}),), licence="MIT", skipped={"suffix": 7}),
+            MemoryUnit("c", (("c", {"z.py": text(3, 300)}),), licence="GPL-3.0-only"),
+            MemoryUnit("d", (("d", {"n.bin": b"\0"}),), damaged="no end"),
+            *(MemoryUnit(f"e{i}", ((f"e{i}", {"x.py": text(10 + i, 400)}),), licence="MIT") for i in range(4)),
+        ]
+        filters = Filters(licences=["permissive"])
+        data = make_data(sources=[MemorySource(units)], filters=filters, dataset=str(tmp_path / "set"))
+        data.prepare_data()
+        return data.dataset
+
+    def lines(self, dataset, capsys, reason):
+        capsys.readouterr()
+        inspect(dataset, left_out=reason)
+        return capsys.readouterr()
+
+    def test_every_file_with_its_reason(self, dataset, capsys):
+        out, err = self.lines(dataset, capsys, "all")
+        repeated = {"duplicate\ta\tx.py", "duplicate\tb\tsrc/x.py"} & set(out.splitlines())
+        assert len(repeated) == 1
+        assert sorted(set(out.splitlines()) - repeated) == [
+            "binary\ta\tn.bin",
+            "empty\ta\tb\ufffd\ufffd.py",
+            "licence\tc\tz.py",
+        ]
+        assert len(out.splitlines()) == 4
+        assert err == "counted by sources, which do not look at such files: suffix 7\n"
+
+    def test_one_reason(self, dataset, capsys):
+        assert self.lines(dataset, capsys, "licence") == ("licence\tc\tz.py\n", "")
+        assert self.lines(dataset, capsys, "suffix")[0] == ""
+        with pytest.raises(UserError, match="left_out: 'minified' found; accepted: all, binary, duplicate, empty, lic"):
+            inspect(dataset, left_out="minified")
+
+    def test_a_list_that_is_missing_or_cut_is_one_line(self, dataset, capsys):
+        path = dataset / "left_out.jsonl.gz"
+        path.write_bytes(path.read_bytes()[:-12])
+        with pytest.raises(UserError, match=r"left_out.jsonl.gz is damaged .*; prepare the dataset again"):
+            inspect(dataset, left_out="all")
+        path.unlink()
+        with pytest.raises(UserError, match=r"set has no left_out.jsonl.gz: it was prepared by an earlier version"):
+            inspect(dataset, left_out="all")

@@ -6,15 +6,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from muse_lightning.data import jobs
 from muse_lightning.data.jobs import Job, Meter, run_jobs
 from muse_lightning.data.progress import StageProgress
 from muse_lightning.errors import UserError
+
+set_result = Future.set_result
 
 KINDS = [
     pytest.param({"num_workers": 1}, id="here"),
@@ -43,6 +47,9 @@ class Square(Job):
             raise OSError(28, "No space left on device")
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "kill in lock":
+            jobs._worker[3].acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "slow":
             for _ in range(600):
                 time.sleep(0.05)
@@ -61,10 +68,10 @@ def run(root: Path, jobs: list[Square], progress: StageProgress | None = None, *
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_in_the_order_of_the_jobs(tmp_path, kind):
     progress = StageProgress("testing", 100)
-    jobs = [Square(number) for number in range(20)]
-    assert run(tmp_path, jobs, progress, **kind) == [(str(n * n), n) for n in range(20)]
+    squares = [Square(number) for number in range(20)]
+    assert run(tmp_path, squares, progress, **kind) == [(str(n * n), n) for n in range(20)]
     assert progress.totals() == (200, 20, 40)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(job.key for job in jobs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(job.key for job in squares)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,6 +126,38 @@ def test_jobs_are_made_as_they_are_needed(tmp_path):
 def test_a_killed_process_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"a preparation process was killed, most likely for lack of memory; .*kept"):
         run(tmp_path, [Square(0, "kill"), Square(1)], num_workers=2)
+
+
+@pytest.mark.multi_process
+def test_a_result_is_not_sent_but_found_in_its_folder(tmp_path, monkeypatch):
+    results = []
+    monkeypatch.setattr(
+        Future, "set_result", lambda future, result: (results.append(result), set_result(future, result))
+    )
+    assert run(tmp_path, [Square(n) for n in range(3)], num_workers=2) == [("0", 0), ("1", 1), ("4", 2)]
+    assert results == [None] * 3
+
+
+@pytest.mark.multi_process
+def test_a_process_killed_while_it_counts_is_one_line_too(tmp_path):
+    """Others wait for its lock then, some of them for ever."""
+    start = time.monotonic()
+    progress = StageProgress("testing", 100)
+    with pytest.raises(UserError, match="a preparation process was killed"):
+        run(tmp_path, [Square(n, "slow" if n else "kill in lock") for n in range(8)], progress, num_workers=3)
+    assert time.monotonic() - start < 30
+    assert not list(tmp_path.glob("n*"))
+
+
+@pytest.mark.multi_process
+def test_processes_import_nothing_from_the_working_directory(tmp_path, monkeypatch):
+    for module in ("random", "selectors", "tempfile", "pickle", "numpy"):
+        (tmp_path / f"{module}.py").write_text(f"open('trace', 'a').write({module!r})\nraise ImportError\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    assert run(tmp_path / "jobs", [Square(2)], num_workers=2) == [("4", 2)]
+    assert not (tmp_path / "trace").exists()
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 @pytest.mark.multi_process

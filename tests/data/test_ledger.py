@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from muse_lightning.data.item_loader import Block
+from muse_lightning.data.block_reader import Block
 from muse_lightning.data.ledger import (
     LedgerBatch,
     LedgerDataset,
@@ -21,7 +21,8 @@ from muse_lightning.data.ledger import (
 from muse_lightning.data.mixing import BlockId
 from muse_lightning.errors import UserError
 
-HEADER = LedgerHeader([LedgerDataset("code", "c0de", 1.0, [3, 4])], 0, 1, 1, 2, 64, 0)
+DATASETS = [LedgerDataset("code", "c0de", 1.0, [3, 4, 5]), LedgerDataset("more", "30e5", 0.5, [10])]
+HEADER = LedgerHeader(DATASETS, 0, 1, 1, 2, 64, 0)
 
 
 def block(tokens=(5, 6, 7), starts=(1,), dtype=np.uint16, where=(0, 1, 2, 3)) -> Block:
@@ -63,12 +64,51 @@ def test_what_a_kill_cut_short_is_left_out(tmp_path):
     assert list(kept_lines(path, 0)) == []
 
 
-@pytest.mark.parametrize("line", ["nonsense\n", "[]\n", '{"step": 1}\n', "\x00\x00\n"])
+BATCH = '{"step":1,"batch":0,"hash":"00","blocks":[[0,1,1,3]]}\n'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense\n",
+        BATCH[:20] + "\n",
+        "[]\n",
+        '{"step": 1}\n',
+        "\x00\x00\n",
+        "\n",
+        "[" * 100_000 + "\n",
+        '{"batch": 0}\n',
+        BATCH.replace('"step"', '"stop"'),
+        BATCH.replace('"00"', "7"),
+        BATCH.replace('"batch":0', '"batch":-1'),
+        BATCH.replace('"step":1', '"step":"1"'),
+        BATCH.replace("[0,1,1,3]", "3"),
+        BATCH.replace("[[0,1,1,3]]", "3"),
+        BATCH.replace("[0,1,1,3]", "[0,1,1]"),
+        BATCH.replace("[0,1,1,3]", "[0,1,1,4]"),  # blocks, chunks and datasets that there are not
+        BATCH.replace("[0,1,1,3]", "[0,1,3,0]"),
+        BATCH.replace("[0,1,1,3]", "[2,1,0,0]"),
+        BATCH.replace("[0,1,1,3]", "[0,1,0,-1]"),
+        HEADER.to_line().replace("[3,4,5]", "7"),
+        HEADER.to_line().replace("[3,4,5]", '["3"]'),
+        HEADER.to_line().replace('"ranks_per_block":1', '"ranks_per_block":0'),
+        HEADER.to_line().replace('"datasets":[', '"datasets":[7,'),
+        HEADER.to_line().replace('"c0de"', "7"),
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "rank0.jsonl"
-    path.write_text(HEADER.to_line() + line)
-    with pytest.raises(UserError, match=r"rank0.jsonl:2 is damaged"):
+    path.write_text(HEADER.to_line() + BATCH)
+    assert len(list(read_ledger(path))) == 2
+    path.write_text(HEADER.to_line() + line + BATCH)
+    with pytest.raises(UserError, match=r"rank0.jsonl:2 is damaged: not a line of a ledger"):
         list(read_ledger(path))
+
+
+def test_a_ledger_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "rank0.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"rank0.jsonl: cannot be read: Is a directory"):
+        list(read_ledger(tmp_path / "rank0.jsonl"))
 
 
 def test_files_by_rank(tmp_path):

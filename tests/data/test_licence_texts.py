@@ -103,6 +103,20 @@ def test_several_licences_in_one_file_are_all_found():
     assert holds(filled("MIT") * 2, "MIT")
 
 
+def test_a_heading_over_each_of_many_licences_is_little():
+    """As SymPy has it: who wrote the parts, before the licence of each."""
+    heading = (
+        "\n----\nFiles of the folder {0} are taken from the project {0} (https://{0}.org) and are licensed as:\n\n"
+    )
+    text = filled("BSD-3-Clause") + "".join(heading.format(f"part{i}") + filled("BSD-3-Clause") for i in range(5))
+    assert holds(text, "BSD-3-Clause")
+    # Terms of its own in one place may be as long as a licence, however many known ones stand beside it.
+    terms = (
+        "Whoever sells copies of any file named above owes the author of that file a dinner in a town of their choice "
+    )
+    assert not recognise((text + terms * 2 + "and a cake").encode()).is_complete
+
+
 @pytest.mark.parametrize(
     ("addition", "is_restricted"),
     [

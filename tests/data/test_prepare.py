@@ -13,9 +13,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from muse_lightning.data import TokenDataModule, assembly
+from muse_lightning.data.block_reader import document_starts
 from muse_lightning.data.card import read_card
 from muse_lightning.data.filters import Filters
-from muse_lightning.data.item_loader import document_starts
 from muse_lightning.data.sources import Folders
 from muse_lightning.errors import UserError
 
@@ -188,7 +188,7 @@ class TestReuse:
 
     def test_nothing_changed(self, built, make_data, capsys):
         assert not self.is_rebuilt(built, make_data(seq_len=32, batch_size=1, seed=3, num_workers=1))
-        assert capsys.readouterr().err == ""
+        assert capsys.readouterr().err == f"data: {built.dataset} is up to date\n"
 
     def test_workers_are_no_change(self, built, make_data):
         assert not self.is_rebuilt(built, make_data(prepare_workers=2))
@@ -251,13 +251,10 @@ class TestReuse:
             make_data(prepare_seed=9).prepare_data()
         assert contents(built.dataset) == before
         # What was finished is kept for the next call, and goes with its success.
-        assert sorted(path.name for path in built.dataset.parent.glob(".dataset.*")) == [
-            ".dataset.lock",
-            ".dataset.staging",
-        ]
+        assert [path.name for path in built.dataset.parent.glob(".dataset.*")] == [".dataset.staging"]
         monkeypatch.undo()
         assert self.is_rebuilt(built, make_data(prepare_seed=9))
-        assert [path.name for path in built.dataset.parent.glob(".dataset.*")] == [".dataset.lock"]
+        assert list(built.dataset.parent.glob(".dataset.*")) == []
 
 
 @pytest.mark.parametrize("content", [b"\0", b"\xff", b""], ids=["binary", "undecodable", "empty"])

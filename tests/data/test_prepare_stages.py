@@ -1,12 +1,13 @@
 """A whole preparation: what the card says, several workers, kills, a full disk, two processes at once."""
 
+import multiprocessing
 import os
 import resource
-import signal
-import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,6 @@ from muse_lightning.data.selection import Limits
 from muse_lightning.data.tokenizer import ByteTokenizer
 from muse_lightning.errors import UserError
 from tests.data.memory_source import MemorySource, MemoryUnit, contents, text
-
-ROOT = Path(__file__).parents[2]
 
 
 def how(limits: Limits | None = None, **arguments) -> Preparation:
@@ -104,6 +103,20 @@ class TestContent:
         assert card.files == 4
         assert card.format_version == 2
         assert card.inputs["filters"]["max_file_bytes"] == 1_000_000
+
+    def test_damage_is_told_once(self, tmp_path, capsys):
+        files = (("c", {"z.py": text(3, 400)}),)
+        units = [
+            MemoryUnit("a.tar", files, damaged="/place/a.tar is damaged: no end"),
+            MemoryUnit("b.tar", files, damaged="no end"),
+            *(MemoryUnit(f"r{i}", ((f"r{i}", {"x.py": text(i, 300)}),)) for i in range(4)),
+        ]
+        prepare(tmp_path / "set", MemorySource(units))
+        told = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+        assert told == [
+            "data: left out, damaged: /place/a.tar is damaged: no end",
+            "data: left out, damaged: b.tar: no end",
+        ]
 
     def test_damage_can_be_an_error(self, tmp_path):
         source = MemorySource([MemoryUnit("bad", (("c", {"z.py": text(3, 400)}),), damaged="no end")])
@@ -205,26 +218,17 @@ def test_the_same_bytes_on_any_number_of_workers(tmp_path):
     assert one == contents(tmp_path / "set2") == contents(tmp_path / "set4")
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from tests.data import test_prepare_stages as t
-if __name__ == "__main__":
-    t.shrink_stages()
-    t.prepare(Path(sys.argv[1]), t.MemorySource(t.REPOSITORIES), preparation=t.how(num_workers=int(sys.argv[2])))
-"""
+def start(tmp_path: Path, name: str, workers: int) -> ForkProcess:
+    """Prepare in a process of its own that writes to a file. A fork, which need not import everything again."""
+    process = multiprocessing.get_context("fork").Process(target=prepare_alone, args=(tmp_path, name, workers))
+    process.start()
+    return process
 
 
-def shrink_stages() -> None:
-    building._PACK_BYTES = 1000
-    building.encode_jobs.__globals__["_JOB_BYTES"] = 1500
-
-
-def start(tmp_path: Path, workers: int) -> subprocess.Popen:
-    (tmp_path / "main.py").write_text(KILLED)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "main.py", "set", str(workers)]
-    return subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+def prepare_alone(tmp_path: Path, name: str, workers: int) -> None:
+    os.setsid()
+    with (tmp_path / f"{name}.log").open("w") as sys.stderr:
+        prepare(tmp_path / "set", MemorySource(REPOSITORIES), preparation=how(num_workers=workers))
 
 
 def finished_jobs(tmp_path: Path) -> dict[str, int]:
@@ -248,13 +252,13 @@ def test_what_was_finished_before_a_kill_is_not_done_again(tmp_path, workers, ca
     kept: dict[str, int] = {}
     kills = 0
     while True:
-        process = start(tmp_path, workers)
+        process = start(tmp_path, "log", workers)
         before = len(kept)
-        while process.poll() is None and len(finished_jobs(tmp_path)) < before + 16:
+        while process.is_alive() and len(finished_jobs(tmp_path)) < before + 16:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not process.stderr.read().count("Traceback")
+        process.kill()
+        process.join()
+        assert "Traceback" not in (tmp_path / "log.log").read_text()
         if (tmp_path / "set").exists():
             break
         kills += 1
@@ -282,6 +286,25 @@ def test_a_second_call_says_what_was_finished(tmp_path, monkeypatch, capsys):
     assert "data: 15 of 15 packs were finished before\n" in lines
     assert "data: 17 of 17 parts of ids were finished before\n" in lines
     assert not (tmp_path / ".set.staging").exists()
+
+
+def test_what_was_read_is_kept_where_only_the_limits_left_nothing(tmp_path, capsys):
+    source = MemorySource(REPOSITORIES)
+    with pytest.raises(UserError, match=r"nothing is left of 20 listed repositories"):
+        prepare(tmp_path / "set", source, preparation=how(Limits(max_bytes=10)))
+    prepare(tmp_path / "set", source, preparation=how(Limits(max_bytes=10**6)))
+    assert "data: 1 of 1 packs were finished before\n" in capsys.readouterr().err
+
+
+def test_sources_of_which_nothing_can_be_read(tmp_path):
+    unit = MemoryUnit("u", (("r", {}),), damaged="cut off")
+    with pytest.raises(UserError) as error:
+        prepare(tmp_path / "set", MemorySource([unit, replace(unit, name="v")]))
+    assert str(error.value) == (
+        "no repository was found in 2 listed units, 2 of them damaged; the first: u: cut off; repair them or give "
+        "other sources"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def interrupt(*arguments: object) -> None:
@@ -332,15 +355,16 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, longest_file, size, reached
     assert {Path(folder).relative_to(tmp_path).parts[1] for folder in finished_jobs(tmp_path)} == reached
     longest_file(1 << 30)
     prepare(tmp_path / "set", source)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.lock", "set"]
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 @pytest.mark.multi_process
 @pytest.mark.usefixtures("small_stages")
 def test_two_processes_at_once(tmp_path):
-    both = [start(tmp_path, 1), start(tmp_path, 1)]
-    errors = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    names = ["first", "second"]
+    both = [start(tmp_path, name, 1) for name in names]
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
     # One of them built it, the other found it.
-    assert sorted(error.count("data: documents:") for error in errors) == [0, 1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.lock", "main.py", "set"]
+    assert sorted((tmp_path / f"{name}.log").read_text().count("data: documents:") for name in names) == [0, 1]

@@ -8,6 +8,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from muse_lightning.data import TokenDataModule
+from muse_lightning.data.card import read_card
 from muse_lightning.data.prepared import MixtureEntry
 from muse_lightning.data.sources import Folders
 from muse_lightning.data.tokenizer import SpecialTokens
@@ -78,7 +79,12 @@ def test_datasets_that_do_not_go_together(prepared, other_prepared, tmp_path):
     card = json.loads((copy / "dataset.json").read_text())
     card["tokenizer"]["sha256"] = "0" * 64
     (copy / "dataset.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match=rf"data.tokenizer: bytes found, but {copy} was prepared with another file"):
+    own = read_card(other_prepared).tokenizer["sha256"][:12]
+    different = (
+        rf"data.mixture: prepared with different tokenizers: {other_prepared} with bytes \({own}\), {copy} with bytes "
+        r"\(000000000000\); prepare all of them with one, as muse prepare --data.tokenizer=PATH"
+    )
+    with pytest.raises(UserError, match=different):
         module((other_prepared, 1), (copy, 1)).setup("fit")
     with pytest.raises(UserError, match=rf"data.special_tokens: end '<eos>' found, but {prepared} was prepared with"):
         module((prepared, 1), (other_prepared, 1), special_tokens=SpecialTokens(end="<eos>")).setup("fit")
@@ -95,6 +101,15 @@ def test_a_dataset_too_small_for_the_context_is_named(prepared, other_prepared):
     with pytest.raises(UserError, match=rf"split 'train' of {short} .* the largest that works is {longest[short] - 1}"):
         module((short, 1), (long, 1), seq_len=seq_len, batch_size=1).setup("fit")
     module((short, 0), (long, 1), seq_len=seq_len, batch_size=1)._check_split("train")
+
+
+def test_a_validation_too_short_for_the_context_says_what_makes_it_longer(prepared):
+    seq_len = max(chunk.tokens for chunk in read_card(prepared).splits["val"].chunks)
+    with pytest.raises(
+        UserError,
+        match=rf"split 'val' .* the largest that works is {seq_len - 1}, or prepare again with a larger data.val_fract",
+    ):
+        module((prepared, 1), seq_len=seq_len)._check_split("val")
 
 
 def test_damage_in_any_dataset_is_found(prepared, other_prepared, tmp_path):

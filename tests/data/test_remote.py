@@ -1,5 +1,6 @@
 """Datasets at URLs: the same batches as from the folder, a cache within its bounds, damage named."""
 
+import contextlib
 import functools
 import http.server
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from muse_lightning.data import TokenDataModule, item_loader
+from muse_lightning.data import TokenDataModule, block_reader
 from muse_lightning.data.card import ChunkEntry, read_card
 from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_file
 from muse_lightning.errors import UserError
@@ -102,8 +103,8 @@ def test_the_cache_stays_within_its_bounds(upload, tmp_path, monkeypatch):
     assert sum(chunk.size_bytes for chunk in chunks) > limit
     cache, sizes = tmp_path / "cache", []
 
-    def copy_and_measure(url: str, target: Path) -> None:
-        copy_file(url, target)
+    def copy_and_measure(url: str, target: Path, limit: int) -> None:
+        copy_file(url, target, limit)
         sizes.append(sum(size_of(path) for path in cache.iterdir() if path.suffix in (".bin", ".partial")))
 
     monkeypatch.setattr("muse_lightning.data.remote.copy_file", copy_and_measure)
@@ -130,13 +131,13 @@ def test_downloads_at_the_same_time_wait_for_room(tmp_path, monkeypatch):
     cache = ChunkCache(tmp_path / "cache", 1500)
     cache.folder.mkdir()
 
-    def copy_slowly(url: str, target: Path) -> None:
+    def copy_slowly(url: str, target: Path, limit: int) -> None:
         with target.open("wb") as file:  # in pieces, as over a network
             for _ in range(4):
                 file.write(bytes(250))
                 file.flush()
                 time.sleep(0.03)
-        copy_file(url, target)
+        copy_file(url, target, limit)
         sizes.append(sum(size_of(path) for path in cache.folder.iterdir() if path.suffix in (".bin", ".partial")))
 
     monkeypatch.setattr("muse_lightning.data.remote.copy_file", copy_slowly)
@@ -162,13 +163,13 @@ def test_a_file_that_is_removed_while_it_is_open_stays_readable(upload, tmp_path
     entry = read_card(upload).splits["train"].chunks[0]
     chunks = CachedChunks(f"file://{upload}/train", ChunkCache(tmp_path / "cache", 10**6))
     expected = chunks.open(entry, "uint16").tokens.tolist()
-    check = item_loader.check_content
+    check = block_reader.check_content
 
     def check_and_remove(file, path, sha256) -> None:
         check(file, path, sha256)
         path.unlink()
 
-    monkeypatch.setattr(item_loader, "check_content", check_and_remove)
+    monkeypatch.setattr(block_reader, "check_content", check_and_remove)
     assert chunks.open(entry, "uint16").tokens.tolist() == expected
     assert not cached(tmp_path / "cache")
 
@@ -197,9 +198,9 @@ def test_downloads_at_the_same_time_count_each_other(upload, tmp_path, monkeypat
     entries = read_card(upload).splits["train"].chunks[:3]
     cache = ChunkCache(tmp_path / "cache", sum(entry.size_bytes for entry in entries) - 1)
 
-    def slow_copy(url: str, target: Path) -> None:
+    def slow_copy(url: str, target: Path, limit: int) -> None:
         time.sleep(0.3)
-        copy_file(url, target)
+        copy_file(url, target, limit)
 
     def fetch(entry) -> Path:
         return cache.fetch(f"file://{upload}/train/{entry.filename}", entry)
@@ -215,10 +216,10 @@ def test_many_readers_download_once(upload, tmp_path, monkeypatch):
     entry = read_card(upload).splits["train"].chunks[0]
     asked = []
 
-    def slow_copy(url: str, target: Path) -> None:
+    def slow_copy(url: str, target: Path, limit: int) -> None:
         asked.append(url)
         time.sleep(0.2)
-        copy_file(url, target)
+        copy_file(url, target, limit)
 
     monkeypatch.setattr("muse_lightning.data.remote.copy_file", slow_copy)
     chunks = CachedChunks(f"file://{upload}/train", ChunkCache(tmp_path / "cache", 10**6))
@@ -275,6 +276,47 @@ def test_mistakes_are_one_line(upload, tmp_path, place, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         records(module(place.format(root=upload.parent), tmp_path / "cache", **arguments))
     assert "\n" not in str(error.value)
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """A file without an end; `/said` tells a length beforehand."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        if self.path == "/said":
+            self.send_header("Content-Length", str(1 << 40))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        with contextlib.suppress(OSError):
+            while True:
+                self.server.sent += self.wfile.write(bytes(1 << 20))  # type: ignore[attr-defined]
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("name", "most"), [("said", 0), ("unsaid", 64 << 20)])
+def test_a_file_without_an_end_is_not_copied_to_it(tmp_path, name, most):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        server.sent = 0
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{name}"
+        with pytest.raises(UserError, match=rf"^{url}: more than 1,000,000 bytes found, at most these expected"):
+            copy_file(url, tmp_path / "file", 1_000_000)
+        server.shutdown()
+        assert server.sent <= most
+
+
+@pytest.mark.parametrize("place", ["file", "s3"])
+def test_a_chunk_that_is_longer_than_its_card_says(upload, bucket, tmp_path, place):
+    name = read_card(upload).splits["train"].chunks[0].filename
+    with (upload / "train" / name).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match=rf"^{place}://.*{name}: more than [\d,]+ bytes found"):
+        records(module(bucket if place == "s3" else f"file://{upload}", tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob("*.partial"))
 
 
 def test_a_card_cannot_name_files_outside_the_cache(upload, tmp_path):

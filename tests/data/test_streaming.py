@@ -14,9 +14,9 @@ import lightning as L
 import pytest
 import torch
 
-from muse_lightning.data import TokenDataModule
+from muse_lightning.data import TokenDataModule, streaming
+from muse_lightning.data.block_reader import read_block
 from muse_lightning.data.card import count_blocks
-from muse_lightning.data.item_loader import read_block
 from muse_lightning.data.prepared import MixtureEntry
 from muse_lightning.data.streaming import DataWorkerError, TrainLoader
 from muse_lightning.errors import UserError
@@ -58,6 +58,19 @@ def module(dataset: Path | None, **arguments) -> TokenDataModule:
 def mixture(*datasets: Path, weights=(0.7, 0.3), **arguments) -> TokenDataModule:
     entries = [MixtureEntry(str(dataset), weight) for dataset, weight in zip(datasets, weights, strict=True)]
     return module(None, mixture=entries, **arguments)
+
+
+def test_what_changed_at_a_resume_is_told_once(prepared, other_prepared, monkeypatch):
+    """A trainer restores the loader after the data module has."""
+    told: list[str] = []
+    monkeypatch.setattr(streaming, "rank_zero_info", told.append)
+    state = mixture(prepared, other_prepared).train_dataloader().state_dict()
+    data = mixture(prepared, other_prepared, weights=(0.5, 0.5))
+    data.load_state_dict({"train": state})
+    loader = data.train_dataloader()
+    assert len(told) == 2
+    loader.load_state_dict(dict(state))
+    assert len(told) == 2
 
 
 @pytest.fixture

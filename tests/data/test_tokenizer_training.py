@@ -1,11 +1,15 @@
 """Training a byte-level BPE."""
 
+import json
+
 import pytest
 
+from muse_lightning.data.filters import Filters
 from muse_lightning.data.sources import Folders
 from muse_lightning.data.tokenizer import load_tokenizer
 from muse_lightning.data.tokenizer_training import train_tokenizer
 from muse_lightning.errors import UserError
+from tests.data.sources.builders import write
 
 
 def test_trains_a_tokenizer_that_loads_and_compresses(repositories, tmp_path, capsys):
@@ -27,6 +31,32 @@ def test_equal_input_gives_an_equal_file_and_limits_choose_by_seed(repositories,
 
     assert train("a") == train("b") == train("c", seed=1)
     assert len({train(f"d{seed}", max_documents=1, seed=seed) for seed in range(3)}) > 1
+
+
+def test_what_the_licences_leave_out_is_not_learned(tmp_path):
+    for name, licence in [("free", "MIT"), ("copyleft", "GPL-3.0-only"), ("silent", "")]:
+        write(tmp_path / name / "a.py", f"{name}_word = 1\n".encode() * 50)
+        if licence:
+            # In the order of paths behind the file it is about.
+            write(tmp_path / name / "package.json", f'{{"license": "{licence}"}}'.encode())
+
+    def vocabulary(**filters) -> set[str]:
+        output = tmp_path / "tokenizer.json"
+        train_tokenizer([Folders(tmp_path, suffixes=(".py",))], output, 400, filters=Filters(**filters))
+        return set(json.loads(output.read_text())["model"]["vocab"])
+
+    words = {"free", "copyleft", "silent"}
+    assert words <= vocabulary()
+    assert vocabulary(licences=["permissive"]) & words == {"free"}
+    assert vocabulary(licences=["permissive"], keep_unlicensed=True) & words == {"free", "silent"}
+
+
+def test_fewer_merges_than_asked_for_are_told(repositories, tmp_path, capsys):
+    train_tokenizer([Folders(repositories)], tmp_path, vocab_size=20_000)
+    found = load_tokenizer(str(tmp_path)).vocab_size
+    assert f"vocab_size: 20,000 asked for, but the text has pairs for {found:,} only; " in capsys.readouterr().err
+    train_tokenizer([Folders(repositories)], tmp_path, vocab_size=found)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """LanguageModel under a Trainer: what it minimises, logs, stores and refuses, read back from event files."""
 
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -99,6 +100,19 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-3)
     assert results[0][2] == results[1][2]
+
+
+def test_tokens_that_ranks_share_are_counted_once():
+    model = tiny_model()
+    model.configure_model()
+    data = TinyData(batches(1))
+    for ranks_per_block, tokens in [(None, 8), (2, 8 + 4), (8, 8 + 4 + 1)]:
+        if ranks_per_block is not None:
+            data.ranks_per_block = ranks_per_block
+        trainer = SimpleNamespace(world_size=8, datamodule=data)
+        model.trainer = trainer
+        model.training_step(data.train[0], 0)
+        assert model.tokens_seen == tokens * 2 * SEQ_LEN
 
 
 @pytest.mark.parametrize("stage", ["val", "test"])

@@ -5,7 +5,6 @@ device, a sparse file) has no content here.
 """
 
 import os
-import re
 import stat
 import tarfile
 import zipfile
@@ -15,13 +14,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import IO, NamedTuple, cast
 
-from muse_lightning.data.documents import DamagedSource, ReadLimits, name_bytes
+from muse_lightning.data.documents import DamagedSource, ReadLimits
+from muse_lightning.data.sources.local import clean_path
+from muse_lightning.data.sources.raw_files import open_raw
 from muse_lightning.data.sources.unpacking import BoundedStream, damage_named, open_unpacked, unpacked_limit
 
 # Headers of one member: long names, extended attributes. GNU tar and pax writers stay far below.
 _MAX_HEADER_BYTES = 1 << 20
-# Length of a path on Linux.
-_MAX_PATH_BYTES = 4096
 # zipfile holds a zip's directory in memory, 46 bytes and the name of each member, as ten times as many bytes.
 _MAX_DIRECTORY_BYTES = 64 << 20
 
@@ -40,25 +39,18 @@ class Member(NamedTuple):
     OSError where this member alone is unreadable."""
 
 
-def clean_path(name: str) -> str | None:
-    """A member's path inside the archive, or None where it is not inside. Backslashes separate, too."""
-    parts = re.split(r"[/\\]", name)
-    drive = len(parts[0]) == 2 and parts[0][1] == ":"
-    if name[:1] in ("/", "\\") or drive or ".." in parts or "\0" in name or len(name_bytes(name)) > _MAX_PATH_BYTES:
-        return None
-    return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
 @contextmanager
 def open_members(location: str, limits: ReadLimits) -> Iterator[Iterator[Member]]:
     """The members of an archive, in stored order.
 
     Raises:
-        DamagedSource: it is no archive, corrupt or truncated, or passes one of the limits. While the members are
+        DamagedSource: it is gone, no archive, corrupt or truncated, or passes one of the limits. While the members are
             consumed, too.
+        UserError: the disk fails.
     """
-    with damage_named(location), open(location, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with damage_named(location), open_raw(location, is_local=True) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         is_zip = file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
         file.seek(0)
         members = _zip_members(file, size, limits) if is_zip else _tar_members(file, size, limits)

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from muse_lightning.data.documents import DocumentSource, ReadLimits, Repository, SourceFile, SourceUnit
 from muse_lightning.data.licences import is_licence_name
 from muse_lightning.data.sources import declarations
-from muse_lightning.data.sources.archive_members import Member, clean_path, open_members
+from muse_lightning.data.sources.archive_members import Member, open_members
 from muse_lightning.data.sources.declarations import Declaration, read_declaration
 from muse_lightning.data.sources.downloads import Download, cache_folder, fetch
-from muse_lightning.data.sources.local import EXCLUDE, PathRules, file_stamp, walk
-from muse_lightning.errors import UserError
+from muse_lightning.data.sources.local import EXCLUDE, PathRules, clean_path, file_stamp, walk
+from muse_lightning.errors import UserError, reason_of
 
 _ENDINGS = re.compile(r"\.(?:tar|tar\.(?:gz|bz2|xz|zst)|tgz|tbz2?|txz|zip|whl|crate)$")
 # "requests-2.32.5", "coreutils_9.1.orig": a name, then what begins with a digit.
@@ -65,7 +65,7 @@ class Archives(DocumentSource):
         return {
             "class": "Archives",
             "path": None if self.path is None else str(self.path.absolute()),
-            "downloads": [{"url": download.url, "sha256": download.sha256} for download in self.downloads],
+            "downloads": [{"url": download.shown, "sha256": download.sha256} for download in self.downloads],
             **self.rules.identity(),
         }
 
@@ -73,7 +73,7 @@ class Archives(DocumentSource):
         found = [] if self.path is None else list(_local_units(self.path, self.rules))
         for download in self.downloads:
             location = fetch(download, self.cache / "archives")
-            found.append(archive_unit(download.url, str(location), self.rules, stamp=download.sha256))
+            found.append(archive_unit(download.shown, str(location), self.rules, stamp=download.sha256))
         names = Counter(unit.name for unit in found)
         twice = next((name for name, count in names.items() if count > 1), None)
         if twice is not None:
@@ -91,6 +91,8 @@ def _local_units(path: Path, rules: PathRules) -> "Iterator[ArchiveUnit]":
         raise UserError(f"Archives: {path}: {error.strerror}; give an archive or a folder of archives") from error
     empty = True
     for found in walk(str(path.absolute()), PathRules(exclude=())):
+        if found.reason == "unreadable":
+            raise UserError(f"Archives: {found.location}: cannot be read; mend it, or give another folder")
         if found.status is not None and _ENDINGS.search(found.path):
             empty = False
             yield archive_unit(found.path, found.location, rules)
@@ -125,7 +127,10 @@ class ArchiveUnit(SourceUnit):
 
 def archive_unit(name: str, location: str, rules: PathRules, *, stamp: str = "") -> ArchiveUnit:
     """A unit for an archive as it is now. `stamp`: its digest, where that is known."""
-    status = os.stat(location)
+    try:
+        status = os.stat(location)
+    except OSError as error:
+        raise UserError(f"Archives: {location}: {reason_of(error)}; give an archive that can be read") from error
     return ArchiveUnit(
         name, status.st_size, stamp or file_stamp(status), location, declared_by_file_name(location), rules
     )

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-
-from muse_lightning.errors import UserError
+from muse_lightning.data.filesystems import open_file
+from muse_lightning.errors import UserError, reason_of, shown_url
 from muse_lightning.files import sha256_file
 
 _PIECE = 1 << 20
+# Of a file's name on Linux.
+_MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class Download:
 
     def __post_init__(self) -> None:
         if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
-            raise UserError(f"download {self.url}: sha256 {self.sha256!r} found; 64 digits in 0-9a-f expected")
+            raise UserError(f"download {self.shown}: sha256 {self.sha256!r} found; 64 digits in 0-9a-f expected")
+
+    @property
+    def shown(self) -> str:
+        """The URL without credentials."""
+        return shown_url(self.url)
 
 
 def cache_folder(chosen: Path | None) -> Path:
@@ -43,15 +49,20 @@ def fetch(download: Download, cache: Path) -> Path:
     Raises:
         UserError: it cannot be fetched, or what came has another digest.
     """
-    name = unquote(urlsplit(download.url).path).rstrip("/").rpartition("/")[2] or "file"
+    name = _file_name(download.url)
     target = cache / download.sha256 / name
     if target.exists() and sha256_file(target) == download.sha256:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"download {download.shown}: cannot write {target.parent}: {reason_of(error)}; choose another cache"
+        ) from error
     partial = target.with_name(f".{uuid.uuid4().hex}.partial")
     digest = hashlib.sha256()
     try:
-        with fsspec.open(download.url, "rb") as remote, open(partial, "xb") as local:
+        with open_file(download.url) as remote, open(partial, "xb") as local:
             while piece := remote.read(_PIECE):
                 digest.update(piece)
                 local.write(piece)
@@ -59,7 +70,7 @@ def fetch(download: Download, cache: Path) -> Path:
             os.fsync(local.fileno())
         if digest.hexdigest() != download.sha256:
             raise UserError(
-                f"download {download.url}: SHA-256 {digest.hexdigest()} found, {download.sha256} expected; "
+                f"download {download.shown}: SHA-256 {digest.hexdigest()} found, {download.sha256} expected; "
                 "check the address, or pin what you have looked at"
             )
         os.replace(partial, target)
@@ -67,8 +78,14 @@ def fetch(download: Download, cache: Path) -> Path:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"download {download.url}: {reason}; check the address and the network") from error
+        raise UserError(f"download {download.shown}: {reason_of(error)}; check the address and the network") from error
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def _file_name(url: str) -> str:
+    """The last part of a URL's path, where that can name a file."""
+    name = unquote(urlsplit(url).path).rstrip("/").rpartition("/")[2]
+    is_name = name not in ("", ".", "..") and "\0" not in name and len(os.fsencode(name)) <= _MAX_NAME_BYTES
+    return name if is_name else "file"

@@ -6,29 +6,30 @@ import re
 import shutil
 import subprocess
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, shown_url
 from muse_lightning.files import exclusive_lock
 
 # scheme://host/path, or scp's form user@host:path.
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://.+|[^/@:\s]+@[^/:\s]+:.+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
+# A server that is silent for so long is given up. One that packs a large repository sends a few bytes now and then.
+_SILENCE_SECONDS = 120
 # No hooks, no prompts, no submodules, no helper that a URL could name (ext::).
-_SETTINGS = ("core.hooksPath=/dev/null", "protocol.ext.allow=never", "fetch.recurseSubmodules=false")
+_SETTINGS = (
+    "core.hooksPath=/dev/null",
+    "protocol.ext.allow=never",
+    "fetch.recurseSubmodules=false",
+    "http.lowSpeedLimit=1",
+)
+_SSH = "ssh -o BatchMode=yes -o ConnectTimeout={0} -o ServerAliveInterval={0} -o ServerAliveCountMax=1"
 
 
-def is_url(location: str) -> bool:
-    """Whether a location is for git to fetch, not a path on this machine."""
+def is_git_url(location: str) -> bool:
+    """Whether a location is for git to fetch, not a path on this machine: a URL, or `user@host:path`."""
     return _URL.fullmatch(location) is not None
-
-
-def without_credentials(url: str) -> str:
-    """The URL as it may be shown and stored."""
-    return _CREDENTIALS.sub("", url)
 
 
 def clone(url: str, revision: str, cache: Path, refresh: bool) -> Path:
@@ -74,15 +75,35 @@ def _fetch(url: str, revision: str, repository: Path) -> None:
 
 
 def _git(url: str, *arguments: str) -> None:
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true", "LC_ALL": "C"}
-    command: Sequence[str] = ("git", *(part for setting in _SETTINGS for part in ("-c", setting)), *arguments)
+    settings = (*_SETTINGS, f"http.lowSpeedTime={_SILENCE_SECONDS}")
+    command = ("git", *(part for setting in settings for part in ("-c", setting)), *arguments)
     try:
-        subprocess.run(command, env=environment, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+        # In a session of its own there is no terminal on which ssh, whatever its settings, could ask for a password.
+        subprocess.run(
+            command,
+            env=_environment(),
+            check=True,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     except FileNotFoundError as error:
         raise UserError("GitRepositories: git is not installed; install it, or give local repositories") from error
     except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
-        reason = without_credentials(lines[-1] if lines else f"git exit code {error.returncode}")
-        raise UserError(
-            f"GitRepositories: {without_credentials(url)}: {reason}; check the address and the revision"
-        ) from error
+        lines = [line.strip() for line in error.stderr.decode(errors="replace").splitlines()]
+        # What ssh or the server says comes first, then git's own word, then advice.
+        said = [line for line in lines if line and not line.startswith(("warning:", "hint:"))][:2]
+        reason = shown_url(" ".join(said) or f"git exit code {error.returncode}")
+        if reason.endswith("couldn't find remote ref HEAD"):
+            reason = "it has no commits"
+        raise UserError(f"GitRepositories: {shown_url(url)}: {reason}; check the address and the revision") from error
+
+
+def _environment() -> dict[str, str]:
+    """Git's variables: no prompts, and an ssh that gives up, unless the user has chosen another."""
+    chosen = {"GIT_SSH", "GIT_SSH_COMMAND"} & set(os.environ) or subprocess.run(
+        ("git", "config", "--get", "core.sshCommand"), capture_output=True, stdin=subprocess.DEVNULL, check=False
+    ).stdout.strip()
+    ssh = {} if chosen else {"GIT_SSH_COMMAND": _SSH.format(_SILENCE_SECONDS)}
+    silent = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true", "SSH_ASKPASS": "true", "LC_ALL": "C"}
+    return {**os.environ, **ssh, **silent}

@@ -12,7 +12,7 @@ from typing import Any
 
 from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLimits, Repository, SourceFile, SourceUnit
 from muse_lightning.data.sources.downloads import cache_folder
-from muse_lightning.data.sources.git_clones import clone, is_url, without_credentials
+from muse_lightning.data.sources.git_clones import clone, is_git_url
 from muse_lightning.data.sources.git_store import (
     NO_FILE,
     CommitReader,
@@ -23,7 +23,7 @@ from muse_lightning.data.sources.git_store import (
     resolve_commit,
 )
 from muse_lightning.data.sources.local import EXCLUDE, PathRules
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, shown_url
 
 
 class GitRepositories(DocumentSource):
@@ -63,7 +63,7 @@ class GitRepositories(DocumentSource):
     def identity(self) -> dict[str, Any]:
         return {
             "class": "GitRepositories",
-            "repositories": [without_credentials(repository) for repository in self.repositories],
+            "repositories": [shown_url(repository) for repository in self.repositories],
             "revision": self.revision,
             **self.rules.identity(),
         }
@@ -79,10 +79,10 @@ class GitRepositories(DocumentSource):
 
     def _units_of(self, entry: str) -> "Iterator[GitUnit]":
         location, mark, revision = entry.rpartition("#")
-        if not mark or (not is_url(entry) and os.path.exists(os.path.expanduser(entry))):
+        if not mark or (not is_git_url(entry) and os.path.exists(os.path.expanduser(entry))):
             location, revision = entry, self.revision
-        if is_url(location):
-            shown = without_credentials(location)
+        if is_git_url(location):
+            shown = shown_url(location)
             owner_and_name = shown.rstrip("/").removesuffix(".git").replace(":", "/").split("/")[-2:]
             path = clone(location, revision, self.cache / "git", self.refresh)
             # Where the clone has the one commit that was asked for, HEAD is it.

@@ -14,16 +14,16 @@ from dulwich.refs import DictRefsContainer
 from dulwich.repo import BaseRepo
 
 from muse_lightning.data.documents import DamagedSource
-from muse_lightning.data.sources.archive_members import clean_path
 from muse_lightning.data.sources.git_objects import GitObjects
 from muse_lightning.data.sources.git_packs import BLOB, COMMIT, TREE, BrokenObjectError, broken_named
-from muse_lightning.data.sources.local import PathRules, read_regular
+from muse_lightning.data.sources.local import PathRules, clean_path, read_regular
 
 _MAX_REFERENCE_BYTES = 1 << 12
 _MAX_PACKED_REFERENCES_BYTES = 1 << 28
 # Commits and trees; the largest trees in use have some 100,000 entries of 50 bytes.
 _MAX_TREE_BYTES = 32 << 20
 _ID_BYTES = 20
+_MOST_NAMES = 8
 _FOLDER = 0o040000
 # Why an entry of a commit is no file. Files have mode 100644, 100755 or, in old repositories, 100664.
 NO_FILE = {0o120000: "symlink", 0o160000: "submodule"}
@@ -68,17 +68,33 @@ def resolve_commit(folder: str, revision: str) -> str:
         DamagedSource: there is no such commit, or a needed object is missing.
     """
     objects = GitObjects(folder, _MAX_TREE_BYTES)
+    references = _references(folder)
     try:
-        repository = BaseRepo(objects, DictRefsContainer(_references(folder)))  # type: ignore[arg-type]
+        repository = BaseRepo(objects, DictRefsContainer(references))  # type: ignore[arg-type]
         with broken_named("it"):
             # The one knows short ids, the other ~ and ^.
             if "~" in revision or "^" in revision:
                 revision = parse_object(repository, revision).id.decode()  # type: ignore[arg-type]
             return parse_commit(repository, revision).id.decode()
     except BrokenObjectError as error:
-        raise DamagedSource(f"no commit {revision!r} ({error})") from error
+        why = error if revision in _names(references) else _described(references)
+        raise DamagedSource(f"no commit {revision!r}: {why}") from error
     finally:
         objects.close()
+
+
+def _names(references: dict[bytes, bytes]) -> list[str]:
+    """Branches and tags as one writes them."""
+    full = sorted(name for name in references if name.startswith((b"refs/heads/", b"refs/tags/", b"refs/remotes/")))
+    return [os.fsdecode(name).split("/", 2)[2] for name in full if name.count(b"/") >= 2]
+
+
+def _described(references: dict[bytes, bytes]) -> str:
+    names = _names(references)
+    if not names:
+        return "it has no branches and no tags; a repository without commits has nothing to read"
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"it has the branches and tags {', '.join(names[:_MOST_NAMES])}{more}"
 
 
 def _references(folder: str) -> dict[bytes, bytes]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import NamedTuple
 
-from muse_lightning.data.documents import DamagedSource, ReadLimits, Repository, SourceFile, SourceUnit
+from muse_lightning.data.documents import DamagedSource, ReadLimits, Repository, SourceFile, SourceUnit, name_bytes
 from muse_lightning.data.licences import is_licence_name
 
 # Version control, environments, caches and what packaging tools add: nothing that people wrote.
 EXCLUDE = (".*", "__pycache__", "node_modules", "*.egg-info", "*.dist-info")
+# Length of a path on Linux.
+_MAX_PATH_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,16 @@ class PathRules:
 @lru_cache(maxsize=1024)
 def _is_excluded_folder(path: str, rules: PathRules) -> bool:
     return any(rules.excludes(name) for name in path.split("/"))
+
+
+def clean_path(name: str) -> str | None:
+    """A path inside an archive, a table or a git tree, with "." and double slashes removed; None where it leaves the
+    inside, or is longer than a path can be. Backslashes separate, too."""
+    parts = re.split(r"[/\\]", name)
+    drive = len(parts[0]) == 2 and parts[0][1] == ":"
+    if name[:1] in ("/", "\\") or drive or ".." in parts or "\0" in name or len(name_bytes(name)) > _MAX_PATH_BYTES:
+        return None
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 class Found(NamedTuple):

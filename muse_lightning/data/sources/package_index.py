@@ -12,7 +12,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, reason_of
 
 _ARCHIVES = (".tar.gz", ".zip", ".tar.bz2", ".tar.xz")
 _TIMEOUT_SECONDS = 60.0
@@ -74,8 +74,7 @@ class PackageIndex:
             raise
         # The client raises errors of its own library and of the sockets below.
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"PyPIPackages: {release}: {reason}; check the index and the network") from error
+            raise UserError(f"PyPIPackages: {release}: {reason_of(error)}; check the index and the network") from error
 
 
 @cache

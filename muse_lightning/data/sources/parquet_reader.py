@@ -1,16 +1,20 @@
-"""A Parquet file as JSON lines on standard output: python -m muse_lightning.data.sources.parquet_reader NAME COLUMNS.
+"""A Parquet file as JSON lines on standard output, for a process of its own.
 
-NAME is what fsspec opens, COLUMNS a JSON list of names or null for all. Values that JSON does not have become null.
+On standard input is a JSON list: a name that fsspec opens, and a list of columns or null for all. Values that JSON does
+not have become null.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-import fsspec
+from muse_lightning.data.documents import DamagedSource
+from muse_lightning.data.sources.raw_files import open_raw
+from muse_lightning.errors import UserError, reason_of
 
-DAMAGED, NOT_INSTALLED = 3, 4
+DAMAGED, NOT_INSTALLED, UNREADABLE = 3, 4, 5
 
 _PIECE = 1 << 20
 # Rows that are decoded at once.
@@ -20,7 +24,18 @@ _BATCH_ROWS = 32
 _MAX_COLUMN_CHUNK = 1 << 30
 
 
-def main(name: str, columns: Sequence[str] | None) -> int:
+def main() -> NoReturn:
+    """Do what standard input asks for, and end with the exit code of `write_rows`."""
+    # A file that was not opened complains when it is thrown away, and would join the line that is said.
+    sys.unraisablehook = lambda unraisable: None
+    code = write_rows(*json.load(sys.stdin))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: what a library does on its way out, which may be to crash, says nothing about the file.
+    os._exit(code)
+
+
+def write_rows(name: str, columns: Sequence[str] | None) -> int:
     """Write the rows; the exit code, with a line on standard error where it is not 0."""
     try:
         import pyarrow
@@ -29,7 +44,7 @@ def main(name: str, columns: Sequence[str] | None) -> int:
         print("Parquet files need the package pyarrow: pip install 'muse-lightning[tables]'", file=sys.stderr)
         return NOT_INSTALLED
     try:
-        with fsspec.open(name, "rb") as file:
+        with open_raw(name) as file:
             # Page by page: a row group is never in memory as a whole.
             table = parquet.ParquetFile(file, buffer_size=_PIECE, pre_buffer=False, memory_map=False)
             wanted = [column for column in table.schema_arrow.names if columns is None or column in columns]
@@ -38,8 +53,14 @@ def main(name: str, columns: Sequence[str] | None) -> int:
             for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
                 for row in batch.to_pylist():
                     print(json.dumps(row, default=lambda value: None))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return UNREADABLE
+    except DamagedSource as error:
+        print(error, file=sys.stderr)
+        return DAMAGED
     except (pyarrow.ArrowException, ValueError, OSError) as error:
-        print(f"is no readable Parquet file: {error}", file=sys.stderr)
+        print(f"is no readable Parquet file: {reason_of(error)}", file=sys.stderr)
         return DAMAGED
     return 0
 
@@ -52,7 +73,3 @@ def _check_row_group(group: Any, columns: Sequence[str]) -> None:
                 f"column {column.path_in_schema!r} has {column.total_uncompressed_size:,} bytes in one row group, "
                 f"{_MAX_COLUMN_CHUNK:,} are allowed"
             )
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], json.loads(sys.argv[2])))

@@ -17,7 +17,7 @@ from muse_lightning.data.sources.archives import archive_unit
 from muse_lightning.data.sources.downloads import cache_folder
 from muse_lightning.data.sources.local import EXCLUDE, PathRules
 from muse_lightning.data.sources.package_index import PackageIndex
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, reason_of
 from muse_lightning.files import sha256_file
 
 _CONNECTIONS = 4
@@ -94,12 +94,17 @@ class PyPIPackages(DocumentSource):
     def _fetch(self, release: "_Release", index: PackageIndex) -> None:
         """Put a release's archive into the cache, whole or not at all."""
         folder = self.cache / "pypi" / release.key
-        folder.parent.mkdir(parents=True, exist_ok=True)
         partial = folder.with_name(f".{release.key}.{uuid.uuid4().hex[:8]}.partial")
-        partial.mkdir()
         try:
+            partial.mkdir(parents=True)
             index.download(release.name, release.version, partial)
             os.replace(partial, folder)
+        except OSError as error:
+            # Another preparation was faster; which of the two stays makes no difference.
+            if self._cached(release) is None:
+                raise UserError(
+                    f"PyPIPackages: cannot write {folder}: {reason_of(error)}; choose another cache"
+                ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """Rows of JSON lines and Parquet files, one after the other, in bounded memory."""
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from typing import IO, Any
 from muse_lightning.data.documents import DamagedSource, ReadLimits
 from muse_lightning.data.sources import parquet_reader
 from muse_lightning.data.sources.unpacking import BoundedStream, open_unpacked, ratio_limit
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, shown_url
 
 _PIECE = 1 << 20
 # JSON may write one byte of text as six ("\u0001"); the rest is for the other columns.
@@ -70,11 +71,17 @@ def open_parquet_rows(name: str, columns: Sequence[str] | None, limits: ReadLimi
         limits: Bounds a row.
     Raises:
         DamagedSource: it is no Parquet file, or its reader died of it.
+        UserError: it cannot be read, whatever is in it.
     """
-    # -P: without it, Python would look for modules in the working directory first.
-    command = [sys.executable, "-P", "-m", parquet_reader.__name__, name, json.dumps(columns)]
-    with tempfile.TemporaryFile() as messages:
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages) as reader:
+    # -P: without it, Python would look for modules in the working directory first. Not -m, which warns that the module
+    # is known already.
+    start = f"import {parquet_reader.__name__} as reader; reader.main()"
+    command = [sys.executable, "-P", "-W", "ignore", "-c", start]
+    with tempfile.TemporaryFile() as task, tempfile.TemporaryFile() as messages:
+        # Not as arguments, which every user of the machine may see: the name may have credentials in it.
+        task.write(json.dumps([name, columns]).encode())
+        task.seek(0)
+        with subprocess.Popen(command, stdin=task, stdout=subprocess.PIPE, stderr=messages) as reader:
             assert reader.stdout is not None
             ended = False
             try:
@@ -85,9 +92,14 @@ def open_parquet_rows(name: str, columns: Sequence[str] | None, limits: ReadLimi
                     reader.kill()
         if ended and reader.returncode != 0:
             messages.seek(0)
-            text = " ".join(messages.read(1 << 16).decode(errors="replace").split())
-            if reader.returncode == parquet_reader.NOT_INSTALLED:
+            text = shown_url(" ".join(messages.read(1 << 16).decode(errors="replace").split()))
+            if reader.returncode in (parquet_reader.NOT_INSTALLED, parquet_reader.UNREADABLE):
                 raise UserError(text)
+            if reader.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+                raise UserError(
+                    f"{shown_url(name)}: its reader was killed, most likely for lack of memory; use fewer "
+                    "data.prepare_workers"
+                )
             raise DamagedSource(
                 text if reader.returncode == parquet_reader.DAMAGED else f"its reader died: {text[-300:]}"
             )

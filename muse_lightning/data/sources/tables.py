@@ -1,5 +1,6 @@
 """Tables of texts: JSON lines and Parquet, local or remote."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -8,14 +9,13 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
-import fsspec
-
 from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLimits, Repository, SourceFile, SourceUnit
-from muse_lightning.data.sources.archive_members import clean_path
-from muse_lightning.data.sources.local import file_stamp
+from muse_lightning.data.filesystems import filesystem
+from muse_lightning.data.sources.local import clean_path, file_stamp
+from muse_lightning.data.sources.raw_files import open_raw
 from muse_lightning.data.sources.table_rows import Row, json_rows, open_parquet_rows
 from muse_lightning.data.sources.unpacking import damage_named
-from muse_lightning.errors import UserError, nearest
+from muse_lightning.errors import UserError, nearest, reason_of, shown_url
 
 _JSON = (".jsonl", ".json", ".ndjson")
 _PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
@@ -73,10 +73,13 @@ class Tables(DocumentSource):
         self.columns = Columns(text, group, path, licence, extension)
 
     def identity(self) -> dict[str, Any]:
-        return {"class": "Tables", "files": self.files, **self.columns._asdict()}
+        return {"class": "Tables", "files": [shown_url(file) for file in self.files], **self.columns._asdict()}
 
     def units(self) -> Iterator[SourceUnit]:
-        found = {unit.name: unit for pattern in self.files for unit in self._matching(pattern)}
+        found: dict[str, TableUnit] = {}
+        for unit in (unit for pattern in self.files for unit in self._matching(pattern)):
+            if found.setdefault(unit.name, unit).location != unit.location:
+                raise UserError(f"Tables: {unit.name} stands for several URLs; give files that differ in their paths")
         units = [found[name] for name in sorted(found, key=os.fsencode)]
         # A name that is misspelt here would otherwise show as a dataset without a text.
         units[0].check_columns()
@@ -84,27 +87,45 @@ class Tables(DocumentSource):
 
     def _matching(self, pattern: str) -> "Iterator[TableUnit]":
         try:
-            system, path = fsspec.core.url_to_fs(os.path.expanduser(pattern))
-            names = sorted(system.glob(path)) if "*" in path else [path]
+            system, path = filesystem(os.path.expanduser(pattern))
+            names = sorted(system.glob(path)) if "*" in shown_url(path) else [path]
             for name in names:
-                if not name.endswith(_ENDINGS):
+                if not _without_query(name).endswith(_ENDINGS):
                     raise UserError(
-                        f"Tables: {name}: names that end in .jsonl, .jsonl.gz, .jsonl.zst, .parquet expected"
+                        f"Tables: {shown_url(name)}: names that end in .jsonl, .jsonl.gz, .jsonl.zst, .parquet expected"
                     )
                 info = system.info(name)
                 if info["type"] != "file":
-                    raise UserError(f"Tables: {name} is no file; give files, or a pattern such as {name}/*.parquet")
+                    raise UserError(
+                        f"Tables: {shown_url(name)} is no file; give files, or a pattern such as "
+                        f"{shown_url(name)}/*.parquet"
+                    )
                 local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
-                stamp = file_stamp(os.stat(name)) if local else system.ukey(name)
-                yield TableUnit(system.unstrip_protocol(name), info["size"] or 0, str(stamp), self.columns)
+                stamp = file_stamp(os.stat(name)) if local else _remote_stamp(info)
+                location = system.unstrip_protocol(name)
+                yield TableUnit(shown_url(location), info["size"] or 0, stamp, self.columns, location)
         except UserError:
             raise
         # Every file system of fsspec raises errors of its own library.
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"Tables: {pattern}: {reason}; check the path, the network and your credentials") from error
+            raise UserError(
+                f"Tables: {shown_url(pattern)}: {reason_of(error)}; check the path, the network and your credentials"
+            ) from error
         if not names:
-            raise UserError(f"Tables: {pattern}: no file found; give paths or URLs of .jsonl or .parquet files")
+            raise UserError(
+                f"Tables: {shown_url(pattern)}: no file found; give paths or URLs of .jsonl or .parquet files"
+            )
+
+
+def _without_query(url: str) -> str:
+    """A URL, or a path, up to a query."""
+    return shown_url(url).removesuffix("?...")
+
+
+def _remote_stamp(info: dict[str, Any]) -> str:
+    """Of what a file system tells of a file: size, times, checksums. Not its URL, which may be signed anew."""
+    told = sorted((key, str(value)) for key, value in info.items() if key not in ("name", "url"))
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 class _Text(NamedTuple):
@@ -124,6 +145,8 @@ class TableUnit(SourceUnit):
     size: int
     stamp: str
     columns: Columns
+    location: str
+    """What fsspec opens; the name is the same without credentials."""
 
     def read(self, limits: ReadLimits) -> Iterator[Repository]:
         # Counts what is left out while the current group is read; before the first group, for the first.
@@ -156,11 +179,11 @@ class TableUnit(SourceUnit):
     @contextmanager
     def _open_rows(self, limits: ReadLimits, all_columns: bool = False) -> Iterator[Iterator[Row | str]]:
         with damage_named(self.name), ExitStack() as stack:
-            if self.name.endswith(".parquet"):
+            if _without_query(self.location).endswith(".parquet"):
                 columns = None if all_columns else self.columns.names
-                yield stack.enter_context(open_parquet_rows(self.name, columns, limits))
+                yield stack.enter_context(open_parquet_rows(self.location, columns, limits))
             else:
-                yield json_rows(stack.enter_context(fsspec.open(self.name, "rb")), self.size, limits)
+                yield json_rows(stack.enter_context(open_raw(self.location)), self.size, limits)
 
     def _texts(self, limits: ReadLimits, skipped: list[Counter[str]]) -> Iterator[_Text]:
         """The rows that can be used. `skipped[0]`, whichever counter that is by then, counts the others."""

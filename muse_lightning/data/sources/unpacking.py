@@ -1,6 +1,7 @@
 """Decompression under limits: what a stream unpacks to is read forwards, in bounded pieces, up to a budget."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -10,7 +11,8 @@ from contextlib import contextmanager
 from typing import IO, Protocol, cast
 
 from muse_lightning.data.documents import DamagedSource, ReadLimits
-from muse_lightning.errors import UserError
+from muse_lightning.data.sources.raw_files import cannot_read
+from muse_lightning.errors import UserError, reason_of
 
 _PIECE = 1 << 16
 # What liblzma may take for a dictionary that the stream asks for; `xz -9` needs 65 MiB.
@@ -145,13 +147,23 @@ def open_unpacked(file: IO[bytes]) -> Readable:
 
 @contextmanager
 def damage_named(what: str) -> Iterator[None]:
-    """Errors of decompression and of reading as one line that begins with `what`."""
+    """Errors of decompression as one line that begins with `what`.
+
+    Raises:
+        DamagedSource: the content is damaged.
+        UserError: this machine fails: no space, memory or process is left.
+    """
     try:
         yield
     except DamagedSource as error:
         raise DamagedSource(f"{what}: {error}") from error
-    except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, OverflowError) as error:
-        raise DamagedSource(f"{what} is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
+    except OSError as error:
+        # Decompressors raise it without a number; a damaged length may lead to a place that there is not (EINVAL).
+        if error.errno not in (None, errno.EINVAL):
+            raise cannot_read(what, error) from error
+        raise DamagedSource(f"{what} is damaged: {reason_of(error)}") from error
+    except (EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
+        raise DamagedSource(f"{what} is damaged: {reason_of(error)}") from error
     except Exception as error:
         # zstandard is imported only where it is used, so that its error cannot be named here.
         if type(error).__name__ != "ZstdError":

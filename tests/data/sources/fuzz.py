@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from muse_lightning.data.documents import DamagedSource, DocumentSource, ReadLimits, SourceUnit
 from muse_lightning.data.sources import Archives, GitRepositories, Tables
-from muse_lightning.data.sources.archive_members import clean_path
 from muse_lightning.data.sources.declarations import NAMES, read_declaration
+from muse_lightning.data.sources.local import clean_path
 from muse_lightning.data.sources.table_rows import bounded_lines
 from muse_lightning.data.sources.unpacking import BoundedStream
 from muse_lightning.errors import UserError

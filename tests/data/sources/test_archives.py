@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from muse_lightning.data.documents import DamagedSource, Repository
-from muse_lightning.data.sources import Archives, Download
+from muse_lightning.data.sources import Archives, Download, downloads
 from muse_lightning.data.sources.archives import declared_by_file_name
 from muse_lightning.data.sources.unpacking import BoundedStream
 from muse_lightning.errors import UserError
@@ -291,6 +291,29 @@ def test_bad_places_are_one_line(tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
+def test_what_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
+    tar(tmp_path / "more" / "a.tar", FILES)
+    scandir, stat = os.scandir, os.stat
+
+    def refuse_folder(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    def refuse_file(path, **options):
+        if str(path).endswith("a.tar"):
+            raise OSError(5, "Input/output error", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "scandir", refuse_folder)
+    with pytest.raises(UserError, match=r"Archives: .*/more: cannot be read"):
+        list(Archives(tmp_path).units())
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "stat", refuse_file)
+    with pytest.raises(UserError, match=r"Archives: .*/a\.tar: Input/output error; give an archive"):
+        list(Archives(tmp_path).units())
+
+
 def test_downloads_are_fetched_once_and_compared(tmp_path):
     path = tar(tmp_path / "there" / "alpha-1.0.tar.gz", FILES)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -306,6 +329,25 @@ def test_downloads_are_fetched_once_and_compared(tmp_path):
     with pytest.raises(UserError, match=f"SHA-256 [0-9a-f]{{64}} found, {digest} expected"):
         contents(source)
     assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("path", ["..", "%2e%2e", ".", "", "a/..", "%00", "x" * 300, "a%2F..", "kit.zip/"])
+def test_any_url_of_a_download_is_a_file_in_the_cache(tmp_path, monkeypatch, path):
+    archive = zipped(tmp_path / "kit.zip", [("kit/a.py", b"x = 1\n")])
+    monkeypatch.setattr(downloads, "open_file", lambda url: archive.open("rb"))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    found = Archives(downloads=[Download(f"https://host/{path}", digest)], cache=tmp_path / "cache")
+    for _ in range(2):
+        (unit,) = found.units()
+        assert Path(unit.location).is_file()
+        assert Path(unit.location).parent == tmp_path / "cache" / "archives" / digest
+        assert read_all(unit) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    write(tmp_path / "cache", b"no folder")
+    with pytest.raises(UserError, match=r"download https://.*: cannot write .*/cache/archives/0+: Not a directory"):
+        list(Archives(downloads=[Download("https://host/a.zip", "0" * 64)], cache=tmp_path / "cache").units())
 
 
 def test_a_download_needs_a_digest():

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from muse_lightning.data.documents import DamagedSource
-from muse_lightning.data.sources import GitRepositories
+from muse_lightning.data.sources import GitRepositories, git_clones
 from muse_lightning.errors import UserError
 from tests.data.sources.builders import (
     LIMITS,
@@ -137,9 +138,12 @@ def test_a_url_is_cloned_bare_and_shallow_and_used_again(repository, tmp_path):
     [
         ("{root}/none", "no git repository; give a repository's path"),
         ("{root}/*.git", "no git repository; give a repository's path"),
-        ("{root}/alpha#none", r"no commit 'none' \(.*\); give a repository and a revision that it has"),
+        ("{root}/alpha#none", r"no commit 'none': it has the branches and tags main; give a repository and a"),
         ("file://{root}/none", r"file://.*/none: .*; check the address and the revision"),
-        ("file://{root}/alpha#none", r"GitRepositories: file://.*/alpha: no commit 'none'"),
+        (
+            "file://{root}/alpha#none",
+            r"GitRepositories: file://.*/alpha: no commit 'none': it has the branches and tags main",
+        ),
         ("https://user:secret@127.0.0.1:1/owner/name", r"GitRepositories: https://127.0.0.1:1/owner/name: "),
     ],
 )
@@ -154,8 +158,10 @@ def test_bad_places_are_one_line(repository, tmp_path, location, message):
 def test_an_empty_repository_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     git(tmp_path / "empty", "init", "--quiet")
-    with pytest.raises(UserError, match="no commit 'HEAD'"):
+    with pytest.raises(UserError, match="no commit 'HEAD': it has no branches and no tags"):
         list(source(tmp_path / "empty").units())
+    with pytest.raises(UserError, match=r"file://.*/empty: it has no commits; check the address"):
+        list(source((tmp_path / "empty").as_uri(), cache=tmp_path / "cache").units())
     # Among many it is a unit that says so, and the others are read.
     git_repository(tmp_path / "full", ALPHA)
     units = {Path(unit.name).name: unit for unit in source(tmp_path / "*").units()}
@@ -268,6 +274,46 @@ def test_objects_elsewhere_are_not_read(repository, tmp_path):
     git(repository, "worktree", "add", "--quiet", str(tmp_path / "tree"))
     with pytest.raises(UserError, match=r"\.git is no folder"):
         list(source(tmp_path / "tree").units())
+
+
+@pytest.fixture
+def ssh(tmp_path, monkeypatch) -> Path:
+    """Notes what an ssh is started with, in place of one."""
+    noted = tmp_path / "noted"
+    program = write(
+        tmp_path / "bin" / "ssh",
+        f'#!/bin/sh\necho "$(ps -o sid= -p $$) $*" > {noted}\n'
+        "echo 'nobody@host: Permission denied (publickey,password).' >&2\nexit 255\n".encode(),
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    for name in ("GIT_SSH", "GIT_SSH_COMMAND"):
+        monkeypatch.delenv(name, raising=False)
+    return noted
+
+
+@pytest.mark.parametrize("chosen", ["", "variable", "setting"])
+@pytest.mark.parametrize("url", ["ssh://nobody@host/owner/name", "nobody@host:owner/name"])
+def test_ssh_asks_for_nothing(ssh, tmp_path, monkeypatch, url, chosen):
+    if chosen == "variable":
+        monkeypatch.setenv("GIT_SSH_COMMAND", "ssh -v")
+    if chosen == "setting":
+        setting = write(tmp_path / "gitconfig", b"[core]\n\tsshCommand = ssh -v\n")
+        monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(setting))
+    with pytest.raises(UserError, match=r"Permission denied \(publickey,password\)\. fatal: .*check the address"):
+        list(source(url, cache=tmp_path / "cache").units())
+    session, *arguments = ssh.read_text().split()
+    assert int(session) != os.getsid(0)
+    assert ("BatchMode=yes" in arguments) == (not chosen)
+    assert ("-v" in arguments) == bool(chosen)
+
+
+def test_a_server_that_says_nothing_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(git_clones, "_SILENCE_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/owner/name"
+        with pytest.raises(UserError, match=r"Operation too slow\. Less than 1 bytes/sec"):
+            list(source(url, cache=tmp_path / "cache").units())
 
 
 @pytest.mark.parametrize("url", ["ext::sh -c touch% trace", "--upload-pack=touch trace", "-u:x"])

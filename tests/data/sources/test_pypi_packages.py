@@ -2,11 +2,14 @@
 
 import hashlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from muse_lightning.data.sources import PyPIPackages
+from muse_lightning.data.sources.package_index import PackageIndex
 from muse_lightning.errors import UserError
 from tests.data.sources.builders import LIMITS, contents, tar, write, zipped
 
@@ -48,6 +51,29 @@ def test_a_release_is_asked_for_once(index, monkeypatch):
     (index / "kit" / "index.html").unlink()
     assert list(source(index, "kit==1.0").units()) == units
     assert not list((index.parent / "cache" / "pypi").glob("*.partial"))
+
+
+def test_another_preparation_may_fetch_the_same_at_the_same_time(index, monkeypatch):
+    """Both have fetched all before one of them puts anything into the cache."""
+    together, download = Barrier(4, timeout=30), PackageIndex.download
+
+    def download_together(*arguments) -> None:
+        download(*arguments)
+        together.wait()
+
+    monkeypatch.setattr(PackageIndex, "download", download_together)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: list(source(index, "kit==1.0", "wheel-only==2.0").units()), range(2))
+    assert one == other
+    assert len(one) == 2
+    assert sorted(path.name for path in (index.parent / "cache" / "pypi").iterdir()) == ["kit==1.0", "wheel-only==2.0"]
+
+
+@pytest.mark.parametrize("place", ["cache", "cache/pypi", "cache/pypi/kit==1.0"])
+def test_a_cache_that_cannot_be_written_is_one_line(index, place):
+    write(index.parent / place, b"no folder")
+    with pytest.raises(UserError, match=r"PyPIPackages: cannot write .*kit==1\.0: (Not a directory|File exists)"):
+        list(source(index, "kit==1.0").units())
 
 
 def test_a_file_that_is_not_what_the_index_says_is_refused(index):

@@ -18,8 +18,8 @@ from litdata.streaming import Cache
 from litdata.streaming.writer import BinaryWriter
 
 from muse_lightning.data import TokenDataModule
+from muse_lightning.data.block_reader import Chunk, read_block
 from muse_lightning.data.card import ChunkEntry, read_card
-from muse_lightning.data.item_loader import Chunk, read_block
 from muse_lightning.errors import UserError
 from muse_lightning.files import sha256_bytes
 

@@ -1,5 +1,8 @@
-"""Blocks of any length, with the documents in them, read from litdata's chunk files, whose content is checked whenever
-one is opened."""
+"""BlockReader: blocks of any length, with the documents in them, by their ids.
+
+It reads litdata's chunk files without litdata, whose item loaders keep no document borders, and checks the content of
+each whenever it is opened.
+"""
 
 import hashlib
 import os

@@ -1,0 +1,169 @@
+"""Users, passwords and signatures in URLs reach no message, no card and no name."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from muse_lightning.data.card import read_card
+from muse_lightning.data.prepare import prepare_dataset
+from muse_lightning.data.prepared import PreparedDataset
+from muse_lightning.data.remote import ChunkCache, copy_tokenizer
+from muse_lightning.data.sources import Archives, Download, GitRepositories, PyPIPackages, Tables
+from muse_lightning.data.tokenizer import ByteTokenizer
+from muse_lightning.errors import UserError, reason_of, shown_url
+from muse_lightning.files import sha256_file
+from tests.data.memory_source import text
+from tests.data.sources.builders import LIMITS, json_lines, tar, write
+from tests.data.sources.servers import FileServer, file_server
+from tests.data.sources.test_tables import parquet
+from tests.data.test_prepare_stages import how
+
+SECRET = "hunter2"
+ROWS = [{"repo_name": f"r{n}", "text": text(n, 300).decode()} for n in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://user:hunter2@host/a.jsonl", "https://host/a.jsonl"),
+        ("https://hunter2@host:80/o/n#v1", "https://host:80/o/n#v1"),
+        ("https://user:p@hunter2?@host/a", "https://host/a"),
+        ("https://host/a.jsonl?X-Amz-Signature=hunter2&b=hunter2", "https://host/a.jsonl?..."),
+        ("https://host/a.jsonl?hunter2", "https://host/a.jsonl?..."),
+        ("abfs://user:hunter2@store/a?sig=hunter2#b", "abfs://store/a?...#b"),
+        ("simplecache::https://u:hunter2@h/a?k=hunter2", "simplecache::https://h/a?..."),
+        (
+            "GET 'https://u:hunter2@h/a?k=hunter2' and http://x/?k=hunter2, b",
+            "GET 'https://h/a?...' and http://x/?... b",
+        ),
+        ("s3://bucket/part-?.parquet", "s3://bucket/part-?.parquet"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("git@host:owner/name", "git@host:owner/name"),
+        ("/data/a?b=c@d/*.jsonl", "/data/a?b=c@d/*.jsonl"),
+    ],
+)
+def test_what_is_shown(url, shown):
+    assert shown_url(url) == shown
+
+
+def test_reasons_are_one_short_line():
+    assert reason_of(OSError(28, "No space left on device", "/a")) == "No space left on device"
+    assert reason_of(FileNotFoundError("http://u:hunter2@h/a?b=hunter2")) == "http://h/a?..."
+    assert reason_of(TimeoutError()) == "TimeoutError"
+    assert reason_of(ValueError("one\n two")) == "one two"
+    assert len(reason_of(ValueError("x" * 5000))) == 300
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[FileServer]:
+    json_lines(tmp_path / "a.jsonl", ROWS[:6])
+    parquet(tmp_path / "b.parquet", ROWS[6:])
+    write(tmp_path / "c.parquet", b"no parquet")
+    with file_server(tmp_path) as server:
+        yield server
+
+
+def secret(server: FileServer, name: str) -> str:
+    return f"{server.url.replace('//', f'//user:{SECRET}@')}/{name}?X-Amz-Signature={SECRET}"
+
+
+def test_a_preparation_from_signed_urls(server, tmp_path, capfd):
+    source = Tables([secret(server, name) for name in ("a.jsonl", "b.parquet", "c.parquet")])
+    prepare_dataset(tmp_path / "dataset", [source], ByteTokenizer(), "bytes", how())
+    card = read_card(tmp_path / "dataset")
+    assert card.sources[0]["documents"] == 12
+    assert list(card.sources[0]["damaged"]) == [f"{server.url}/c.parquet?..."]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    out, err = capfd.readouterr()
+    assert "left out, damaged: http" in err
+    assert SECRET not in out + err
+    # They were sent, though.
+    assert f"/b.parquet?X-Amz-Signature={SECRET}" in server.paths
+
+
+def test_a_table_signed_anew_is_the_same_and_a_changed_one_is_not(server, tmp_path):
+    def found(signature: str) -> list[tuple[str, str]]:
+        return [(u.name, u.stamp) for u in Tables([f"{server.url}/a.jsonl?Signature={signature}"]).units()]
+
+    before = found("one")
+    assert found("two") == before
+    json_lines(tmp_path / "a.jsonl", [*ROWS[1:6], ROWS[0]])
+    assert found("two") != before
+
+
+def test_urls_that_cannot_be_told_apart_are_one_line(server):
+    with pytest.raises(UserError, match=r"/a\.jsonl\?\.\.\. stands for several URLs"):
+        list(Tables([f"{server.url}/a.jsonl?id=1", f"{server.url}/a.jsonl?id=2"]).units())
+
+
+def test_downloads(server, tmp_path):
+    digest = sha256_file(tar(tmp_path / "kit-1.0.tar.gz", [("kit/a.py", b"x = 1\n")]))
+    source = Archives(downloads=[Download(secret(server, "kit-1.0.tar.gz"), digest)], cache=tmp_path / "cache")
+    (unit,) = source.units()
+    assert SECRET not in json.dumps(source.identity()) + repr(unit)
+    assert source.identity()["downloads"][0]["url"] == f"{server.url}/kit-1.0.tar.gz?..."
+
+
+def test_mistakes(server, tmp_path):
+    def tables() -> None:
+        list(Tables([secret(server, "none.jsonl")]).units())
+
+    def ending() -> None:
+        list(Tables([secret(server, "a.csv")]).units())
+
+    def column() -> None:
+        list(Tables([secret(server, "a.jsonl")], text="txt").units())
+
+    def reading() -> None:
+        (unit,) = Tables([secret(server, "a.jsonl")]).units()
+        server.breaks_off_after = 10
+        list(unit.read(LIMITS))
+
+    def reading_parquet() -> None:
+        server.breaks_off_after = None
+        (unit,) = Tables([secret(server, "b.parquet")]).units()
+        server.breaks_off_after = 0
+        list(unit.read(LIMITS))
+
+    def no_digest() -> None:
+        Download(secret(server, "a"), "")
+
+    def other_digest() -> None:
+        server.breaks_off_after = None
+        list(Archives(downloads=[Download(secret(server, "a.jsonl"), "0" * 64)], cache=tmp_path / "cache").units())
+
+    def no_download() -> None:
+        list(Archives(downloads=[Download(secret(server, "none"), "0" * 64)], cache=tmp_path / "cache").units())
+
+    def git() -> None:
+        list(GitRepositories([secret(server, "owner/name")], cache=tmp_path / "cache").units())
+
+    def index() -> None:
+        list(PyPIPackages(["kit==1.0"], index_url=secret(server, "simple"), cache=tmp_path / "cache").units())
+
+    def tokenizer() -> None:
+        copy_tokenizer(secret(server, "tokenizer"), tmp_path / "cache")
+
+    def dataset() -> None:
+        PreparedDataset.open(secret(server, "none"), "data.dataset", 1.0, ChunkCache(tmp_path / "cache", 1000))
+
+    def scheme() -> None:
+        copy_tokenizer(f"nothing://user:{SECRET}@host/tokenizer.json", tmp_path / "cache")
+
+    cases = [value for value in locals().values() if callable(value)]
+    assert len(cases) == 13
+    for case in cases:
+        with pytest.raises(UserError) as error:
+            case()
+        assert SECRET not in str(error.value), case
+        assert "\n" not in str(error.value), case
+
+
+def test_a_prepared_dataset_is_named_without_them(prepared, tmp_path):
+    with file_server(prepared) as server:
+        url = server.url.replace("//", f"//user:{SECRET}@")
+        dataset = PreparedDataset.open(url, "data.dataset", 1.0, ChunkCache(tmp_path / "cache", 10**6))
+        assert dataset.name == dataset.part(64).name == server.url
+        assert dataset.split("train").chunks.fetch(dataset.card.splits["train"].chunks[0]).exists()
