@@ -177,18 +177,17 @@ def muse_cluster_split(
     head = node // (CHUNK // SIZE) // num_rows
     projection_ptr += node * SIZE
     second_ptr += node * SIZE
-    if head >= end_head:
-        x_ptr, order_ptr, cluster, stride_xb, stride_xh, stride_xn, num_heads = (
-            other_x_ptr,
-            other_order_ptr,
-            other_cluster,
-            other_stride_xb,
-            other_stride_xh,
-            other_stride_xn,
-            other_num_heads,
-        )
-        node -= end_head.to(tl.int64) * num_rows * (CHUNK // SIZE)
-        head -= end_head
+    is_other = head >= end_head
+    if is_other:
+        x_ptr, order_ptr = other_x_ptr, other_order_ptr
+    # Not in the branch: Triton makes a constant of a 1, which no branch can replace.
+    cluster = tl.where(is_other, other_cluster, cluster)
+    stride_xb = tl.where(is_other, other_stride_xb, stride_xb)
+    stride_xh = tl.where(is_other, other_stride_xh, stride_xh)
+    stride_xn = tl.where(is_other, other_stride_xn, stride_xn)
+    num_heads = tl.where(is_other, other_num_heads, num_heads)
+    head -= tl.where(is_other, end_head, 0)
+    node -= tl.where(is_other, end_head, 0).to(tl.int64) * num_rows * (CHUNK // SIZE)
     start = tl.load(start_ptr + row)
     count = tl.load(length_ptr + row) - (node % (CHUNK // SIZE)).to(tl.int32) * SIZE
     count = tl.minimum(tl.maximum(count, 0), SIZE)
