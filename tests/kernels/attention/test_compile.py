@@ -67,7 +67,7 @@ def compiled(target: int, cases: list[Case]) -> tuple[set[str], list[Usage]]:
 
 @pytest.mark.parametrize("target", TARGETS, ids="sm_{}".format)
 def test_every_kernel_fits(target: int) -> None:
-    """Heads of 64 and 128 in bfloat16, causal, as recipes use them; and a single key-value head, whose 1 is a constant."""
+    """Heads of 64 and 128 in bfloat16, causal, as recipes use them; also a single key-value head: a 1 is a constant."""
     cases = [
         Case(128, "bfloat16", 1, {}),
         Case(64, "bfloat16", 4, {}),
