@@ -304,6 +304,7 @@ def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str
             loss_chunk=cli.model.loss_chunk,
             recompute=cli.model.recompute,
             precision=cli.config.trainer.precision,
+            has_documents=cli.config.data.document_mask,
         )
     )
 

@@ -108,7 +108,7 @@ def muse_work(
     all_pairs = [muse_pairs(length, options, has_documents=has_documents) for length in lengths]
     exact_below = options.resolved(head_dim, has_documents=has_documents).exact_below
     long_tokens = sum(length for length in lengths if length > exact_below)
-    near, summaries, centroid_keys, retrieved, selection = (
+    near, summaries, far_keys, retrieved, selection = (
         sum(getattr(pairs, name) for pairs in all_pairs) / per_pair
         for name, per_pair in (("near", 1), ("summaries", 1), ("stage_1", 1.5), ("retrieved", 1), ("selection", 1))
     )
@@ -121,7 +121,7 @@ def muse_work(
     all_q, all_k = (tokens * heads * head_dim * element_size for heads in (num_heads, num_kv_heads))
     all_statistics = 4 * tokens * num_heads
     # Scores are written and read; then candidates' keys, the queries and the near field's lse are.
-    score_bytes = 2 * 4 * centroid_keys / options.key_cluster * num_heads + k
+    score_bytes = 2 * 4 * far_keys / options.key_cluster * num_heads + k
     has_candidates = options.selection == "peak_mass" and options.top_k < options.candidates
     peak_bytes = q + k + statistics if has_candidates else 0
     work = {
@@ -129,19 +129,19 @@ def muse_work(
         "gather": Work(0, 4 * k),
         "near": Work(2 * product * near, 2 * all_q + 2 * all_k + all_statistics),
         "scores": Work(2 * product * selection, score_bytes + peak_bytes if selection else 0),
-        "stage 1": Work(3 * product * centroid_keys, 2 * k + 2 * vectors + 3 * masses),
+        "stage 1": Work(3 * product * far_keys, 2 * k + 2 * vectors + 3 * masses),
         # The near field's out and lse are read and the merged ones written.
         "far": Work(2 * product * (summaries + retrieved), 3 * q + 2 * k + 2 * statistics + 2 * vectors + masses),
         "near backward": Work(5 * product * near, 4 * all_q + 4 * all_k + 2 * all_statistics),
         "gather backward": Work(0, 4 * k),
-        "stage 1 backward": Work(3 * product * centroid_keys, 2 * k + 2 * vectors + 3 * masses),
+        "stage 1 backward": Work(3 * product * far_keys, 2 * k + 2 * vectors + 3 * masses),
         # Reads q, dout, out, dq and writes dq; q, dout, lse and delta in the order of the clusters are for the keys.
         "far backward": Work(
             product * (5 * summaries + 3 * retrieved), 7 * q + 2 * k + 3 * statistics + 4 * vectors + 2 * masses
         ),
         # dk and dv of the near field are read, and the sums written.
         "keys backward": Work(
-            product * (4 * retrieved + 6 * centroid_keys), 2 * q + 6 * k + 2 * statistics + 2 * vectors + 3 * masses
+            product * (4 * retrieved + 6 * far_keys), 2 * q + 6 * k + 2 * statistics + 2 * vectors + 3 * masses
         ),
     }
     return {part: each for part, each in work.items() if each.flops or each.bytes}

@@ -119,6 +119,7 @@ def recipe_report(
     loss_chunk: int,
     recompute: Recompute,
     precision: str | int | None,
+    has_documents: bool,
 ) -> str:
     """What `muse info` prints about training a model on one device: sizes, FLOPs, and memory by part.
 
@@ -129,9 +130,10 @@ def recipe_report(
         loss_chunk: tokens whose logits exist at once.
         recompute: what is computed again in the backward pass.
         precision: Lightning's name of it.
+        has_documents: attention is told where documents are.
     """
     parameters = sum(parameter.numel() for parameter in llama.parameters())
-    flops = training_flops_per_token(llama, [seq_len])
+    flops = training_flops_per_token(llama, [seq_len], has_documents=has_documents)
     dense = training_flops_per_token(llama, [seq_len], [Dense(0)])
     tokens = batch_size * seq_len * accumulate
     memory = step_memory(

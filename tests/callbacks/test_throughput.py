@@ -1,12 +1,13 @@
 """Rates against a clock that the test sets, FLOPs against their definition, MFU only where the peak is known."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
 import muse_lightning.callbacks.throughput as throughput
-from muse_lightning.attention import Dense
+from muse_lightning.attention import Dense, Muse
 from muse_lightning.callbacks import DeviceThroughput
 from muse_lightning.measure.flops import training_flops_per_token
 from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
@@ -19,8 +20,8 @@ def clock(monkeypatch):
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: float(next(looks)))
 
 
-def fit(tmp_path, data, val=(), **options):
-    model = tiny_model(attention=tiny_muse)
+def fit(tmp_path, data, val=(), attention=tiny_muse, **options):
+    model = tiny_model(attention=attention)
     trainer = tiny_trainer(tmp_path, callbacks=[DeviceThroughput()], **options)
     trainer.fit(model, TinyData(data, list(val)))
     logged = scalars(trainer)
@@ -53,6 +54,20 @@ def test_mfu_counts_the_packed_documents(tmp_path, clock, monkeypatch, packed):
         for name, strategies in (("mfu", None), ("mfu_dense_equivalent", [Dense(0)])):
             flops = training_flops_per_token(model.llama, lengths, strategies) * sum(lengths)
             assert logged[f"throughput/device/{name}"][step] == (step, pytest.approx(flops / 1e6, rel=1e-5))
+
+
+def test_packed_documents_are_not_counted_as_rows(tmp_path, clock, monkeypatch):
+    """Muse is exact up to 7 chunks of a row, and up to 2 of a packed document: here of 4."""
+    monkeypatch.setattr(throughput, "_peak", lambda trainer: 1e6)
+    cu_seqlens = torch.tensor([0, SEQ_LEN, 2 * SEQ_LEN], dtype=torch.int32)
+    data = [{**batch, "cu_seqlens": cu_seqlens} for batch in batches(1)]
+    size = SEQ_LEN // 4
+    muse = partial(Muse, chunk=size, query_cluster=size // 2, key_cluster=size // 2, top_k=1, candidates=1)
+    model, logged = fit(tmp_path, data, attention=muse, max_steps=1)
+    per_token = training_flops_per_token(model.llama, [SEQ_LEN] * 2, has_documents=True)
+    assert per_token < training_flops_per_token(model.llama, [SEQ_LEN] * 2)
+    expected = pytest.approx(per_token * 2 * SEQ_LEN / 1e6, rel=1e-5)
+    assert logged["throughput/device/mfu"] == [(0, expected)]
 
 
 def test_the_peak_is_known_for_half_precision_on_known_gpus_only(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ A node is a run of n members. For queries and keys alike, one launch splits all 
 
     C = sum_i x_i x_i^T - n m m^T                m = sum_i x_i / n
     u_0 = C m (C e_j, j the coordinate of largest variance, if that is 0)        u_{t+1} = C u_t
-    w_0 = P C P m (P C e_j)        P = 1 - u u^T / |u|^2                         w_{t+1} = P C w_t
+    w_0 = P C P m (P C e_j, of what is left)      P = 1 - u u^T / |u|^2          w_{t+1} = P C w_t
     first half = the n / 2 members with the smallest u . x_i; of equal ones the earlier token goes first
     either half again: by u . x_i or w . x_i, u and w at length 1, whichever varies more in it
 
@@ -79,6 +79,8 @@ def _direction(covariance, start, away, BLOCK_D: tl.constexpr, HAS_AWAY: tl.cons
     if tl.max(tl.abs(direction)) == 0:
         i = tl.arange(0, BLOCK_D)
         variance = tl.sum(tl.where(i[:, None] == i[None, :], covariance, 0.0), axis=0)
+        if HAS_AWAY:
+            variance -= away * away * tl.sum(away * tl.sum(covariance * away[None, :], axis=1))
         # Not argmax: for sm_100, Triton 3.6 and 3.7 fail on a reduction over a named axis of what a reduction gave.
         widest = i == tl.min(tl.where(variance == tl.max(variance), i, BLOCK_D))
         direction = _product(covariance, tl.where(widest, 1.0, 0.0), away, HAS_AWAY)
@@ -103,7 +105,7 @@ def _goes_first(projection, is_member, SIZE: tl.constexpr):
     key = tl.where(bits < 0, bits ^ GREATEST_KEY, bits)
     key = tl.where(is_member, key, GREATEST_KEY)
     # The largest key that has fewer than HALF keys below it, from the sign down to the last bit, two at a time: three
-    # counts of at most 2^21 in one sum.
+    # counts below 2^21 in one sum.
     threshold = tl.where(tl.sum((key < 0).to(tl.int32), axis=1) < HALF, 0, LEAST_KEY)
     for step in range(15):
         unit = 1 << (29 - 2 * step)

@@ -119,26 +119,26 @@ def muse_far_backward(
         place = column[:, None] * BLOCK_D + d[None, :]
         # Past the end the last summary stands in, with weight 0: no mask for every element.
         source = tl.minimum(column, columns - 1)[:, None] * BLOCK_D + d[None, :]
-        key_mean = operand(tl.load(kbar + source))
         value_mean = operand(tl.load(vbar + source))
         logits = tl.zeros([Q, COLUMNS], tl.float32)
         logits += tl.load(bias + column, mask=is_column, other=float("-inf"))[None, :]
         if ORDER == 1:
+            key_mean = operand(tl.load(kbar + source))
             logits += tl.dot(q_rows, tl.trans(key_mean), input_precision="ieee") * scale_log2
         weights = tl.exp2(logits - lse_rows[:, None])
         dweights = tl.dot(dout_rows, tl.trans(value_mean), input_precision="ieee")
         # As rounded for the products, also where they are summed: mu, larger than q - mu, would not cancel otherwise.
-        dlogits = (weights * (dweights - delta[:, None]) * scale).to(q_rows.dtype)
+        dlogits = (weights * (dweights - delta[:, None])).to(q_rows.dtype)
         sums = tl.sum(dlogits.to(tl.float32), 0)
         dvalue_mean = tl.dot(tl.trans(weights.to(q_rows.dtype)), dout_rows, input_precision="ieee")
         dvalue_mean = dvalue_mean.to(vbar.dtype.element_ty)
-        at_0 = sums / scale - tl.sum(dvalue_mean.to(tl.float32) * value_mean.to(tl.float32), 1)
+        at_0 = sums - tl.sum(dvalue_mean.to(tl.float32) * value_mean.to(tl.float32), 1)
         tl.store(vbar + place, dvalue_mean, mask=is_column[:, None])
         if ORDER == 1:
             total = tl.dot(dlogits, key_mean, total, input_precision="ieee")
             dkey_mean = tl.dot(tl.trans(dlogits), q_rows, input_precision="ieee")
             point = tl.load(mu + number * D + d, mask=d < D, other=0.0).to(tl.float32)
-            dkey_mean = (dkey_mean - sums[:, None] * point[None, :]).to(kbar.dtype.element_ty)
+            dkey_mean = ((dkey_mean - sums[:, None] * point[None, :]) * scale).to(kbar.dtype.element_ty)
             at_0 -= tl.sum(dkey_mean.to(tl.float32) * key_mean.to(tl.float32), 1)
         else:
             dkey_mean = tl.zeros([COLUMNS, BLOCK_D], kbar.dtype.element_ty)
@@ -159,11 +159,11 @@ def muse_far_backward(
         weights = tl.exp2(logits - lse_rows[:, None])
         weights = tl.where((key < num_keys)[None, :], weights, 0.0)
         dweights = tl.dot(dout_rows, tl.trans(v), input_precision="ieee")
-        dlogits = (weights * (dweights - delta[:, None]) * scale).to(q_rows.dtype)
+        dlogits = (weights * (dweights - delta[:, None])).to(q_rows.dtype)
         total = tl.dot(dlogits, k, total, input_precision="ieee")
 
     near_dq = tl.load(dq + places, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dq + places, (near_dq + total).to(dq.dtype.element_ty), mask=mask)
+    tl.store(dq + places, (near_dq + total * scale).to(dq.dtype.element_ty), mask=mask)
 
 
 def far_field_backward(

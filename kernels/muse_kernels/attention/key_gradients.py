@@ -164,6 +164,7 @@ def muse_retrieved_partials(
         "first_head",
         "num_tokens",
         "capacity",
+        "top_k",
         "is_first",
         "is_last",
     ]

@@ -25,15 +25,15 @@ class FarLayout(NamedTuple):
     num_far: Tensor
     """int32: clusters in sight."""
     offset: Tensor
-    """int64"""
+    """int64: where the row's entries begin, counted from the first row."""
 
 
-def far_layout(table: ChunkTable, options: ResolvedOptions, clusters_per_row: int) -> FarLayout:
-    """The layout for clusters of which a whole chunk has so many."""
+def far_layout(table: ChunkTable, options: ResolvedOptions, clusters_per_chunk: int) -> FarLayout:
+    """The layout of key clusters, or of summaries: `clusters_per_chunk` says how many of them a chunk has."""
     rows = torch.arange(table.first.shape[0], dtype=torch.int32, device=table.first.device)
-    num_far = ((rows if options.causal else table.end) - table.first) * clusters_per_row
+    num_far = ((rows if options.causal else table.end) - table.first) * clusters_per_chunk
     sizes = num_far.long() * options.query_clusters
-    return FarLayout(table.first * clusters_per_row, num_far, torch.cumsum(sizes, 0) - sizes)
+    return FarLayout(table.first * clusters_per_chunk, num_far, torch.cumsum(sizes, 0) - sizes)
 
 
 def far_chunks_of_row(row: int, num_tokens: int, options: ResolvedOptions) -> int:

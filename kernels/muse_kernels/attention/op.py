@@ -38,6 +38,10 @@ MAX_KEY_CLUSTERS_PER_SUMMARY = 32
 MAX_CANDIDATES = 64
 MAX_CHUNK = 8192
 MAX_HEAD_DIM = 256
+MAX_RUNS = 65_535
+"""Programs on the second axis of a launch."""
+SHORTEST_RUN = 8
+"""Key clusters that a program of `muse_scores` and `muse_summaries` goes through at least, by `tiles.py`."""
 
 _EXACT_BY_SPEED = [
     SDPBackend.CUDNN_ATTENTION,
@@ -177,7 +181,7 @@ def _as_autocast_has_it(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _resolved(q: Tensor, options: MuseOptions, cu_seqlens: Tensor | None) -> ResolvedOptions:
     resolved = options.resolved(q.shape[-1], has_documents=cu_seqlens is not None)
-    return replace(resolved, implementation=_implementation(q, options))
+    return replace(resolved, implementation=_implementation(q, resolved, cu_seqlens))
 
 
 def _attend(
@@ -194,17 +198,17 @@ def _attend(
 # --------------------------------------------------------------------------------------------------------- checks
 
 
-def _implementation(q: Tensor, options: MuseOptions) -> Implementation:
+def _implementation(q: Tensor, options: ResolvedOptions, cu_seqlens: Tensor | None) -> Implementation:
     """The implementation that "auto" stands for; "triton" is refused where kernels cannot do what is asked."""
     if options.implementation == "reference":
         return "reference"
-    obstacle = _obstacle_to_kernels(q, options)
+    obstacle = _obstacle_to_kernels(q, options, cu_seqlens)
     if options.implementation == "triton" and obstacle is not None:
         raise ValueError(f'implementation="triton" {obstacle}')
     return "reference" if obstacle is not None else "triton"
 
 
-def _obstacle_to_kernels(q: Tensor, options: MuseOptions) -> str | None:
+def _obstacle_to_kernels(q: Tensor, options: ResolvedOptions, cu_seqlens: Tensor | None) -> str | None:
     """Why the kernels cannot be used, None if they can."""
     if not HAS_TRITON:
         return "needs the package triton, which is not installed"
@@ -223,9 +227,11 @@ def _obstacle_to_kernels(q: Tensor, options: MuseOptions) -> str | None:
             return f"accepts {name} {', '.join(map(str, accepted))}, got {size}"
     if options.chunk > MAX_CHUNK:
         return f"accepts chunk up to {MAX_CHUNK}, got {options.chunk}"
-    if q.shape[2] * 2 * q.shape[3] >= 2**31:  # kernels count elements of one head in 32 bits, head_dim rounded up
-        return f"accepts up to {2**30 // q.shape[3]} tokens with head_dim {q.shape[3]}, got {q.shape[2]}"
-    if options.resolved(q.shape[-1]).key_clusters_per_summary > MAX_KEY_CLUSTERS_PER_SUMMARY:
+    rows = num_rows(q.shape[2], None if cu_seqlens is None else cu_seqlens.shape[0] - 1, options)
+    places, most_places = rows * options.chunk, _most_places(q.shape[-1], options)
+    if places > most_places:
+        return f"accepts up to {most_places} places of chunks with head_dim {q.shape[-1]}, got {places}"
+    if options.key_clusters_per_summary > MAX_KEY_CLUSTERS_PER_SUMMARY:
         most = f"{MAX_KEY_CLUSTERS_PER_SUMMARY * options.key_cluster} with key_cluster {options.key_cluster}"
         return f"accepts summary_cluster up to {most}, got {options.summary_cluster}"
     if options.candidates > MAX_CANDIDATES:
@@ -233,6 +239,12 @@ def _obstacle_to_kernels(q: Tensor, options: MuseOptions) -> str | None:
     if not tiles.fits(q):
         return f"needs more memory than this GPU gives one block for head_dim {q.shape[-1]} in {q.dtype}"
     return None
+
+
+def _most_places(head_dim: int, options: ResolvedOptions) -> int:
+    """Tokens that the chunks of one head may hold: kernels count its elements in 32 bits, and its runs on an axis."""
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    return min((2**31 - 1) // padded, MAX_RUNS * SHORTEST_RUN * options.key_cluster)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -395,7 +407,7 @@ def attention_forward(
 
 
 def _within_bounds(clusters: MuseClusters, q: Tensor, options: ResolvedOptions) -> MuseClusters:
-    """A copy whose numbers lead nowhere outside, whatever they are: kernels trust them."""
+    """A copy whose numbers lead to no address outside, whatever they are: kernels trust them."""
     key_clusters = clusters.query_order.shape[2] * options.key_clusters
     return MuseClusters(
         clusters.query_order.clamp(-1, q.shape[2] - 1),

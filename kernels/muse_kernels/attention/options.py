@@ -11,7 +11,7 @@ Clustering = Literal["semantic", "spatial"]
 Implementation = Literal["auto", "triton", "reference"]
 
 KEY_CLUSTERS_PER_SUMMARY = 8
-"""By default. `benchmarks/NOTES.md`, "coarse summaries"."""
+"""Key clusters behind one summary where `summary_cluster` is None. `benchmarks/NOTES.md`, "coarse summaries"."""
 
 EXACT_CHUNKS = 7
 """Chunks up to which exact attention is no slower, measured: a row without documents, which cuDNN attends."""
@@ -78,9 +78,10 @@ class MuseOptions:
 
 def _check_summary_cluster(options: MuseOptions) -> None:
     size, chunk, key_cluster = options.summary_cluster, options.chunk, options.key_cluster
-    if size is not None and size not in (
-        sizes := [2**i * key_cluster for i in range((chunk // key_cluster).bit_length())]
-    ):
+    if size is None:
+        return
+    sizes = [2**i * key_cluster for i in range((chunk // key_cluster).bit_length())]
+    if size not in sizes:
         accepted = ", ".join(map(str, sizes))
         raise ValueError(
             f"summary_cluster must be one of {accepted} for chunk={chunk}, key_cluster={key_cluster}, got {size}"

@@ -122,8 +122,11 @@ def main_direction(covariance: Tensor, mean: Tensor, away: Tensor | None = None)
         return direction if away is None else direction - away * (away * direction).sum(-2, keepdim=True)
 
     direction = without(covariance @ without(mean))
-    # A mean that varies nowhere leads nowhere; the column of the coordinate that varies most always does.
-    widest = covariance.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    # A mean that varies nowhere leads nowhere; the column of the coordinate with the most variance left always does.
+    variance = covariance.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    if away is not None:
+        variance = variance - away.square() * (away * (covariance @ away)).sum(-2, keepdim=True)
+    widest = variance.argmax(-2, keepdim=True)
     is_zero = (direction == 0).all(-2, keepdim=True)
     direction = torch.where(is_zero, without(covariance.take_along_dim(widest, dim=-1)), direction)
     for _ in range(POWER_ITERATIONS):
@@ -414,7 +417,7 @@ def select(scores: Tensor, in_sight: Tensor, top_k: int) -> Tensor:
     Returns:
         int32 [..., A, top_k], ascending, then -1 where fewer are in sight.
     """
-    scores = scores.masked_fill(~in_sight, -math.inf)
+    scores = scores.masked_fill(~in_sight | scores.isnan(), -math.inf)
     best, selected = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
     none = torch.iinfo(torch.int32).max
     selected = selected.to(torch.int32).masked_fill(~(best > -math.inf), none).sort(-1).values

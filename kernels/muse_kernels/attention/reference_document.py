@@ -76,12 +76,16 @@ class Document:
 
     def _bytes_per_chunk(self) -> int:
         options, head_dim = self.options, self.k.shape[-1]
-        far_clusters = self.num_chunks * options.key_clusters
+        num_summaries = self.num_chunks * options.summaries
+        has_candidates = options.selection == "peak_mass" and 0 < options.top_k < options.candidates
+        candidates = options.candidates if has_candidates else 0
         # A mask is a fourth or an eighth of a number.
         per_summary = 6 * head_dim + 4 * options.summary_cluster
-        summaries = options.query_clusters * self.num_chunks * options.summaries * per_summary
-        logits = options.chunk * (4 * far_clusters + 3 * options.top_k * options.key_cluster)
-        retrieved = 4 * options.query_clusters * options.top_k * options.key_cluster * head_dim
+        summaries = options.query_clusters * num_summaries * per_summary
+        looked_at = max(3 * options.top_k, 2 * candidates)
+        logits = options.chunk * (4 * num_summaries + looked_at * options.key_cluster)
+        gathered = max(4 * options.top_k, candidates)
+        retrieved = options.query_clusters * gathered * options.key_cluster * head_dim
         numbers = self.q.shape[0] * self.q.shape[1] * (summaries + logits + retrieved)
         return numbers * self.q.element_size()
 

@@ -1,6 +1,6 @@
 """The first look at every far key cluster: what it weighs for the mean of a query cluster.
 
-    A_ab = logsumexp_{j in b}(scale mean_q . k_j)                 mean_q over the queries of a
+    A_ab = logsumexp_{j in b}(scale mean_q . k_j)                 mean_q over the queries of a, rounded as q is
 
     score_ab = A_ab + log spread_b                                (selection "centroid")
     score_ab = A_ab + |scale q|^2 spread_b / (4 D)                (selection "peak_mass", |q|^2 its mean over a)

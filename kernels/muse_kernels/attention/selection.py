@@ -7,7 +7,8 @@ key, with L'_q over the near field and the candidates' peaks:
 
     peak_b(q) = max_{j in b} scale q . k_j          score_ab = log sum_{q in a} exp(peak_b(q) - L'_q)
 
-The best are found by bisecting the bits of the score, so that neither top_k nor the number of clusters is built into
+Shares are added up as they are, so that a candidate whose share of every query is below 2^-149 counts for nothing. The
+best are found by bisecting the bits of the score, so that neither top_k nor the number of clusters is built into
 the kernel. The inverted lists that the backward pass needs are a stable sort of pairs.
 """
 
@@ -71,7 +72,7 @@ def muse_select(
     base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
     base += (a % QUERY_CLUSTERS) * columns
     threshold = tl.full([], 0, tl.int64)  # ends as the top_k-th largest, or as 0 where fewer are in sight
-    for step in range(16):  # two bits at a time: three counts of at most 2^21 in one sum
+    for step in range(16):  # two bits at a time: three counts below 2^21 in one sum
         unit = tl.full([], 1073741824, tl.int64) >> (2 * step)
         counts = tl.full([], 0, tl.int64)
         for first in range(0, columns, BLOCK):

@@ -113,7 +113,8 @@ def muse_summaries(
     places = local_head.to(tl.int64) * capacity + base
     for summary in range(start, stop):
         bits = _retrieved_bits(selected + number * top_k, top_k, is_query_cluster, summary, PER_SUMMARY)
-        num_keys = tl.load(length + summary // SUMMARIES) - (summary % SUMMARIES) * (PER_SUMMARY * K)
+        if not CAUSAL:  # in a causal far chunk every place has a key
+            num_keys = tl.load(length + summary // SUMMARIES) - (summary % SUMMARIES) * (PER_SUMMARY * K)
         largest, mass = tl.full([A], NEGATIVE, tl.float32), tl.zeros([A], tl.float32)
         key_mean = tl.zeros([A, BLOCK_D], tl.float32)
         value_mean = tl.zeros([A, BLOCK_D], tl.float32)
@@ -123,7 +124,7 @@ def muse_summaries(
             v = operand(tl.load(clustered_v + keys))
             logits = tl.dot(mu_rows, tl.trans(k), input_precision="ieee") * scale_log2
             is_left = (((bits >> leaf) & 1) == 0)[:, None]
-            if not CAUSAL:  # in a causal far chunk every place has a key
+            if not CAUSAL:
                 is_left &= (leaf * K + key < num_keys)[None, :]
             logits = tl.where(is_left, logits, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(logits, 1))

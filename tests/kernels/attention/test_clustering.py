@@ -176,6 +176,21 @@ def test_a_mean_of_zero_is_no_obstacle(coordinate: int, device: torch.device) ->
     assert set(order[:32].tolist()) == set(range(32, 64))
 
 
+def test_a_second_direction_is_found_without_a_mean_to_start_from(device: torch.device) -> None:
+    """Along the first coordinate from end to end, then along the second: neither has a mean."""
+    x = torch.zeros(1, 1, 64, 16, device=device)
+    side = torch.tensor([1.0, -1.0], device=device)
+    x[0, 0, :, 0] = (3 * side).repeat(32)
+    x[0, 0, :, 1] = (torch.arange(1, 17, device=device) / 16).repeat_interleave(2).repeat(2) * side.repeat_interleave(
+        32
+    )
+    order = order_of(x, table_of([(0, 64)], 64, device), 64, 16)
+    assert torch.equal(order, step.bisection_order(x, 64, 16))
+    assert {
+        tuple(x[0, 0, members.long(), :2].sign().unique(dim=0).flatten().tolist()) for members in order.view(4, 16)
+    } == {(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_gives_a_permutation_and_spoils_its_own_chunk_alone(
     value: float, device: torch.device

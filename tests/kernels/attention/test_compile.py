@@ -8,11 +8,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from muse_kernels.attention.options import Selection
 from tests.kernels.attention.offline import SHARED_MEMORY, TENSOR_MEMORY, Case, Usage
 
 TARGETS = [80, 89, 90, 100]
@@ -25,7 +24,7 @@ NARROW = [(d, dtype) for d in (16, 64, 96, 128) for dtype in ("bfloat16", "float
 HOPPER_ONLY = [(256, "bfloat16"), (128, "float32")]
 """Heads whose rows take 512 bytes: no other GPU has the memory (`tiles.fits`)."""
 
-EACH_KERNEL: list[dict[str, Any]] = [{}, *({"selection": selection} for selection in get_args(Selection))]
+EACH_KERNEL: list[dict[str, Any]] = [{}, {"selection": "centroid"}]
 FORMS: list[dict[str, Any]] = [
     *EACH_KERNEL,
     {"causal": False},
@@ -35,8 +34,9 @@ FORMS: list[dict[str, Any]] = [
     {"top_k": 0, "causal": False},
 ]
 
-# Bytes of local memory per thread. At head size 64 hardly any register is spilled, at 128 accumulators fill them all:
-# what is spilled is mostly used outside the loops over keys, and tiles that spill less were slower on an H100.
+# Bytes of local memory per thread. At head size 64 hardly any register is spilled but by muse_far_backward, 56 bytes; at
+# 128 accumulators fill them all: what is spilled is mostly used outside the loops over keys, and tiles that spill less
+# were slower on an H100 and an H200.
 LARGEST_STACK = {64: 64, 128: 512}
 
 
@@ -68,11 +68,7 @@ def compiled(target: int, cases: list[Case]) -> tuple[set[str], list[Usage]]:
 @pytest.mark.parametrize("target", TARGETS, ids="sm_{}".format)
 def test_every_kernel_fits(target: int) -> None:
     """Heads of 64 and 128 in bfloat16, causal, as recipes use them; also a single key-value head: a 1 is a constant."""
-    cases = [
-        Case(128, "bfloat16", 1, {}),
-        Case(64, "bfloat16", 4, {}),
-        *(Case(64, "bfloat16", 1, options) for options in EACH_KERNEL),
-    ]
+    cases = [Case(128, "bfloat16", 1, {}), *(Case(64, "bfloat16", 4, options) for options in EACH_KERNEL)]
     kernels, usages = compiled(target, cases)
     assert {usage.kernel for usage in usages} == kernels
     if target == 90:

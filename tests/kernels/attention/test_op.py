@@ -170,6 +170,19 @@ def test_a_cluster_without_queries_retrieves_nothing(selection: str) -> None:
     assert (selected[2, 1] == -1).all()
 
 
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_without_first_order_the_size_of_summaries_makes_no_difference(top_k: int) -> None:
+    """A summary of order 0 weighs what its keys weigh: sums of exp(A) vbar, however keys are grouped."""
+    qkv = tuple(torch.randn(1, 2, 45, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    dout = torch.randn(1, 2, 45, 4, dtype=torch.float64)
+    first, *others = (
+        (out := muse_attention(*qkv, **SMALL, order=0, summary_cluster=size), *torch.autograd.grad(out, qkv, dout))
+        for size in (2, 4, 8)
+    )
+    for other in others:
+        torch.testing.assert_close(other, first)
+
+
 @pytest.mark.parametrize(("has_documents", "chunks"), [(False, 7), (True, 2)])
 def test_packed_documents_are_exact_up_to_fewer_tokens_by_default(has_documents: bool, chunks: int) -> None:
     options = {**SMALL, "exact_below": None}
@@ -388,6 +401,14 @@ Q, KV = torch.zeros(1, 4, 16, 8), torch.zeros(1, 2, 16, 8)
         ((Q.int(), KV.int(), KV.int()), {}, "floating-point dtype"),
         ((Q, KV, KV), {"chunk": 96, "query_cluster": 32}, "chunk / query_cluster must be a power of two, got chunk=96"),
         ((Q, KV, KV), {"key_cluster": 0}, "key_cluster=0"),
+        *(
+            (
+                (Q, KV, KV),
+                {"chunk": 16, "query_cluster": 8, "key_cluster": 4, "summary_cluster": size},
+                f"summary_cluster must be one of 4, 8, 16 for chunk=16, key_cluster=4, got {size}",
+            )
+            for size in (0, 2, 12, 32)
+        ),
         ((Q, KV, KV), {"top_k": -1}, "top_k must be at least 0, got -1"),
         ((Q, KV, KV), {"exact_below": -1}, "exact_below must be at least 0, got -1"),
         ((Q, KV, KV), {"workspace_mib": 0}, "workspace_mib must be at least 1, got 0"),
@@ -408,3 +429,25 @@ Q, KV = torch.zeros(1, 4, 16, 8), torch.zeros(1, 2, 16, 8)
 def test_a_wrong_argument_is_named(arguments: tuple[Tensor, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         muse_attention(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "num_documents", "num_tokens", "is_accepted"),
+    [
+        (128, None, 2**24 - 2048, True),
+        (128, None, 2**24, False),
+        (80, 2000, 2**24 - 2**20, False),  # heads of 128 to the kernels, and a third chunk for every document
+        (64, None, 2**25 - 2048, True),
+        (4, None, 2**25, False),  # more runs of key clusters than a launch has programs on an axis
+    ],
+)
+def test_kernels_refuse_what_they_cannot_count(
+    head_dim: int, num_documents: int | None, num_tokens: int, is_accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q = torch.empty(1, dtype=torch.bfloat16).expand(1, 1, num_tokens, head_dim)
+    cu_seqlens = None if num_documents is None else torch.zeros(num_documents + 1, dtype=torch.int32)
+    options = MuseOptions(implementation="triton").resolved(head_dim, has_documents=cu_seqlens is not None)
+    obstacle = op._obstacle_to_kernels(q, options, cu_seqlens)
+    assert (obstacle is None) == is_accepted, obstacle
+    assert is_accepted or "accepts up to" in str(obstacle)

@@ -158,6 +158,18 @@ def test_a_direction_is_found_whichever_coordinate_varies(coordinate: int, mean:
     assert torch.corrcoef(torch.stack([projection, x[:, coordinate]]))[0, 1] > 0.999
 
 
+def test_the_second_direction_is_found_without_a_mean_to_start_from() -> None:
+    x = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]])
+    first, second = step.main_projections(x, torch.ones(4, dtype=torch.bool))
+    assert first.abs().tolist() == pytest.approx((x[:, 0].abs() / 2).tolist())
+    assert second.abs().tolist() == pytest.approx((x[:, 1].abs() / 2).tolist())
+
+
+def test_selection_passes_over_nan() -> None:
+    scores = torch.tensor([[math.nan, 1.0, 3.0, math.nan, 2.0]])
+    assert step.select(scores, torch.ones(1, 5, dtype=torch.bool), 2).tolist() == [[2, 4]]
+
+
 def test_bisection_of_nan_is_still_a_permutation() -> None:
     x = torch.randn(1, 1, 32, 4)
     x[0, 0, 5] = math.nan

@@ -548,6 +548,23 @@ def test_extreme_inputs_stay_finite(kind: str, dtype: torch.dtype, causal: bool,
         assert relative_error(found[0], exact(*leaves, causal=causal)) <= LIMITS[dtype]
 
 
+def test_a_scale_of_zero_weighs_all_keys_alike(device: torch.device) -> None:
+    qkv = make_qkv(140, device, heads=1)
+    found = results(qkv, torch.randn_like(qkv[0]), **KERNELS, softmax_scale=0.0)
+    for label, x in zip(LABELS, found, strict=True):
+        assert x.isfinite().all(), label
+    mean = qkv[V].cumsum(2) / torch.arange(1, 141, device=device)[:, None]
+    assert relative_error(found[0], mean) <= LIMITS[torch.float32]
+
+
+def test_a_summary_of_32_key_clusters(device: torch.device) -> None:
+    """One bit each in an int32, the last of which is its sign; and lists longer than one tile."""
+    qkv = make_qkv(1100, device, heads=1, head_dim=16)
+    options = {**SPATIAL, "chunk": 512, "query_cluster": 128, "key_cluster": 16, "summary_cluster": 512, "top_k": 40}
+    options |= {"selection": "centroid", "exact_below": 0}
+    assert_kernels_agree(qkv, **options)
+
+
 # ---------------------------------------------------------------------------------------------------------- equal runs
 
 
