@@ -21,7 +21,7 @@ from muse_kernels.attention.common import (
     rows_contiguous,
     token_rows,
 )
-from muse_kernels.attention.layout import FarLayout
+from muse_kernels.attention.layout import FarLayout, far_place
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.summaries import Summaries
 from muse_kernels.attention.tiles import tile_of
@@ -95,8 +95,7 @@ def muse_far(
     largest, mass = tl.load(lse, mask=is_query, other=0.0) * LOG2E, tl.full([Q], 1.0, tl.float32)
     total = tl.load(out_rows, mask=is_row, other=0.0).to(tl.float32)
 
-    base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
-    base += (a % QUERY_CLUSTERS) * columns
+    base = far_place(offset, first_row, row, a % QUERY_CLUSTERS, columns, local_head, capacity)
     kbar, vbar, bias = kbar + base * BLOCK_D, vbar + base * BLOCK_D, bias + base
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)

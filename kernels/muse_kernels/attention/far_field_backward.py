@@ -24,7 +24,7 @@ from muse_kernels.attention.common import (
     token_rows,
 )
 from muse_kernels.attention.key_gradients import ClusteredQueries
-from muse_kernels.attention.layout import FarLayout
+from muse_kernels.attention.layout import FarLayout, far_place
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.summaries import Summaries
 from muse_kernels.attention.tiles import tile_of
@@ -110,8 +110,7 @@ def muse_far_backward(
     total = tl.zeros([Q, BLOCK_D], tl.float32)
 
     scale_log2 = scale * LOG2E
-    base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
-    base += (a % QUERY_CLUSTERS) * columns
+    base = far_place(offset, first_row, row, a % QUERY_CLUSTERS, columns, local_head, capacity)
     kbar, vbar, bias, dmass_at_0 = kbar + base * BLOCK_D, vbar + base * BLOCK_D, bias + base, dmass_at_0 + base
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)

@@ -15,7 +15,7 @@ from torch import Tensor
 from muse_kernels.attention.chunks import ChunkTable, Group
 from muse_kernels.attention.clustering import ClusterMeans
 from muse_kernels.attention.common import LOG2E, NEGATIVE, operand, padded_head_dim
-from muse_kernels.attention.layout import FarLayout
+from muse_kernels.attention.layout import FarLayout, far_run
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.tiles import tile_of
 
@@ -56,15 +56,9 @@ def muse_scores(
 ):
     """One program for each tile of A query clusters and run of CLUSTERS key clusters."""
     local_head = tl.program_id(2)
-    a = first_row * QUERY_CLUSTERS + tl.program_id(0) * A + tl.arange(0, A)
-    is_query_cluster = a < end_row * QUERY_CLUSTERS
-    row = tl.minimum(a // QUERY_CLUSTERS, end_row - 1)
-    row_first = tl.load(first_cluster + row)
-    row_far = tl.where(is_query_cluster, tl.load(num_far + row), 0)
-    base = tl.load(offset + row) - tl.load(offset + first_row) + (a % QUERY_CLUSTERS) * row_far - row_first
-    # Half of the largest integer, so that a tile without any far cluster does not overflow into one.
-    start = tl.min(tl.where(row_far > 0, row_first, 1073741824)) + tl.program_id(1) * CLUSTERS
-    stop = tl.minimum(tl.max(tl.where(row_far > 0, row_first + row_far, 0)), start + CLUSTERS)
+    a, is_query_cluster, row, row_first, row_far, place, start, stop = far_run(
+        first_cluster, num_far, offset, first_row, end_row, local_head, capacity, QUERY_CLUSTERS, A, CLUSTERS
+    )
     if start >= stop:
         return
 
@@ -77,7 +71,7 @@ def muse_scores(
     kv_head = (local_head // G).to(tl.int64)
     clustered_k += kv_head * num_rows * KEY_CLUSTERS * K * BLOCK_D
     spread += kv_head * num_rows * KEY_CLUSTERS
-    scores += local_head.to(tl.int64) * capacity + base
+    scores += place
     for cluster in range(start, stop):
         k = operand(tl.load(clustered_k + (cluster * K + key)[:, None] * BLOCK_D + d[None, :]))
         logits = tl.dot(means, tl.trans(k), input_precision="ieee") * scale_log2

@@ -29,14 +29,15 @@ from muse_kernels.attention.common import (
     rows_contiguous,
     token_rows,
 )
-from muse_kernels.attention.layout import FarLayout
+from muse_kernels.attention.layout import FarLayout, far_place
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.tiles import tile_of
 
 
 @triton.jit
-def _ordered_bits(score):
-    """Integers in the order of the scores, from 1 up; 0 for -inf and NaN, which nobody selects."""
+def _ordered_bits(scores, column, columns):
+    """Integers in the order of the scores in these columns, from 1 up; 0 for -inf and NaN, which nobody selects."""
+    score = tl.load(scores + column, mask=column < columns, other=float("-inf"))
     bits = score.to(tl.int32, bitcast=True)
     bits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
     return tl.where(score > float("-inf"), bits, 0)
@@ -69,30 +70,23 @@ def muse_select(
     if (columns == 0) | (tl.load(query_order + number * Q) < 0):
         return
     column = tl.arange(0, BLOCK)
-    base = local_head.to(tl.int64) * capacity + tl.load(offset + row) - tl.load(offset + first_row)
-    base += (a % QUERY_CLUSTERS) * columns
+    scores += far_place(offset, first_row, row, a % QUERY_CLUSTERS, columns, local_head, capacity)
     threshold = tl.full([], 0, tl.int64)  # ends as the top_k-th largest, or as 0 where fewer are in sight
     for step in range(16):  # two bits at a time: three counts below 2^21 in one sum
         unit = tl.full([], 1073741824, tl.int64) >> (2 * step)
         counts = tl.full([], 0, tl.int64)
         for first in range(0, columns, BLOCK):
-            is_column = first + column < columns
-            score = tl.load(scores + base + first + column, mask=is_column, other=float("-inf"))
-            bits = _ordered_bits(score) - threshold
+            bits = _ordered_bits(scores, first + column, columns) - threshold
             reached = (bits >= unit).to(tl.int64) + ((bits >= 2 * unit).to(tl.int64) << 21)
             counts += tl.sum(reached + ((bits >= 3 * unit).to(tl.int64) << 42))
         passed = ((counts & 0x1FFFFF) >= top_k).to(tl.int64) + (((counts >> 21) & 0x1FFFFF) >= top_k).to(tl.int64)
         threshold += unit * (passed + ((counts >> 42) >= top_k).to(tl.int64))
     above = tl.full([], 0, tl.int32)
     for first in range(0, columns, BLOCK):
-        is_column = first + column < columns
-        score = tl.load(scores + base + first + column, mask=is_column, other=float("-inf"))
-        above += tl.sum((_ordered_bits(score) > threshold).to(tl.int32))
+        above += tl.sum((_ordered_bits(scores, first + column, columns) > threshold).to(tl.int32))
     ties_left, num_selected = top_k - above, tl.full([], 0, tl.int32)
     for first in range(0, columns, BLOCK):
-        is_column = first + column < columns
-        score = tl.load(scores + base + first + column, mask=is_column, other=float("-inf"))
-        bits = _ordered_bits(score)
+        bits = _ordered_bits(scores, first + column, columns)
         is_tie = (bits == threshold) & (threshold > 0)
         rank = tl.cumsum(is_tie.to(tl.int32), 0)
         is_selected = ((bits > threshold) | (is_tie & (rank <= ties_left))) & (bits > 0)

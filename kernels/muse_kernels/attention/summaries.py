@@ -19,7 +19,7 @@ from torch import Tensor
 
 from muse_kernels.attention.chunks import ChunkTable, Group
 from muse_kernels.attention.common import LOG2E, NEGATIVE, operand, padded_head_dim
-from muse_kernels.attention.layout import FarLayout
+from muse_kernels.attention.layout import FarLayout, far_run
 from muse_kernels.attention.options import ResolvedOptions
 from muse_kernels.attention.tiles import tile_of
 
@@ -92,15 +92,9 @@ def muse_summaries(
 ):
     """One program for each tile of A query clusters and run of RUN summaries."""
     local_head = tl.program_id(2)
-    a = first_row * QUERY_CLUSTERS + tl.program_id(0) * A + tl.arange(0, A)
-    is_query_cluster = a < end_row * QUERY_CLUSTERS
-    row = tl.minimum(a // QUERY_CLUSTERS, end_row - 1)
-    row_first = tl.load(first_summary + row)
-    row_far = tl.where(is_query_cluster, tl.load(num_far + row), 0)
-    base = tl.load(offset + row) - tl.load(offset + first_row) + (a % QUERY_CLUSTERS) * row_far - row_first
-    # Half of the largest integer, so that a tile without any far cluster does not overflow into one.
-    start = tl.min(tl.where(row_far > 0, row_first, 1073741824)) + tl.program_id(1) * RUN
-    stop = tl.minimum(tl.max(tl.where(row_far > 0, row_first + row_far, 0)), start + RUN)
+    a, is_query_cluster, row, row_first, row_far, place, start, stop = far_run(
+        first_summary, num_far, offset, first_row, end_row, local_head, capacity, QUERY_CLUSTERS, A, RUN
+    )
     if start >= stop:
         return
 
@@ -110,7 +104,6 @@ def muse_summaries(
     mu_rows = operand(tl.load(mu + number[:, None] * D + d[None, :], mask=is_mu, other=0.0))
     first_key = (local_head // G).to(tl.int64) * num_rows * SUMMARIES * PER_SUMMARY * K * BLOCK_D
     clustered_k, clustered_v = clustered_k + first_key, clustered_v + first_key
-    places = local_head.to(tl.int64) * capacity + base
     for summary in range(start, stop):
         bits = _retrieved_bits(selected + number * top_k, top_k, is_query_cluster, summary, PER_SUMMARY)
         if not CAUSAL:  # in a causal far chunk every place has a key
@@ -144,11 +137,11 @@ def muse_summaries(
         if not CAUSAL:
             logit_at_0 = tl.where((summary // SUMMARIES != row) & (num_keys > 0), logit_at_0, float("-inf"))
         is_stored = (summary >= row_first) & (summary < row_first + row_far)
-        place = places + summary
-        tl.store(bias + place, logit_at_0, mask=is_stored)
-        tl.store(log_masses + place, log_mass, mask=is_stored)
-        tl.store(retrieved + place, bits, mask=is_stored)
-        rows = place[:, None] * BLOCK_D + d[None, :]
+        entry = place + summary
+        tl.store(bias + entry, logit_at_0, mask=is_stored)
+        tl.store(log_masses + entry, log_mass, mask=is_stored)
+        tl.store(retrieved + entry, bits, mask=is_stored)
+        rows = entry[:, None] * BLOCK_D + d[None, :]
         tl.store(kbar + rows, key_mean, mask=is_stored[:, None])
         tl.store(vbar + rows, value_mean, mask=is_stored[:, None])
 

@@ -521,7 +521,8 @@ def test_far_keys_may_outweigh_the_near_field_by_any_factor(top_k: int, lead: fl
     q[:, :, 130:150, 0] = lead
     k[:, :, :, 0] = 0
     k[:, :, 5, 0] = 1
-    assert_kernels_agree((q, k, v), top_k=top_k, softmax_scale=1.0)
+    # A logit of `lead` is rounded by as much of itself, and its weight by that in all.
+    assert_kernels_agree((q, k, v), top_k=top_k, softmax_scale=1.0, limit=lead * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize(
