@@ -34,9 +34,9 @@ FORMS: list[dict[str, Any]] = [
     {"top_k": 0, "causal": False},
 ]
 
-# Bytes of local memory per thread. At head size 64 hardly any register is spilled, most in muse_far_backward (56 bytes);
-# at 128 accumulators fill them all: what is spilled is mostly used outside the loops over keys, and tiles that spill
-# less were slower on an H100 and an H200.
+# Bytes of local memory per thread. At head size 64 few registers are spilled, most in muse_far_backward (56 bytes); at
+# 128 accumulators fill them all: what is spilled is mostly used outside the loops over keys, and tiles that spill less
+# were slower on an H100 and an H200.
 LARGEST_STACK = {64: 64, 128: 512}
 
 
