@@ -53,6 +53,8 @@ ANY_MODEL = {
     "max_position_embeddings": 2**31 - 1,
 }
 """Stands in for a model where data alone is prepared and the recipe has none: nothing is too large for it."""
+ANY_SEQ_LEN = 1
+"""Likewise for a context: `muse prepare` checks only one that the recipe names."""
 
 EPILOG = """
 --config takes a file or recipe:NAME (a packaged recipe) and may be repeated: later files and flags win. Any key of a
@@ -137,7 +139,7 @@ class MuseCLI(LightningCLI):
             parser.link_arguments(source, target, apply_on="instantiate")
         if self.builds == "data":
             parser.set_defaults({f"model.config.{name}": value for name, value in ANY_MODEL.items()})
-            parser.set_defaults({"data.seq_len": 1, "data.batch_size": 1})
+            parser.set_defaults({"data.seq_len": ANY_SEQ_LEN, "data.batch_size": 1})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse files and flags.
@@ -277,13 +279,15 @@ def prepare(verb: str, description: str, args: Sequence[str], allowed: Sequence[
     """`muse prepare`: build the dataset of a recipe, or find that it is there."""
     cli = MuseCLI(verb, description, args, allowed, builds="data")
     data = cli.datamodule
+    data.prepare_data()
+    data.check_files("fit")
     if data.sources is None:
         names = ", ".join(dataset.name for dataset in data.datasets)
         print(f"data: {names}: used as prepared, for data.sources is null", file=sys.stderr)
-    data.prepare_data()
-    data.ranks_per_block = 1  # of one process
+    if data.seq_len == ANY_SEQ_LEN:
+        return
     try:
-        data.setup("fit")
+        data.check_blocks("fit", readers=1)
     except UserError as error:
         print(f"data: warning: as it is, muse fit would end with: {error}", file=sys.stderr)
 
