@@ -79,7 +79,8 @@ class GitRepositories(DocumentSource):
 
     def _units_of(self, entry: str) -> "Iterator[GitUnit]":
         location, mark, revision = entry.rpartition("#")
-        if not mark or (not is_git_url(entry) and os.path.exists(os.path.expanduser(entry))):
+        in_host = "://" in location and "/" not in location.partition("://")[2]
+        if not mark or in_host or (not is_git_url(entry) and os.path.exists(os.path.expanduser(entry))):
             location, revision = entry, self.revision
         if is_git_url(location):
             shown = shown_url(location)

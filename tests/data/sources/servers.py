@@ -96,6 +96,12 @@ class _GitHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
+        self.server.commands += [place.read_bytes().decode() for place in Path("/proc").glob("[0-9]*/cmdline")]
+        if self.server.password and self.headers.get("Authorization") != self.server.password:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="here"')
+            self.end_headers()
+            return
         variables = {
             "GIT_PROJECT_ROOT": str(self.server.root),
             "GIT_HTTP_EXPORT_ALL": "1",
@@ -137,6 +143,10 @@ class GitServer(http.server.ThreadingHTTPServer):
         self.root = root
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.paths: list[str] = []
+        self.password = ""
+        """The header Authorization that is asked for; empty: none is."""
+        self.commands: list[str] = []
+        """The list of processes, at each request."""
 
 
 @contextmanager

@@ -4,8 +4,11 @@ import os
 import shutil
 import socket
 import subprocess
+import time
+from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -23,6 +26,8 @@ from tests.data.sources.builders import (
     read_all,
     write,
 )
+from tests.data.sources.servers import git_server
+from tests.data.test_jobs import is_running, wait_for
 
 ALPHA = REPOSITORIES["alpha"]
 
@@ -292,7 +297,7 @@ def ssh(tmp_path, monkeypatch) -> Path:
     return noted
 
 
-@pytest.mark.parametrize("chosen", ["", "variable", "setting"])
+@pytest.mark.parametrize("chosen", ["", "variable", "setting", "not-ours"])
 @pytest.mark.parametrize("url", ["ssh://nobody@host/owner/name", "nobody@host:owner/name"])
 def test_ssh_asks_for_nothing(ssh, tmp_path, monkeypatch, url, chosen):
     if chosen == "variable":
@@ -300,6 +305,11 @@ def test_ssh_asks_for_nothing(ssh, tmp_path, monkeypatch, url, chosen):
     if chosen == "setting":
         setting = write(tmp_path / "gitconfig", b"[core]\n\tsshCommand = ssh -v\n")
         monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(setting))
+    if chosen == "not-ours":
+        # A repository in which the command happens to be given.
+        git(git_repository(tmp_path / "here", ALPHA), "config", "core.sshCommand", "ssh -v")
+        monkeypatch.chdir(tmp_path / "here")
+        chosen = ""
     with pytest.raises(UserError, match=r"Permission denied \(publickey,password\)\. fatal: .*check the address"):
         list(source(url, cache=tmp_path / "cache").units())
     session, *arguments = ssh.read_text().split()
@@ -308,12 +318,68 @@ def test_ssh_asks_for_nothing(ssh, tmp_path, monkeypatch, url, chosen):
     assert ("-v" in arguments) == bool(chosen)
 
 
-def test_a_server_that_says_nothing_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(git_clones, "_SILENCE_SECONDS", 1)
+@pytest.mark.parametrize("transport", ["http", "git", "ssh"])
+def test_a_server_that_says_nothing_is_given_up(tmp_path, monkeypatch, transport):
+    monkeypatch.setattr(git_clones, "_SILENCE_SECONDS", 0.5)
+    noted = tmp_path / "noted"
+    program = write(tmp_path / "ssh", f"#!/bin/sh\necho $$ > {noted}\nexec sleep 60\n".encode())
+    program.chmod(0o755)
+    monkeypatch.setenv("GIT_SSH", str(program))
+    start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/owner/name"
-        with pytest.raises(UserError, match=r"Operation too slow\. Less than 1 bytes/sec"):
+        url = f"{transport}://127.0.0.1:{server.getsockname()[1]}/owner/name"
+        with pytest.raises(
+            UserError, match=r"/owner/name: the server sent nothing for 0\.5 seconds; check the address"
+        ):
             list(source(url, cache=tmp_path / "cache").units())
+    assert time.monotonic() - start < 20
+    if transport == "ssh":
+        wait_for(lambda: not is_running(int(noted.read_text())))
+
+
+def test_a_server_that_sends_little_by_little_is_not_given_up(repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(git_clones, "_SILENCE_SECONDS", 0.8)
+    monkeypatch.setattr(git_clones, "_POLL_SECONDS", 0.1)
+    program = write(
+        tmp_path / "ssh",
+        b"#!/bin/sh\nfor i in 1 2 3 4 5; do echo $i >&2; sleep 0.3; done\nexec git-upload-pack " + bytes(repository),
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("GIT_SSH", str(program))
+    monkeypatch.setenv("PATH", f"{git(repository, '--exec-path').strip()}:{os.environ['PATH']}")
+    assert contents(source("ssh://host/owner/name", cache=tmp_path / "cache"))["owner/name"] == ALPHA
+
+
+@pytest.mark.parametrize("user_info", ["me:hunter2", "hunter2", "hunter2:", "m%65:hunter2%40"])
+def test_credentials_are_sent_and_not_in_the_list_of_processes(repository, tmp_path, monkeypatch, user_info):
+    # What the user has in the same variables, and a helper of theirs that knows another password.
+    for name, value in [("COUNT", "1"), ("KEY_0", "credential.helper"), ("VALUE_0", "!echo password=other; :")]:
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
+    sent = unquote(user_info) if ":" in user_info else f"{user_info}:other"
+    git(repository, "clone", "--quiet", "--bare", ".", str(tmp_path / "served" / "owner" / "name"))
+    with git_server(tmp_path / "served") as server:
+        server.password = f"Basic {b64encode(sent.encode()).decode()}"
+        url = f"{server.url}/owner/name".replace("//", f"//{user_info}@", 1)
+        assert contents(source(url, cache=tmp_path / "cache"))["owner/name"] == ALPHA
+        assert any("fetch" in command for command in server.commands)
+        assert not [command for command in server.commands if "hunter2" in command]
+        # The clone of one token is that of the next.
+        asked = len(server.paths)
+        assert contents(source(url.replace("hunter2", "hunter3"), cache=tmp_path / "cache"))["owner/name"] == ALPHA
+        assert len(server.paths) == asked
+        server.password = "Basic other"
+        with pytest.raises(UserError, match=r"Authentication failed") as error:
+            list(source(url, cache=tmp_path / "cache", refresh=True).units())
+        assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://u:hunter2@host/owner/name?hunter2", "https://u:hunter2#@host/owner/name", "https://u%0a@host/n/m"]
+)
+def test_urls_that_git_does_not_take_are_one_line(tmp_path, url):
+    with pytest.raises(UserError, match=r"GitRepositories: https://host/.*: (a query found|its user or pass)") as error:
+        list(source(url, cache=tmp_path / "cache").units())
+    assert "hunter2" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["ext::sh -c touch% trace", "--upload-pack=touch trace", "-u:x"])
