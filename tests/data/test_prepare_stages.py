@@ -107,15 +107,15 @@ class TestContent:
     def test_damage_is_told_once(self, tmp_path, capsys):
         files = (("c", {"z.py": text(3, 400)}),)
         units = [
-            MemoryUnit("a.tar", files, damaged="/place/a.tar is damaged: no end"),
-            MemoryUnit("b.tar", files, damaged="no end"),
+            MemoryUnit("r", files, damaged="tar: no end"),
+            MemoryUnit(os.fsdecode(b"/place/\xe9.tar"), files, damaged="is damaged: no end"),
             *(MemoryUnit(f"r{i}", ((f"r{i}", {"x.py": text(i, 300)}),)) for i in range(4)),
         ]
         prepare(tmp_path / "set", MemorySource(units))
         told = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
         assert told == [
-            "data: left out, damaged: /place/a.tar is damaged: no end",
-            "data: left out, damaged: b.tar: no end",
+            "data: left out, damaged: /place/\ufffd.tar: is damaged: no end",
+            "data: left out, damaged: r: tar: no end",
         ]
 
     def test_damage_can_be_an_error(self, tmp_path):

@@ -110,7 +110,7 @@ class GitRepositories(DocumentSource):
         try:
             folder = git_folder(location)
             if folder is None:
-                raise DamagedSource(f"{location} is no git repository")
+                raise DamagedSource("is no git repository")
             commit = resolve_commit(folder, revision)
         except DamagedSource as error:
             if must_exist:
@@ -155,7 +155,7 @@ class GitUnit(SourceUnit):
                 continue
             left -= len(content)
             if left < 0:
-                raise DamagedSource(f"{self.name}: more than {limits.max_unpacked_bytes:,} bytes")
+                raise DamagedSource(f"has more than {limits.max_unpacked_bytes:,} bytes")
             yield SourceFile(entry.path, content, for_licence)
 
     def _purpose(self, entry: TreeEntry, skipped: Counter[str]) -> bool | None:

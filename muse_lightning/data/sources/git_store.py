@@ -47,7 +47,7 @@ def git_folder(location: str) -> str | None:
     """
     inside = os.path.join(location, ".git")
     if os.path.isfile(inside) or os.path.islink(inside):
-        raise DamagedSource(f"{location}: .git is no folder; give the repository that the work tree belongs to")
+        raise DamagedSource(".git is no folder; give the repository that the work tree belongs to")
     for folder in (inside, location):
         if os.path.isdir(os.path.join(folder, "objects")) and os.path.isfile(os.path.join(folder, "HEAD")):
             return folder
@@ -141,12 +141,11 @@ class CommitReader:
         Raises:
             DamagedSource: the commit is missing or broken.
         """
-        self._place = f"{folder}, commit {commit}"
         self._objects = GitObjects(folder, _MAX_TREE_BYTES)
         header = self._needed(commit.encode(), COMMIT).split(b"\n", 1)[0]
         self._tree = header.removeprefix(b"tree ")
         if len(self._tree) != 2 * _ID_BYTES or not self._tree.isalnum():
-            raise DamagedSource(f"{self._place}: names no tree")
+            raise DamagedSource("its commit names no tree")
 
     def close(self) -> None:
         """Close the packs."""
@@ -174,7 +173,7 @@ class CommitReader:
             below = self._list(entry, skipped)
             seen += len(below)
             if seen > limit:
-                raise DamagedSource(f"{self._place}: more than {limit:,} entries")
+                raise DamagedSource(f"has more than {limit:,} entries")
             for child in reversed(below):
                 if child.mode == _FOLDER and rules.excludes(child.path.rpartition("/")[2]):
                     skipped["excluded"] += 1
@@ -201,9 +200,9 @@ class CommitReader:
             end = data.find(b"\0", position)
             mode, space, name = data[position:end].partition(b" ")
             if end < 0 or not space or not mode.isdigit() or b"8" in mode or b"9" in mode:
-                raise DamagedSource(f"{self._place}: tree {folder.id.decode()} is broken")
+                raise DamagedSource(f"tree {folder.id.decode()} is broken")
             if end + 1 + _ID_BYTES > len(data):
-                raise DamagedSource(f"{self._place}: tree {folder.id.decode()} ends too early")
+                raise DamagedSource(f"tree {folder.id.decode()} ends too early")
             position = end + 1 + _ID_BYTES
             path = (f"{folder.path}/" if folder.path else "") + os.fsdecode(name)
             if b"/" in name or clean_path(path) != path or not name:
@@ -218,7 +217,7 @@ class CommitReader:
         try:
             kind, content = self._objects.read(name, _MAX_TREE_BYTES)
         except BrokenObjectError as error:
-            raise DamagedSource(f"{self._place}: object {name.decode()} is missing or broken ({error})") from error
+            raise DamagedSource(f"object {name.decode()} is missing or broken ({error})") from error
         if kind != wanted:
-            raise DamagedSource(f"{self._place}: object {name.decode()} is of another kind than it has to be")
+            raise DamagedSource(f"object {name.decode()} is of another kind than it has to be")
         return content

@@ -172,7 +172,7 @@ def test_a_reader_that_aborts_is_a_damaged_table(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(parquet_reader, "__name__", abort.stem)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(DamagedSource, match=r"a.parquet: its reader died: last words"):
+    with pytest.raises(DamagedSource, match=r"^its reader died: last words"):
         list(unit.read(LIMITS))
 
 
@@ -222,7 +222,7 @@ def test_a_damaged_packed_table_is_one_line(tmp_path, damage):
     middle = len(whole) // 2
     broken = whole[:middle] if damage == "truncated" else whole[:middle] + b"\xff\xff\xff\xff" + whole[middle + 4 :]
     (unit,) = source(write(tmp_path / "a.jsonl.gz", broken)).units()
-    with pytest.raises(DamagedSource, match=r"a.jsonl.gz is damaged: ") as error:
+    with pytest.raises(DamagedSource, match=r"^is damaged: ") as error:
         read_all(unit)
     assert "\n" not in str(error.value)
 
@@ -242,7 +242,7 @@ def test_what_is_no_parquet_is_one_line(tmp_path, content):
     with pytest.raises(DamagedSource) as error:
         list(unit.read(LIMITS))
     # Nothing else that its reader may have said, such as warnings.
-    assert str(error.value).startswith(f"{unit.name}: is no readable Parquet file: ")
+    assert str(error.value).startswith("is no readable Parquet file: ")
     assert "\n" not in str(error.value)
 
 
