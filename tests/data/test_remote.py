@@ -15,9 +15,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from muse_lightning.data import TokenDataModule, block_reader
+from muse_lightning.data import TokenDataModule, block_reader, remote
 from muse_lightning.data.card import ChunkEntry, read_card
-from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_file
+from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_description, copy_file, copy_tokenizer
 from muse_lightning.errors import UserError
 from muse_lightning.files import sha256_bytes
 
@@ -307,6 +307,32 @@ def test_a_file_without_an_end_is_not_copied_to_it(tmp_path, name, most):
             copy_file(url, tmp_path / "file", 1_000_000)
         server.shutdown()
         assert server.sent <= most
+
+
+@pytest.mark.parametrize("refused", ["missing", "too long"])
+@pytest.mark.parametrize("what", ["tokenizer", "dataset"])
+def test_what_is_refused_leaves_nothing(upload, tmp_path, monkeypatch, what, refused):
+    monkeypatch.setattr(remote, "_MAX_TOKENIZER_BYTES", 1000)
+    monkeypatch.setattr(remote, "_MAX_DESCRIPTION_BYTES", 100)
+    (upload / "tokenizer.json").write_bytes(bytes(1001))
+    url = f"file://{upload if refused == 'too long' else tmp_path / 'none'}"
+    copy = copy_tokenizer if what == "tokenizer" else copy_description
+    limit = "1,000" if what == "tokenizer" else "100"
+    message = "cannot be read" if refused == "missing" else f"more than {limit} bytes found"
+    with pytest.raises(UserError, match=message):
+        copy(url, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_copy_that_was_there_stays(upload, tmp_path):
+    folder = copy_description(f"file://{upload}", tmp_path / "cache")
+    before = sorted(tmp_path.rglob("*"))
+    (upload / "train" / "index.json").rename(upload / "moved")
+    with pytest.raises(UserError, match="cannot be read"):
+        copy_description(f"file://{upload}", tmp_path / "cache")
+    (upload / "moved").rename(upload / "train" / "index.json")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert read_card(folder) == read_card(upload)
 
 
 @pytest.mark.parametrize("place", ["file", "s3"])
