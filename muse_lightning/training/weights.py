@@ -85,6 +85,11 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
             f"ckpt_path: {path} has no {', '.join(missing)}; give it as model.weights to start from its weights alone"
         )
     step = checkpoint.get("global_step", 0)
+    if not isinstance(step, int) or step < 0:
+        found = " ".join(repr(step).split())[:80]
+        raise UserError(
+            f"ckpt_path: {path} is of step {found}, a number of at least 0 expected; give another checkpoint"
+        )
     if for_training and 0 <= max_steps <= step:
         raise UserError(
             f"trainer.max_steps: {max_steps} found, but ckpt_path {path} is of step {step}: nothing is left to train; "
