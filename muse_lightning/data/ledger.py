@@ -14,6 +14,7 @@ of its dataset, the epoch of that dataset (from 1), its chunk and the block in t
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,9 @@ from muse_lightning.data.block_reader import Block
 from muse_lightning.errors import UserError, reason_of
 
 FOLDER_NAME = "ledger"
+# Of any number in a ledger; and of the blocks that a header may list: of one token each they fill a terabyte.
+_MOST = 1 << 63
+_MOST_BLOCKS = 1 << 40
 _FILE_NAME = re.compile(r"rank(\d+)\.jsonl")
 
 
@@ -144,6 +148,9 @@ def _is_header(header: LedgerHeader) -> bool:
         and all(isinstance(dataset.name, str) and isinstance(dataset.fingerprint, str) for dataset in header.datasets)
         and all(isinstance(dataset.blocks, list) for dataset in header.datasets)
         and all(_is_count(blocks) for dataset in header.datasets for blocks in dataset.blocks)
+        and sum(blocks for dataset in header.datasets for blocks in dataset.blocks) < _MOST_BLOCKS
+        and all(type(dataset.weight) in (int, float) for dataset in header.datasets)
+        and all(0 <= dataset.weight < math.inf for dataset in header.datasets)
     )
 
 
@@ -163,7 +170,7 @@ def _is_batch(batch: LedgerBatch, header: LedgerHeader | None) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < _MOST
 
 
 def _damaged(path: Path, number: int) -> UserError:

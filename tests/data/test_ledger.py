@@ -94,6 +94,12 @@ BATCH = '{"step":1,"batch":0,"hash":"00","blocks":[[0,1,1,3]]}\n'
         HEADER.to_line().replace('"ranks_per_block":1', '"ranks_per_block":0'),
         HEADER.to_line().replace('"datasets":[', '"datasets":[7,'),
         HEADER.to_line().replace('"c0de"', "7"),
+        HEADER.to_line().replace("[3,4,5]", f"[3,{1 << 40},5]"),
+        HEADER.to_line().replace("[3,4,5]", f"[{1 << 39}]").replace("[10]", f"[{1 << 39}]"),
+        HEADER.to_line().replace('"seq_len":64', '"seq_len":1' + 4000 * "0"),
+        HEADER.to_line().replace('"weight":0.5', '"weight":"much"'),
+        HEADER.to_line().replace('"weight":0.5', '"weight":-0.5'),
+        HEADER.to_line().replace('"weight":0.5', '"weight":NaN'),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line):
