@@ -8,9 +8,17 @@ from typing import TypeVar
 
 Cause = TypeVar("Cause", bound=BaseException)
 
-_USER = re.compile(r"(?<=://)[^/\s]*@")
-# Of other schemes only what assigns something: a question mark may also be a pattern, as in s3://bucket/part-?.
-_QUERY = re.compile(r"(https?://[^\s?#'\"<>]+|\w+://[^\s?#'\"<>]+(?=\?[^\s#'\"<>]*=))\?[^\s#'\"<>]*")
+# Of other schemes only a user with a password: abfs://container@account and hf://model@revision are places.
+USER_IN_URL = re.compile(
+    r"(?:(?<=https://)|(?<=http://)|(?<=ftp://)|(?<=ftps://)|(?<=git://)|(?<=ssh://))[^/\s]*@|(?<=://)[^/\s]*:[^/\s]*@",
+    re.IGNORECASE,
+)
+# Of other schemes only what assigns something: a question mark may also be a pattern, as in s3://bucket/part-?/x=1. A
+# quote ends a query only where nothing but punctuation follows.
+QUERY_IN_URL = re.compile(
+    r"(https?://[^\s?#'\"<>]+|(?!file:)\b\w+://[^\s?#'\"<>]+(?=\?[^\s#'\"<>/]*=))\?((?:[^\s#'\"<>]|['\"](?=[\w%'\"]))*)",
+    re.IGNORECASE,
+)
 _LONGEST_REASON = 300
 
 
@@ -53,7 +61,7 @@ def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
 def shown_url(text: str) -> str:
     """A URL, or a text with URLs in it, as it may be printed and stored: without users and passwords, and with `?...`
     in place of a query, which may be a signature. Equal for a URL that is signed anew."""
-    return _QUERY.sub(r"\1?...", _USER.sub("", text))
+    return QUERY_IN_URL.sub(r"\1?...", USER_IN_URL.sub("", text))
 
 
 def reason_of(error: BaseException) -> str:

@@ -197,7 +197,7 @@ def copy_file(url: str, target: Path, limit: int) -> None:
     expected = _AtMost(url, limit)
     try:
         # What is said beforehand, on the way, and what came: not every file system tells the first two.
-        expected.check(system.info(path)["size"] or 0)
+        expected.check(system.info(path).get("size") or 0)
         system.get_file(path, str(target), callback=expected)
         expected.check(target.stat().st_size)
     except UserError:

@@ -24,26 +24,36 @@ SECRET = "hunter2"
 ROWS = [{"repo_name": f"r{n}", "text": text(n, 300).decode()} for n in range(12)]
 
 
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("https://user:hunter2@host/a.jsonl", "https://host/a.jsonl"),
-        ("https://hunter2@host:80/o/n#v1", "https://host:80/o/n#v1"),
-        ("https://user:p@hunter2?@host/a", "https://host/a"),
-        ("https://host/a.jsonl?X-Amz-Signature=hunter2&b=hunter2", "https://host/a.jsonl?..."),
-        ("https://host/a.jsonl?hunter2", "https://host/a.jsonl?..."),
-        ("abfs://user:hunter2@store/a?sig=hunter2#b", "abfs://store/a?...#b"),
-        ("simplecache::https://u:hunter2@h/a?k=hunter2", "simplecache::https://h/a?..."),
-        (
-            "GET 'https://u:hunter2@h/a?k=hunter2' and http://x/?k=hunter2, b",
-            "GET 'https://h/a?...' and http://x/?... b",
-        ),
-        ("s3://bucket/part-?.parquet", "s3://bucket/part-?.parquet"),
-        ("s3://bucket/a@b", "s3://bucket/a@b"),
-        ("git@host:owner/name", "git@host:owner/name"),
-        ("/data/a?b=c@d/*.jsonl", "/data/a?b=c@d/*.jsonl"),
-    ],
-)
+URLS = [
+    ("https://user:hunter2@host/a.jsonl", "https://host/a.jsonl"),
+    ("https://hunter2@host:80/o/n#v1", "https://host:80/o/n#v1"),
+    ("https://user:p@hunter2?@host/a", "https://host/a"),
+    ("https://host/a.jsonl?X-Amz-Signature=hunter2&b=hunter2", "https://host/a.jsonl?..."),
+    ("https://host/a.jsonl?hunter2", "https://host/a.jsonl?..."),
+    ("abfs://user:hunter2@store/a?sig=hunter2#b", "abfs://store/a?...#b"),
+    ("simplecache::https://u:hunter2@h/a?k=hunter2", "simplecache::https://h/a?..."),
+    (
+        "GET 'https://u:hunter2@h/a?k=hunter2' and http://x/?k=hunter2, b",
+        "GET 'https://h/a?...' and http://x/?... b",
+    ),
+    ("s3://bucket/part-?.parquet", "s3://bucket/part-?.parquet"),
+    ("s3://bucket/a@b", "s3://bucket/a@b"),
+    ("git@host:owner/name", "git@host:owner/name"),
+    ("/data/a?b=c@d/*.jsonl", "/data/a?b=c@d/*.jsonl"),
+    ("ftp://hunter2@host/a", "ftp://host/a"),
+    ("ssh://git@host/o/n", "ssh://host/o/n"),
+    ("HTTPS://hunter2@host/a?hunter2", "HTTPS://host/a?..."),
+    ("https://host/a?sig=a'hunter2&b", "https://host/a?..."),
+    ("s3://user:p@hunter2@bucket/a", "s3://bucket/a"),
+    ("abfs://one@account.dfs.core.windows.net/a", "abfs://one@account.dfs.core.windows.net/a"),
+    ("hf://gpt2@main/a", "hf://gpt2@main/a"),
+    ("file:///d/what?/year=2024/a.parquet", "file:///d/what?/year=2024/a.parquet"),
+    ("file:///d/a?year=2024.parquet", "file:///d/a?year=2024.parquet"),
+    ("s3://b/part-?/year=2024/a.parquet", "s3://b/part-?/year=2024/a.parquet"),
+]
+
+
+@pytest.mark.parametrize(("url", "shown"), URLS)
 def test_what_is_shown(url, shown):
     assert shown_url(url) == shown
 

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -100,6 +101,33 @@ def test_remote_tables_through_fsspec():
         assert before[1] == after[1]
     finally:
         system.rm("/bucket", recursive=True)
+
+
+def test_what_a_file_system_tells_of_a_request_is_no_change(monkeypatch):
+    system = fsspec.filesystem("memory")
+    system.pipe("/bucket/a.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in ROWS))
+    told, requests = type(system).info, itertools.count()
+
+    def info(self, path: str, **options) -> dict:
+        found = {**told(self, path, **options), "request": next(requests), "url": f"https://host/a?{next(requests)}"}
+        del found["size"]
+        return found
+
+    monkeypatch.setattr(type(system), "info", info)
+    try:
+        found = source("memory://bucket/a.jsonl")
+        before = [unit.stamp for unit in found.units()]
+        assert [unit.stamp for unit in found.units()] == before
+        assert contents(found) == CONTENTS
+    finally:
+        system.rm("/bucket", recursive=True)
+
+
+def test_a_question_mark_in_a_path_is_no_query(tmp_path):
+    place = parquet(tmp_path / "what?" / "year=2024" / "a.parquet", [{**row, "license": "MIT"} for row in ROWS])
+    for name in (str(place), f"file://{place}"):
+        assert contents(source(name)) == CONTENTS
+        assert [unit.name for unit in source(name).units()] == [f"file://{place}"]
 
 
 def test_paths_of_row_numbers(tmp_path):
