@@ -147,7 +147,7 @@ def test_a_url_is_cloned_bare_and_shallow_and_used_again(repository, tmp_path):
         ("file://{root}/none", r"file://.*/none: .*; check the address and the revision"),
         (
             "file://{root}/alpha#none",
-            r"GitRepositories: file://.*/alpha: no commit 'none': it has the branches and tags main",
+            r"GitRepositories: file://.*/alpha: no commit 'none': it has the branches and tags main; give a",
         ),
         ("https://user:secret@127.0.0.1:1/owner/name", r"GitRepositories: https://127.0.0.1:1/owner/name: "),
     ],
@@ -158,6 +158,49 @@ def test_bad_places_are_one_line(repository, tmp_path, location, message):
     assert "\n" not in str(error.value)
     assert "secret" not in str(error.value)
     assert "secret" not in str(source(location).identity())
+
+
+def refused(location: Path | str) -> str:
+    """Why a revision is no commit."""
+    with pytest.raises(UserError) as error:
+        list(source(location).units())
+    message = str(error.value)
+    assert message.isprintable()
+    assert len(message) < 1000
+    start, end = " no commit ", "; give a repository and a revision that it has"
+    assert message.endswith(end)
+    return message[message.index(start) + len(start) : -len(end)]
+
+
+def test_the_names_of_a_repository_are_its_branches_and_tags(repository):
+    git(repository, "tag", "v1")
+    git(repository, "update-ref", "refs/remotes/origin/dev", "HEAD")
+    git(repository, "symbolic-ref", "refs/remotes/origin/HEAD", "refs/remotes/origin/dev")
+    git(repository, "symbolic-ref", "refs/heads/loop", "refs/heads/loop")
+    write(repository / ".git" / "refs" / "heads" / "\x1b[31m", git(repository, "rev-parse", "HEAD").encode())
+    for revision in ("none", "none~1", "1" * 40, "abc"):
+        names = "\ufffd[31m, main, origin/dev, v1"
+        assert refused(f"{repository}#{revision}") == f"{revision!r}: it has the branches and tags {names}"
+
+
+def test_what_is_missing_behind_a_name_is_told(repository):
+    first = git(repository, "rev-parse", "HEAD")
+    for number in (1, 2):
+        git(repository, "commit", "--quiet", "--allow-empty", "--message", str(number))
+    second, last = git(repository, "rev-parse", "HEAD~1"), git(repository, "rev-parse", "HEAD")
+    assert refused(f"{repository}#main~3") == f"'main~3': Commit {first} has no parents"
+    (repository / ".git" / "objects" / second[:2] / second[2:]).unlink()
+    assert refused(f"{repository}#main~1") == f"'main~1': {second} is missing"
+    lost = repository / ".git" / "objects" / last[:2] / last[2:]
+    lost.chmod(0o600)
+    lost.write_bytes(b"no object")
+    for revision in ("main", "HEAD", "main~1", "refs/heads/main"):
+        assert refused(f"{repository}#{revision}").startswith(f"{revision!r}: object is damaged: error Error -3 ")
+    lost.unlink()
+    for revision in ("main", "HEAD", "heads/main"):
+        assert refused(f"{repository}#{revision}") == f"{revision!r}: {last} is missing"
+    write(repository / ".git" / "refs" / "tags" / "odd", b"\x1b[31m\n" * 500)
+    assert refused(f"{repository}#odd").startswith("'odd': ")
 
 
 def test_an_empty_repository_is_one_line(tmp_path):
