@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -335,14 +334,6 @@ def test_what_the_disk_gives_back_is_compared_with_the_card(tmp_path, monkeypatc
     assert not (tmp_path / "set").exists()
     monkeypatch.undo()
     prepare(tmp_path / "set", source)
-
-
-@pytest.fixture
-def longest_file():
-    """Sets the longest file that this process may write, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.usefixtures("small_stages")
