@@ -13,6 +13,7 @@ from muse_lightning.data.ledger import (
     LedgerHeader,
     batch_line,
     batch_record,
+    is_cut_short,
     kept_lines,
     ledger_files,
     ledger_path,
@@ -115,6 +116,16 @@ def test_a_ledger_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "rank0.jsonl").mkdir()
     with pytest.raises(UserError, match=r"rank0.jsonl: cannot be read: Is a directory"):
         list(read_ledger(tmp_path / "rank0.jsonl"))
+    with pytest.raises(UserError, match=r"rank0.jsonl: cannot be read: Is a directory"):
+        is_cut_short(tmp_path / "rank0.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "cut"), [("", False), ("\n", False), (BATCH, False), ("{", True), (BATCH[:-1], True)]
+)
+def test_a_last_line_without_an_end_is_cut_short(tmp_path, content, cut):
+    (tmp_path / "rank0.jsonl").write_text(content)
+    assert is_cut_short(tmp_path / "rank0.jsonl") == cut
 
 
 def test_files_by_rank(tmp_path):
