@@ -29,7 +29,7 @@ from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
 from muse_lightning.data.ledger import FOLDER_NAME
-from muse_lightning.errors import UserError, find_cause
+from muse_lightning.errors import UserError, find_cause, reason_of
 from muse_lightning.measure.info import environment, machine_report, recipe_report
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.run_folder import RunFolder
@@ -199,7 +199,7 @@ class MuseCLI(LightningCLI):
         except Exception as error:
             self.run_folder.discard()
             if isinstance(error, (MisconfigurationException, ValueError, TypeError)):
-                raise UserError(f"trainer: {_first_sentence(error)}") from error
+                raise UserError(f"trainer: {reason_of(error)}") from error
             raise
 
     def _config_text(self) -> str:
@@ -325,7 +325,7 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
             f"{config.data.batch_size}, raising trainer.accumulate_grad_batches keeps the batch) or data.seq_len"
         )
     if isinstance(error, MisconfigurationException):
-        return UserError(f"trainer: {_first_sentence(error)}")
+        return UserError(f"trainer: {reason_of(error)}")
     return None
 
 
@@ -338,9 +338,5 @@ def refused_by_constructor(error: Exception) -> UserError | None:
     is_chosen_class = "Does not validate against any of the Union subtypes" in str(error)
     if is_chosen_class or find_cause(error, MisconfigurationException):
         cause = find_cause(error, MisconfigurationException) or error.__cause__ or error
-        return UserError(f"a class that the configuration names cannot be built: {_first_sentence(cause)}")
+        return UserError(f"a class that the configuration names cannot be built: {reason_of(cause)}")
     return None
-
-
-def _first_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -8,18 +8,23 @@ from typing import TypeVar
 
 Cause = TypeVar("Cause", bound=BaseException)
 
-# Of other schemes only a user with a password: abfs://container@account and hf://model@revision are places.
+# Of other schemes only a user with a password: abfs://container@account and hf://model@revision are places. With one
+# slash a URL is as pathlib leaves it.
 USER_IN_URL = re.compile(
-    r"(?:(?<=https://)|(?<=http://)|(?<=ftp://)|(?<=ftps://)|(?<=git://)|(?<=ssh://))[^/\s]*@|(?<=://)[^/\s]*:[^/\s]*@",
+    "(?:"
+    + "|".join(f"(?<={scheme}:/)|(?<={scheme}://)" for scheme in ("https", "http", "ftp", "ftps", "git", "ssh"))
+    + r")[^/\s]*@|(?<=://)[^/\s]*:[^/\s]*@",
     re.IGNORECASE,
 )
 # Of other schemes only what assigns something: a question mark may also be a pattern, as in s3://bucket/part-?/x=1. A
-# quote ends a query only where nothing but punctuation follows.
+# quote ends a query only where nothing but punctuation follows. What stands for a query is none.
 QUERY_IN_URL = re.compile(
-    r"(https?://[^\s?#'\"<>]+|(?!file:)\b\w+://[^\s?#'\"<>]+(?=\?[^\s#'\"<>/]*=))\?((?:[^\s#'\"<>]|['\"](?=[\w%'\"]))*)",
+    r"(https?:/+[^\s?#'\"<>]+|(?!file:)\b\w+://[^\s?#'\"<>]+(?=\?[^\s#'\"<>/]*=))"
+    r"\?(?!\.\.\.[^\w%&=]*(?:\s|$))((?:[^\s#'\"<>]|['\"](?=[\w%'\"]))*)",
     re.IGNORECASE,
 )
 _LONGEST_REASON = 300
+_PLACE = re.compile(r"\S+/\S+")
 
 
 class ExitCode(IntEnum):
@@ -65,6 +70,12 @@ def shown_url(text: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of a library or of the system says, in one line of bounded length without credentials."""
+    """What an error of a library or of the system says, in one line of bounded length without credentials. Of one that
+    says no more than where it happened, what it was raised from, or its kind."""
     said = error.strerror if isinstance(error, OSError) and error.errno and error.strerror else str(error)
-    return " ".join(shown_url(str(said)).split())[:_LONGEST_REASON] or type(error).__name__
+    reason = " ".join(shown_url(str(said)).split())[:_LONGEST_REASON]
+    if reason and not _PLACE.fullmatch(reason):
+        return reason
+    if error.__cause__ is not None:
+        return reason_of(error.__cause__)
+    return "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__

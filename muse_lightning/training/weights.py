@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, shown_url
 from muse_lightning.model.hf import load_pretrained
 from muse_lightning.model.llama import Llama
 
@@ -70,7 +70,7 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
     """
     expected = "expected the path of a local checkpoint"
     if "://" in path:
-        raise UserError(f"ckpt_path: {path} is an address; {expected}")
+        raise UserError(f"ckpt_path: {shown_url(path)} is an address; {expected}")
     if not Path(path).exists():
         raise UserError(f"ckpt_path: no checkpoint at {path}; {expected}")
     if Path(path).is_dir():

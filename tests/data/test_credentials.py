@@ -40,6 +40,8 @@ URLS = [
     ("s3://bucket/a@b", "s3://bucket/a@b"),
     ("git@host:owner/name", "git@host:owner/name"),
     ("/data/a?b=c@d/*.jsonl", "/data/a?b=c@d/*.jsonl"),
+    ("https:/u:hunter2@host/a?hunter2", "https:/host/a?..."),
+    ("https://host/a?...&sig=hunter2", "https://host/a?..."),
     ("ftp://hunter2@host/a", "ftp://host/a"),
     ("ssh://git@host/o/n", "ssh://host/o/n"),
     ("HTTPS://hunter2@host/a?hunter2", "HTTPS://host/a?..."),
@@ -56,11 +58,23 @@ URLS = [
 @pytest.mark.parametrize(("url", "shown"), URLS)
 def test_what_is_shown(url, shown):
     assert shown_url(url) == shown
+    message = f"{shown}: cannot be read ({shown})"
+    assert shown_url(message) == message
+
+
+def test_a_place_alone_is_no_reason():
+    """What file systems say of a file that cannot be reached."""
+    error = FileNotFoundError("http://u:hunter2@h/a?b=hunter2")
+    assert reason_of(error) == "no such file"
+    assert reason_of(FileNotFoundError("bucket/a")) == "no such file"
+    assert reason_of(PermissionError("s3://bucket/a")) == "PermissionError"
+    error.__cause__ = TimeoutError("no answer from http://u:hunter2@h")
+    assert reason_of(error) == "no answer from http://h"
 
 
 def test_reasons_are_one_short_line():
     assert reason_of(OSError(28, "No space left on device", "/a")) == "No space left on device"
-    assert reason_of(FileNotFoundError("http://u:hunter2@h/a?b=hunter2")) == "http://h/a?..."
+    assert reason_of(ValueError("no http://u:hunter2@h/a?b=hunter2")) == "no http://h/a?..."
     assert reason_of(TimeoutError()) == "TimeoutError"
     assert reason_of(ValueError("one\n two")) == "one two"
     assert len(reason_of(ValueError("x" * 5000))) == 300
