@@ -30,10 +30,10 @@ _AHEAD = 4
 
 Meter = Callable[[int, int, int], None]
 """Called while a job works, with what was done since the last call: bytes, files, tokens."""
-
-
 Result = dict[str, Any] | Future[Any]
 """Of a job; one that a process of its own has done gives None, and its result lies in its folder."""
+Submit = Callable[["Job"], Result]
+"""Starts a job, or does it."""
 
 
 class JobCancelledError(Exception):
@@ -141,9 +141,6 @@ def _run(job: Job, root: Path, context: Any, meter: Meter) -> dict[str, Any]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return result
-
-
-Submit = Callable[[Job], Result]
 
 
 @contextmanager

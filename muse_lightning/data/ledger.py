@@ -123,7 +123,7 @@ def read_ledger(path: Path) -> Iterator[LedgerHeader | LedgerBatch]:
     header: LedgerHeader | None = None
     for number, (_, fields) in enumerate(_entries(path), start=1):
         entry: LedgerHeader | LedgerBatch | None = None
-        # It has other fields.
+        # Raised where a line has other fields than these.
         with suppress(TypeError):
             if "datasets" in fields:
                 datasets = [LedgerDataset(**dataset) for dataset in fields["datasets"]]
