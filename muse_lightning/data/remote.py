@@ -246,7 +246,8 @@ def _replace_copy(url: str, target: Path, limit: int) -> None:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-        with suppress(OSError):  # files are in it
+        # Files are in it, if it is not the first.
+        with suppress(OSError):
             target.parent.rmdir()
 
 
