@@ -39,7 +39,7 @@ class PreparedDataset:
     """
 
     name: str
-    url: str | None
+    url: str | None = field(repr=False)
     key: str
     weight: float
     folder: Path

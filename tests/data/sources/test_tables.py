@@ -14,7 +14,9 @@ from pathlib import Path
 
 import fsspec
 import psutil
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from muse_lightning.data.documents import DamagedSource
 from muse_lightning.data.filters import Filters
@@ -42,11 +44,8 @@ def source(*files: Path | str, **arguments) -> Tables:
 
 
 def parquet(path: Path, rows: list[dict], **arguments) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path, **arguments)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **arguments)
     return path
 
 
@@ -67,7 +66,6 @@ def test_packed_lines(tmp_path, pack, ending):
 
 
 def test_lines_packed_by_zstd_in_several_frames(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
     plain = json_lines(tmp_path / "plain", ROWS).read_bytes()
     packed = zstandard.compress(plain[:100]) + zstandard.compress(plain[100:])
     assert contents(source(write(tmp_path / "a.jsonl.zst", packed))) == CONTENTS
@@ -265,7 +263,6 @@ def test_a_packed_bomb_is_refused_by_its_ratio(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"no parquet at all"])
 def test_what_is_no_parquet_is_one_line(tmp_path, content):
-    pytest.importorskip("pyarrow")
     (unit,) = source(write(tmp_path / "a.parquet", content)).units()
     with pytest.raises(DamagedSource) as error:
         list(unit.read(LIMITS))
