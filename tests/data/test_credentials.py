@@ -85,7 +85,7 @@ def test_reasons_are_one_short_line():
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[FileServer]:
-    json_lines(tmp_path / "a.jsonl", ROWS[:6])
+    json_lines(tmp_path / "a.jsonl", [*ROWS[:6], {**ROWS[0], "repo_name": "copy"}])
     parquet(tmp_path / "b.parquet", ROWS[6:])
     write(tmp_path / "c.parquet", b"no parquet")
     with file_server(tmp_path) as server:
@@ -104,7 +104,7 @@ def test_a_preparation_from_signed_urls(server, tmp_path, capfd):
     assert list(card.sources[0]["damaged"]) == [f"{server.url}/c.parquet?..."]
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     unpacked = {path: gzip.decompress(content) for path, content in files.items() if path.suffix == ".gz"}
-    assert [path.name for path in unpacked] == ["left_out.jsonl.gz"]
+    assert b"duplicate" in unpacked[tmp_path / "dataset" / "left_out.jsonl.gz"]
     assert not [path for path, content in {**files, **unpacked}.items() if SECRET.encode() in content]
     out, err = capfd.readouterr()
     assert "left out, damaged: http" in err
