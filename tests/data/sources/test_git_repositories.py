@@ -416,6 +416,17 @@ def test_credentials_are_sent_and_not_in_the_list_of_processes(repository, tmp_p
         assert "hunter2" not in str(error.value)
 
 
+def test_credentials_are_not_sent_to_another_server(tmp_path):
+    with git_server(tmp_path) as server, git_server(tmp_path) as other:
+        server.moved_to, other.password = other.url, "Basic other"
+        url = f"{server.url}/owner/name".replace("//", "//user:hunter2@", 1)
+        with pytest.raises(UserError, match="Authentication failed"):
+            list(source(url, cache=tmp_path / "cache").units())
+        sent = f"Basic {b64encode(b'user:hunter2').decode()}"
+        assert other.sent_passwords
+        assert sent not in other.sent_passwords
+
+
 @pytest.mark.parametrize(
     "url", ["https://u:hunter2@host/owner/name?hunter2", "https://u:hunter2#@host/owner/name", "https://u%0a@host/n/m"]
 )
