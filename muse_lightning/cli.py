@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from muse_lightning import __version__
-from muse_lightning.errors import ExitCode, UserError, find_cause, nearest
+from muse_lightning.errors import ExitCode, UserError, find_cause, nearest, shown_url
 
 ALLOW_MODULE = "--allow_module"
 TRACEBACK_VARIABLE = "MUSE_TRACEBACK"
@@ -56,9 +56,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return run(sys.argv[1:] if args is None else list(args))
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE):
-            traceback.print_exc()
+            _print_traceback()
         # In one piece: ranks share a terminal.
-        sys.stderr.write(f"{_rank_prefix()}error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{_rank_prefix()}error: {shown_url(' '.join(str(error).split()))}\n")
         return ExitCode.USER_ERROR
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if find_cause(error, KeyboardInterrupt):
             return ExitCode.INTERRUPTED
-        traceback.print_exc()
+        _print_traceback()
         return ExitCode.BUG
 
 
@@ -156,6 +156,10 @@ def take_allowed_modules(args: Sequence[str]) -> tuple[list[str], list[str]]:
             raise UserError(f"{ALLOW_MODULE}: a module name must follow, such as my_project.attention")
         allowed.append(value)
     return allowed, rest
+
+
+def _print_traceback() -> None:
+    sys.stderr.write(shown_url(traceback.format_exc()))
 
 
 def _rank_prefix() -> str:

@@ -29,7 +29,7 @@ from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
 from muse_lightning.data.ledger import FOLDER_NAME
-from muse_lightning.errors import UserError, find_cause
+from muse_lightning.errors import UserError, find_cause, reason_of
 from muse_lightning.measure.info import environment, machine_report, recipe_report
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.run_folder import RunFolder
@@ -53,6 +53,8 @@ ANY_MODEL = {
     "max_position_embeddings": 2**31 - 1,
 }
 """Stands in for a model where data alone is prepared and the recipe has none: nothing is too large for it."""
+ANY_SEQ_LEN = 1
+"""Likewise for a context: `muse prepare` checks only one that the recipe names."""
 
 EPILOG = """
 --config takes a file or recipe:NAME (a packaged recipe) and may be repeated: later files and flags win. Any key of a
@@ -137,7 +139,7 @@ class MuseCLI(LightningCLI):
             parser.link_arguments(source, target, apply_on="instantiate")
         if self.builds == "data":
             parser.set_defaults({f"model.config.{name}": value for name, value in ANY_MODEL.items()})
-            parser.set_defaults({"data.seq_len": 1, "data.batch_size": 1})
+            parser.set_defaults({"data.seq_len": ANY_SEQ_LEN, "data.batch_size": 1})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse files and flags.
@@ -197,7 +199,7 @@ class MuseCLI(LightningCLI):
         except Exception as error:
             self.run_folder.discard()
             if isinstance(error, (MisconfigurationException, ValueError, TypeError)):
-                raise UserError(f"trainer: {_first_sentence(error)}") from error
+                raise UserError(f"trainer: {reason_of(error)}") from error
             raise
 
     def _config_text(self) -> str:
@@ -277,13 +279,15 @@ def prepare(verb: str, description: str, args: Sequence[str], allowed: Sequence[
     """`muse prepare`: build the dataset of a recipe, or find that it is there."""
     cli = MuseCLI(verb, description, args, allowed, builds="data")
     data = cli.datamodule
+    data.prepare_data()
+    data.check_files("fit")
     if data.sources is None:
         names = ", ".join(dataset.name for dataset in data.datasets)
         print(f"data: {names}: used as prepared, for data.sources is null", file=sys.stderr)
-    data.prepare_data()
-    data.ranks_per_block = 1  # of one process
+    if data.seq_len == ANY_SEQ_LEN:
+        return
     try:
-        data.setup("fit")
+        data.check_blocks("fit", readers=1)
     except UserError as error:
         print(f"data: warning: as it is, muse fit would end with: {error}", file=sys.stderr)
 
@@ -322,7 +326,7 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
             f"{config.data.batch_size}, raising trainer.accumulate_grad_batches keeps the batch) or data.seq_len"
         )
     if isinstance(error, MisconfigurationException):
-        return UserError(f"trainer: {_first_sentence(error)}")
+        return UserError(f"trainer: {reason_of(error)}")
     return None
 
 
@@ -335,9 +339,5 @@ def refused_by_constructor(error: Exception) -> UserError | None:
     is_chosen_class = "Does not validate against any of the Union subtypes" in str(error)
     if is_chosen_class or find_cause(error, MisconfigurationException):
         cause = find_cause(error, MisconfigurationException) or error.__cause__ or error
-        return UserError(f"a class that the configuration names cannot be built: {_first_sentence(cause)}")
+        return UserError(f"a class that the configuration names cannot be built: {reason_of(cause)}")
     return None
-
-
-def _first_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

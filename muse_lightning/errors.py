@@ -8,10 +8,23 @@ from typing import TypeVar
 
 Cause = TypeVar("Cause", bound=BaseException)
 
-_USER = re.compile(r"(?<=://)[^/\s]*@")
-# Of other schemes only what assigns something: a question mark may also be a pattern, as in s3://bucket/part-?.
-_QUERY = re.compile(r"(https?://[^\s?#'\"<>]+|\w+://[^\s?#'\"<>]+(?=\?[^\s#'\"<>]*=))\?[^\s#'\"<>]*")
+# Of other schemes only a user with a password: abfs://container@account and hf://model@revision are places. With one
+# slash a URL is as pathlib leaves it.
+USER_IN_URL = re.compile(
+    "(?:"
+    + "|".join(f"(?<={scheme}:/)|(?<={scheme}://)" for scheme in ("https", "http", "ftp", "ftps", "git", "ssh"))
+    + r")[^/\s]*@|(?<=://)[^/\s]*:[^/\s]*@",
+    re.IGNORECASE,
+)
+# Of other schemes only what assigns something: a question mark may also be a pattern, as in s3://bucket/part-?/x=1. A
+# quote ends a query only where nothing but punctuation follows. What stands for a query is none.
+QUERY_IN_URL = re.compile(
+    r"(https?:/+[^\s?#'\"<>]+|(?!file:)\b\w+://[^\s?#'\"<>]+(?=\?[^\s#'\"<>/]*=))"
+    r"\?(?!\.\.\.[^\w%&=]*(?:\s|$))((?:[^\s#'\"<>]|['\"](?=[\w%'\"]))*)",
+    re.IGNORECASE,
+)
 _LONGEST_REASON = 300
+_PLACE = re.compile(r"\S+/\S+")
 
 
 class ExitCode(IntEnum):
@@ -53,10 +66,16 @@ def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
 def shown_url(text: str) -> str:
     """A URL, or a text with URLs in it, as it may be printed and stored: without users and passwords, and with `?...`
     in place of a query, which may be a signature. Equal for a URL that is signed anew."""
-    return _QUERY.sub(r"\1?...", _USER.sub("", text))
+    return QUERY_IN_URL.sub(r"\1?...", USER_IN_URL.sub("", text))
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of a library or of the system says, in one line of bounded length without credentials."""
+    """What an error of a library or of the system says, in one line of bounded length without credentials. Of one that
+    says no more than where it happened, what it was raised from, or its kind."""
     said = error.strerror if isinstance(error, OSError) and error.errno and error.strerror else str(error)
-    return " ".join(shown_url(str(said)).split())[:_LONGEST_REASON] or type(error).__name__
+    reason = " ".join(shown_url(str(said)).split())[:_LONGEST_REASON]
+    if reason and not _PLACE.fullmatch(reason):
+        return reason
+    if error.__cause__ is not None:
+        return reason_of(error.__cause__)
+    return "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__

@@ -1,7 +1,9 @@
 """The verbs of `muse` that are one function each: their flags are its parameters, their help its docstring."""
 
+import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
@@ -10,7 +12,10 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 import muse_lightning.data.sources  # noqa: F401
 from muse_lightning.configuration.check import ConfigCheck, explain
 from muse_lightning.configuration.layers import read_layers
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, shown_url
+
+# As pathlib leaves it, with one slash.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.:-]+:/", re.IGNORECASE)
 
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data inspect": ("muse_lightning.data.inspection.inspect", ("dataset",)),
@@ -49,4 +54,8 @@ def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequ
     except ValueError as error:  # A record of options checks its own values.
         raise UserError(str(error)) from error
     values.pop("config", None)
+    for key, value in values.items():
+        if isinstance(value, Path) and (address := _ADDRESS.match(str(value))):
+            shown = shown_url(f"{address[0]}/{str(value)[address.end() :]}")
+            raise UserError(f"{key}: {shown} is an address; expected a path on this machine")
     function(**values)

@@ -21,8 +21,6 @@ for _name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "MUSE_TRACEBACK"):
     os.environ.pop(_name, None)
 
 SEED = 20250912
-
-
 SLOW_TIMEOUT_S = 1800
 
 

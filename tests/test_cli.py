@@ -213,6 +213,20 @@ class TestRunFolder:
             "new is not a prepared dataset"
         )
 
+    def test_prepare_refuses_what_is_no_whole_dataset(self, muse: Muse) -> None:
+        """In one line, and not as a warning, whatever the context; only a context that the user chose is a warning."""
+        data = RECIPE[RECIPE.index("data:") :]
+        Path("data.yaml").write_text(data.replace("  seq_len: 32\n  batch_size: 2\n", ""))
+        assert muse("prepare", "--config", "data.yaml")[0] == 0
+        used = ["prepare", "--config=data.yaml", "--data.sources=null"]
+        code, _, err = muse(*used, "--data.batch_size=1000000")
+        assert (code, "warning" in err) == (0, False)
+        other = "--data.special_tokens.end=<eos>"
+        assert muse.error(*used, other).startswith("data.special_tokens: end '<eos>' found")
+        next(Path("dataset/train").glob("*.bin")).write_bytes(b"")
+        for args in ([], ["--data.seq_len=100000"]):
+            assert muse.error(*used, *args).startswith("data chunk dataset/train/")
+
     def test_other_verbs(self, muse: Muse) -> None:
         assert muse.with_recipe("prepare")[0] == 0
         assert Path("dataset/dataset.json").is_file()

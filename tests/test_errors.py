@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from muse_lightning import cli
+from muse_lightning.commands import as_user_error
 from muse_lightning.data.card import read_card
 from muse_lightning.data.sources import Folders
 from muse_lightning.data.tokenizer import load_tokenizer
 from muse_lightning.data.tokenizer_training import train_tokenizer
-from muse_lightning.errors import nearest
+from muse_lightning.errors import UserError, nearest
 from muse_lightning.training.run_folder import RunFolder
 from tests.recipe import Muse
 
@@ -212,6 +215,51 @@ class TestData:
             code, _, _ = muse.with_recipe("fit", "--model.attention.exact_below=32", "--trainer.max_steps=1")
         assert code == 0
         assert len([w for w in caught if "exact attention at this context" in str(w.message)]) == 1
+
+
+class TestCredentials:
+    """Whatever a message quotes, and wherever it comes from."""
+
+    @pytest.mark.parametrize(
+        ("args", "shown"),
+        [
+            (("fit", "--config=recipe.yaml", "--ckpt_path={0}/a?hunter2"), "ckpt_path: {0}/a?... is an address"),
+            (("fit", "--config=recipe.yaml", "--model.weights={0}/a"), "model.weights: https:/h/a does not exist"),
+            (("data", "inspect", "{0}/ds"), "dataset: {0}/ds is an address; expected a path on this machine"),
+            (("data", "audit", "{0}/run"), "run: {0}/run is an address; expected a path on this machine"),
+            (("data", "inspect", "dataset", "--histogram=s3://u:hunter2@b/a"), "histogram: s3://b/a is an address"),
+        ],
+    )
+    def test_addresses_in_place_of_paths(self, muse: Muse, args: tuple[str, ...], shown: str) -> None:
+        code, out, err = muse(*(arg.format("https://u:hunter2@h") for arg in args))
+        assert code == 2
+        assert "hunter2" not in out + err
+        assert f"error: {shown.format('https://h')}" in err
+
+    @pytest.mark.parametrize("traceback", ["", "1"])
+    def test_tracebacks(self, muse: Muse, monkeypatch: pytest.MonkeyPatch, traceback: str) -> None:
+        def overview() -> str:
+            try:
+                return dict[str, str]()["https://u:hunter2@h/a"]
+            except KeyError as error:
+                raise UserError("no such place: https://u:hunter2@h/a") from error
+
+        monkeypatch.setenv("MUSE_TRACEBACK", traceback)
+        monkeypatch.setattr(cli, "overview", overview)
+        code, _, err = muse("--help")
+        assert code == 2
+        assert err.endswith("error: no such place: https://h/a\n")
+        assert ("KeyError: 'https://h/a'" in err) == bool(traceback)
+
+    def test_what_a_library_says(self, muse: Muse) -> None:
+        error = as_user_error(MisconfigurationException("cannot open\nhttps://u:hunter2@h/a"), Namespace())
+        assert str(error) == "trainer: cannot open https://h/a"
+
+    def test_a_bug(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cli, "overview", lambda: dict[str, str]()["https://u:hunter2@h/a"])
+        code, _, err = muse("--help")
+        assert code == 1
+        assert "KeyError: 'https://h/a'" in err
 
 
 class TestCheckpoint:

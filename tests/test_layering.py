@@ -14,7 +14,7 @@ SOURCES = {"muse_lightning": ROOT / "muse_lightning", "muse_kernels": ROOT / "ke
 
 # Each unit (a package or module directly below muse_lightning, or all of muse_kernels) with the units it may import.
 # A unit may always import itself; a dotted entry admits that module alone.
-OPEN_TO_ALL = {"errors", "files"}
+OPEN_TO_ALL = {"errors", "files", "safe_path"}
 OPERATORS = {"muse_kernels", "collectives"}
 TRAINING = {"training", "model", "attention", "data", "parallelize", "measure", *OPERATORS}
 CLI = {"cli", "commands", "function_commands", "configuration", "libraries"}
@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "collectives": set(),
     "errors": set(),
     "files": {"errors"},
+    "safe_path": set(),
     "attention": OPERATORS | OPEN_TO_ALL,
     "model": {"attention.base"} | OPEN_TO_ALL,
     "data": OPEN_TO_ALL,
@@ -39,6 +40,7 @@ EXTERNAL: dict[str, set[str]] = {
     "collectives": {"torch"},
     "errors": set(),
     "files": set(),
+    "safe_path": set(),
     "cli": set(),
 }
 # Imports inside functions: the command line starts quickly by them, and a package that need not be there needs them.

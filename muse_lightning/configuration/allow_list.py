@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from muse_lightning.errors import UserError
+from muse_lightning.safe_path import safe_path
 
 ALLOWED_MODULES = ("torch", "lightning", "litdata", "muse_lightning")
 
@@ -67,9 +68,6 @@ def only_allowed_modules(extra: Sequence[str]) -> Iterator[None]:
     finder = WorkingDirectoryFinder(working_directory, extra)
     sys.path[:] = [entry for entry in sys.path if not _is_same_folder(entry, working_directory, own_folder)]
     sys.meta_path.insert(0, finder)
-    # Processes that are started look into it too, even before they know this path.
-    safe_path_before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
     set_parsing_settings(
         import_path_denylist=["*"],
         import_path_allowlist=[*ALLOWED_MODULES, *extra],
@@ -81,14 +79,11 @@ def only_allowed_modules(extra: Sequence[str]) -> Iterator[None]:
         docstring_parse_attribute_docstrings=True,
     )
     try:
-        yield
+        with safe_path():
+            yield
     finally:
         sys.meta_path.remove(finder)
         sys.path[:] = path_before
-        if safe_path_before is None:
-            os.environ.pop("PYTHONSAFEPATH", None)
-        else:
-            os.environ["PYTHONSAFEPATH"] = safe_path_before
         withdrawn = [name for name in extra if not is_allowed(name, ())]
         set_parsing_settings(import_path_denylist=["*", *withdrawn])
 

@@ -2,6 +2,8 @@
 
 import re
 
+from muse_lightning.errors import QUERY_IN_URL, USER_IN_URL
+
 REDACTED = "<redacted>"
 # Not every "..._token": the special tokens of a tokenizer are called so as well.
 SECRET_NAME = (
@@ -9,13 +11,28 @@ SECRET_NAME = (
     r"(?:auth|access|session|api|hf|bearer)_token)|token"
 )
 SECRET_VALUE = re.compile(rf"^(\s*-?\s*(?:{SECRET_NAME}):[ \t]+)(?!null\b)\S.*$", re.IGNORECASE | re.MULTILINE)
-SECRET_IN_QUERY = re.compile(
-    r"(?<=[?&])([\w.-]*(?:sig|signature|token|credential|key|secret|password)[\w.-]*=)[^\s&'\"]+", re.IGNORECASE
+# In any address; in one whose query is known as such, every value goes but those of HARMLESS_KEYS.
+SECRET_ASSIGNED = re.compile(
+    r"(?<=[?&;])([\w.-]*(?:sig|signature|token|credential|key|secret|password)[\w.-]*=)[^\s&;'\"]+", re.IGNORECASE
 )
-USER_IN_ADDRESS = re.compile(r"(\w+://)[^\s/@]+@")
+HARMLESS_KEYS = frozenset({"download", "format", "lang", "page", "raw", "ref", "rev", "revision", "version"})
 
 
 def without_credentials(text: str) -> str:
     """YAML text with the values of secret-sounding keys, and users, passwords and signatures in addresses, replaced."""
-    text = SECRET_IN_QUERY.sub(rf"\1{REDACTED}", text)
-    return USER_IN_ADDRESS.sub(rf"\1{REDACTED}@", SECRET_VALUE.sub(rf"\1{REDACTED}", text))
+    # Users first, for a password may hold a question mark; what stands for them meanwhile does not end a URL.
+    text = QUERY_IN_URL.sub(_redacted_query, USER_IN_URL.sub("\0@", text)).replace("\0", REDACTED)
+    text = SECRET_ASSIGNED.sub(rf"\1{REDACTED}", text)
+    return SECRET_VALUE.sub(rf"\1{REDACTED}", text)
+
+
+def _redacted_query(found: re.Match[str]) -> str:
+    parts = re.split("([&;])", found[2])
+    return f"{found[1]}?{''.join(_redacted_part(part) for part in parts)}"
+
+
+def _redacted_part(part: str) -> str:
+    key, assigns, _ = part.partition("=")
+    if part in ("&", ";", "") or (assigns and key.lower() in HARMLESS_KEYS):
+        return part
+    return f"{key}={REDACTED}" if assigns else REDACTED

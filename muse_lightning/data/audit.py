@@ -1,8 +1,10 @@
 """`muse data audit RUN`: what a run's ledger says of the tokens that were seen: which share, how often, by whom."""
 
 import sys
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,11 @@ from muse_lightning.errors import ExitCode, UserError
 
 @dataclass
 class EpochCount:
-    """How often each block of one epoch of one dataset was read."""
+    """How often each block of one epoch of one dataset was read.
+
+    Attributes:
+        total: Blocks of the dataset.
+    """
 
     dataset: LedgerDataset
     epoch: int
@@ -30,22 +36,23 @@ class EpochCount:
     """Most blocks that the end of the epoch may leave out: less than a global batch."""
 
     def __post_init__(self) -> None:
-        self._begins = np.concatenate([[0], np.cumsum(self.dataset.blocks)]).tolist()
-        self.times = np.zeros(self._begins[-1], dtype=np.int64)  # [blocks of the dataset], in stored order
+        *self._begins, self.total = accumulate(self.dataset.blocks, initial=0)
+        # Number of the block of each reading, in stored order: the header only says how many blocks there are.
+        self._read = array("q")
 
     def add(self, chunk: int, block: int) -> None:
         """Count one reading."""
-        self.times[self._begins[chunk] + block] += 1
+        self._read.append(self._begins[chunk] + block)
 
     @property
     def seen(self) -> int:
         """Blocks read at least once."""
-        return int((self.times > 0).sum())
+        return len(np.unique(np.array(self._read)))
 
     @property
     def repeats(self) -> int:
         """Readings of blocks that had been read in this epoch."""
-        return int(self.times.sum()) - self.seen
+        return len(self._read) - self.seen
 
 
 @dataclass
@@ -106,11 +113,13 @@ def audit_run(run: Path) -> Audit:
     hashes: dict[tuple[int, int], tuple[str, int]] = {}
     for rank, path in files.items():
         _add_rank(found, rank, path, hashes)
+    # The last line of either, which a kill cut short, is a batch that is known to have been.
+    more = is_cut_short(files[0])
     for rank, count in found.ranks.items():
+        if rank == 0:
+            continue
         due = sum(number for world_size, number in found.ranks[0].by_world_size.items() if world_size > rank)
-        # The last line of either, which a kill cut short, is a batch that is known to have been.
-        least, most = due - is_cut_short(files[rank]), due + is_cut_short(files[0])
-        if rank and not least <= count.batches <= most:
+        if not due - is_cut_short(files[rank]) <= count.batches <= due + more:
             found.problems.append(f"rank {rank}: {count.batches} batches, {due} were due: as many as rank 0 has read")
     _check_epochs(found)
     return found
@@ -171,7 +180,7 @@ def _check_epochs(found: Audit) -> None:
         name = f"{count.dataset.name}, epoch {epoch}"
         if count.repeats:
             found.problems.append(f"{name}: {count.repeats} block(s) read again")
-        missing = len(count.times) - count.seen
+        missing = count.total - count.seen
         if epoch < last[fingerprint, seq_len] and missing > count.dropped:
             found.problems.append(f"{name}: {missing} block(s) never read, though the next epoch has begun")
 
@@ -180,10 +189,10 @@ def report(found: Audit) -> str:
     """The findings as text."""
     lines = ["dataset epoch: blocks seen, share of all, repeats, tokens"]
     for (_, seq_len, epoch), count in sorted(found.epochs.items(), key=lambda item: (item[1].dataset.name, item[0])):
-        total = len(count.times)
+        seen = count.seen
         lines.append(
-            f"  {count.dataset.name} {epoch}: {count.seen:,} of {total:,} ({count.seen / total:.1%}), "
-            f"{count.repeats} repeats, {count.seen * seq_len:,} tokens"
+            f"  {count.dataset.name} {epoch}: {seen:,} of {count.total:,} ({seen / count.total:.1%}), "
+            f"{count.repeats} repeats, {seen * seq_len:,} tokens"
         )
     lines.append("rank: batches, steps, tokens by dataset")
     for rank, of_rank in found.ranks.items():

@@ -146,7 +146,7 @@ def _nothing_left(staging: Path, reading: Reading) -> UserError:
     if not listed:
         found = f"{reading.units.total()} listed units"
         for _, unit, why in reading.damaged[:1]:
-            found += f", {len(reading.damaged)} of them damaged; the first: {unit}: {why}"
+            found += f", {len(reading.damaged)} of them damaged; the first: {_damage(unit, why)}"
         return UserError(f"no repository was found in {found}; repair them or give other sources")
     return UserError(
         f"nothing is left of {listed} listed repositories after the filters and limits"
@@ -236,11 +236,13 @@ class _Enough:
 
 def _report_damage(unit: str, why: str, how: Preparation) -> None:
     if not how.skip_damaged:
-        raise UserError(f"{unit}: {why}; repair or remove it, or set data.skip_damaged to true")
-    name = os.fsencode(unit).decode("utf-8", "replace")
-    # What is wrong may begin with the place.
-    place = "" if why.partition(" ")[0].rstrip(":").endswith(name) else f"{name}: "
-    print(f"data: left out, damaged: {place}{why}", file=sys.stderr, flush=True)
+        raise UserError(f"{_damage(unit, why)}; repair or remove it, or set data.skip_damaged to true")
+    print(f"data: left out, damaged: {_damage(unit, why)}", file=sys.stderr, flush=True)
+
+
+def _damage(unit: str, why: str) -> str:
+    """A damaged unit in a message. `why` does not name it."""
+    return f"{os.fsencode(unit).decode('utf-8', 'replace')}: {why}"
 
 
 def _report_finished(what: str, finished: int, total: int) -> None:

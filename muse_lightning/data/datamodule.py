@@ -244,12 +244,30 @@ class TokenDataModule(L.LightningDataModule):
         mistake = self._mistake if self.trainer is None else self.trainer.strategy.broadcast(self._mistake)
         if mistake:
             raise UserError(mistake)
-        splits = _STAGE_SPLITS.get(stage, (self.predict_split,))
+        self.check_files(stage)
+        self.check_blocks(stage, self._share.readers)
+
+    def check_files(self, stage: str) -> None:
+        """Check that the datasets are there, of the configured tokenizer, and that the splits of a stage are whole.
+
+        Raises:
+            UserError: they are not.
+        """
         for dataset in self.datasets:
-            dataset.check(splits)
-        for split in splits:
+            dataset.check(_STAGE_SPLITS.get(stage, (self.predict_split,)))
+
+    def check_blocks(self, stage: str, readers: int) -> None:
+        """Check that every split of a stage is there and has enough blocks of the context.
+
+        Args:
+            stage: fit, validate, test or predict.
+            readers: Ranks, or groups of ranks that read the same.
+        Raises:
+            UserError: one is not there; or has too few, and the message names the largest context that would work.
+        """
+        for split in _STAGE_SPLITS.get(stage, (self.predict_split,)):
             if stage != "fit" or split != "val" or self._with(split):
-                self._check_split(split)
+                self._check_split(split, readers)
 
     def _with(self, split: str) -> list[PreparedDataset]:
         """The datasets that have a split and are read in it."""
@@ -259,7 +277,7 @@ class TokenDataModule(L.LightningDataModule):
             if split in dataset.card.splits and (dataset.weight > 0 or split != "train")
         ]
 
-    def _check_split(self, split: str) -> None:
+    def _check_split(self, split: str, readers: int) -> None:
         datasets = self._with(split)
         missing = [dataset for dataset in self.datasets if split not in dataset.card.splits]
         if not datasets or (split == "train" and missing):
@@ -270,7 +288,6 @@ class TokenDataModule(L.LightningDataModule):
                 if split in ("val", "test")
                 else f"data.predict_split: {split!r} found, {name} has {splits}"
             )
-        readers = self._share.readers
         # A training batch is always whole, the last one of an evaluation need not be.
         needed = readers * self.batch_size if split == "train" else readers
         per = f"{readers} rank(s)" if self.ranks_per_block == 1 else f"{readers} groups of {self.ranks_per_block} ranks"

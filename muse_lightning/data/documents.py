@@ -11,7 +11,8 @@ from muse_lightning.errors import UserError
 
 
 class DamagedSource(ValueError):  # noqa: N818
-    """A unit that cannot be read as a whole: a corrupt archive, missing git objects. The text is one line.
+    """A unit that cannot be read as a whole: a corrupt archive, missing git objects. The text is one line, and does
+    not name the unit: who reports it does.
 
     Raised by `SourceUnit.read`, or while the files of one of its repositories are consumed. What the unit gave before
     is then dropped, the unit is counted and named, and the preparation goes on.

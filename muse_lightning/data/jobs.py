@@ -20,6 +20,7 @@ from typing import Any
 from muse_lightning.data.progress import StageProgress
 from muse_lightning.errors import UserError
 from muse_lightning.files import atomic_write, fsync_path
+from muse_lightning.safe_path import safe_path
 
 _RESULT_NAME = "result.json"
 _POLL_SECONDS = 0.25
@@ -29,10 +30,10 @@ _AHEAD = 4
 
 Meter = Callable[[int, int, int], None]
 """Called while a job works, with what was done since the last call: bytes, files, tokens."""
-
-
 Result = dict[str, Any] | Future[Any]
 """Of a job; one that a process of its own has done gives None, and its result lies in its folder."""
+Submit = Callable[["Job"], Result]
+"""Starts a job, or does it."""
 
 
 class JobCancelledError(Exception):
@@ -142,9 +143,6 @@ def _run(job: Job, root: Path, context: Any, meter: Meter) -> dict[str, Any]:
     return result
 
 
-Submit = Callable[[Job], Result]
-
-
 @contextmanager
 def _run_here(root: Path, context: Any, num_workers: int, progress: StageProgress) -> Iterator[Submit]:
     def meter(size: int, files: int, tokens: int) -> None:
@@ -179,36 +177,22 @@ def _run_in_processes(root: Path, context: Any, num_workers: int, progress: Stag
         counts[3] = 1
 
     progress.follow(counts)
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=processes,
-        initializer=_start_worker,
-        initargs=(root, context, counts, processes.Lock()),
-    )
     try:
-        with _safe_path(), _closing(pool, cancel):
-            yield lambda job: pool.submit(_run_in_worker, job)
+        # With the first lock a process is started that keeps count of them.
+        with safe_path():
+            pool = ProcessPoolExecutor(
+                num_workers,
+                mp_context=processes,
+                initializer=_start_worker,
+                initargs=(root, context, counts, processes.Lock()),
+            )
+            with _closing(pool, cancel):
+                yield lambda job: pool.submit(_run_in_worker, job)
     except BrokenProcessPool as error:
         raise UserError(
             "a preparation process was killed, most likely for lack of memory; what was finished is kept for the next "
             "call; use fewer data.prepare_workers, or smaller data.max_document_bytes or data.chunk_bytes"
         ) from error
-
-
-@contextmanager
-def _safe_path() -> Iterator[None]:
-    """Processes that are started meanwhile look for modules in the working directory only where this one does: before
-    they know its path, Python would have them look there first."""
-    name = "PYTHONSAFEPATH"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
 
 
 @contextmanager

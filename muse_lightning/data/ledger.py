@@ -14,10 +14,11 @@ of its dataset, the epoch of that dataset (from 1), its chunk and the block in t
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from muse_lightning.data.block_reader import Block
 from muse_lightning.errors import UserError, reason_of
 
 FOLDER_NAME = "ledger"
+# Of any number in a ledger; and of the blocks that a header may list: of one token each they fill a terabyte.
+_MOST = 1 << 63
+_MOST_BLOCKS = 1 << 40
 _FILE_NAME = re.compile(r"rank(\d+)\.jsonl")
 
 
@@ -119,7 +123,8 @@ def read_ledger(path: Path) -> Iterator[LedgerHeader | LedgerBatch]:
     header: LedgerHeader | None = None
     for number, (_, fields) in enumerate(_entries(path), start=1):
         entry: LedgerHeader | LedgerBatch | None = None
-        with suppress(TypeError):  # other fields
+        # Raised where a line has other fields than these.
+        with suppress(TypeError):
             if "datasets" in fields:
                 datasets = [LedgerDataset(**dataset) for dataset in fields["datasets"]]
                 entry = header = LedgerHeader(**{**fields, "datasets": datasets})
@@ -131,9 +136,14 @@ def read_ledger(path: Path) -> Iterator[LedgerHeader | LedgerBatch]:
 
 
 def is_cut_short(path: Path) -> bool:
-    """Whether the last line of a ledger was cut short by a kill."""
-    with path.open("rb") as file:
-        return file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
+    """Whether the last line of a ledger was cut short by a kill.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with _reading(path), path.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        return file.read() not in (b"", b"\n")
 
 
 def _is_header(header: LedgerHeader) -> bool:
@@ -144,6 +154,9 @@ def _is_header(header: LedgerHeader) -> bool:
         and all(isinstance(dataset.name, str) and isinstance(dataset.fingerprint, str) for dataset in header.datasets)
         and all(isinstance(dataset.blocks, list) for dataset in header.datasets)
         and all(_is_count(blocks) for dataset in header.datasets for blocks in dataset.blocks)
+        and sum(blocks for dataset in header.datasets for blocks in dataset.blocks) < _MOST_BLOCKS
+        and all(type(dataset.weight) in (int, float) for dataset in header.datasets)
+        and all(0 <= dataset.weight < math.inf for dataset in header.datasets)
     )
 
 
@@ -163,7 +176,7 @@ def _is_batch(batch: LedgerBatch, header: LedgerHeader | None) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < _MOST
 
 
 def _damaged(path: Path, number: int) -> UserError:
@@ -171,17 +184,23 @@ def _damaged(path: Path, number: int) -> UserError:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _reading(path), path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            # The process was killed in the middle of it.
+            if not line.endswith("\n"):
+                return
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise _damaged(path, number) from error
+            if not isinstance(fields, dict) or not _is_count(fields.get("batch")):
+                raise _damaged(path, number)
+            yield line, fields
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith("\n"):
-                    return  # the process was killed in the middle of it
-                try:
-                    fields = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise _damaged(path, number) from error
-                if not isinstance(fields, dict) or not _is_count(fields.get("batch")):
-                    raise _damaged(path, number)
-                yield line, fields
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {reason_of(error)}") from error

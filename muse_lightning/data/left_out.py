@@ -3,11 +3,12 @@
 import gzip
 import json
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, reason_of
 
 LEFT_OUT_NAME = "left_out.jsonl.gz"
 _LEVEL = 6
@@ -49,10 +50,17 @@ def read_left_out(dataset: Path) -> Iterator[LeftOut]:
     try:
         with gzip.open(path, "rb") as file:
             for line in file:
-                yield LeftOut(*map(str, json.loads(line)))
+                yield _parse(line)
     except FileNotFoundError as error:
         raise UserError(
             f"{dataset} has no {LEFT_OUT_NAME}: it was prepared by an earlier version; prepare it in another folder"
         ) from error
-    except (OSError, EOFError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); prepare the dataset again") from error
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({reason_of(error)}); prepare the dataset again") from error
+
+
+def _parse(line: bytes) -> LeftOut:
+    entry = json.loads(line)
+    if not isinstance(entry, list) or len(entry) != 3 or not all(isinstance(field, str) for field in entry):
+        raise ValueError("a line is no list of three strings")
+    return LeftOut(*entry)

@@ -1,7 +1,7 @@
 """Prepared datasets as a recipe names them: one, or several with weights; in folders or at URLs."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from muse_lightning.data.block_reader import LocalChunks, SplitFiles
@@ -30,7 +30,7 @@ class PreparedDataset:
 
     Attributes:
         name: As the recipe has it, without credentials.
-        url: Of a remote one; empty for a folder.
+        url: Of a remote one; None for a folder.
         key: Where the recipe has it, for messages.
         weight: See MixtureEntry.
         folder: Of its files; of a remote one, of the copies of those that describe it.
@@ -39,7 +39,7 @@ class PreparedDataset:
     """
 
     name: str
-    url: str
+    url: str | None = field(repr=False)
     key: str
     weight: float
     folder: Path
@@ -58,7 +58,7 @@ class PreparedDataset:
             folder = copy_description(url, cache.folder)
             return cls(shown_url(url), url, key, weight, folder, read_card(folder), cache)
         folder = Path(name).expanduser()
-        return cls(name, "", key, weight, folder, read_card(folder), None)
+        return cls(name, None, key, weight, folder, read_card(folder), None)
 
     def check(self, splits: Sequence[str]) -> None:
         """Check that the files of these splits are whole, as far as that takes no reading of chunks.

@@ -24,6 +24,7 @@ _SPLITS = ("train", "val", "test")
 _OPENING_ATTEMPTS = 5
 # A card has some 300 bytes for a chunk.
 _MAX_DESCRIPTION_BYTES = 1 << 30
+_MAX_TOKENIZER_BYTES = 1 << 28
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -196,7 +197,7 @@ def copy_file(url: str, target: Path, limit: int) -> None:
     expected = _AtMost(url, limit)
     try:
         # What is said beforehand, on the way, and what came: not every file system tells the first two.
-        expected.check(system.info(path)["size"] or 0)
+        expected.check(system.info(path).get("size") or 0)
         system.get_file(path, str(target), callback=expected)
         expected.check(target.stat().st_size)
     except UserError:
@@ -215,10 +216,11 @@ def copy_description(url: str, cache_dir: Path) -> Path:
     """
     folder = cache_dir / f"dataset-{sha256_bytes(url.encode())[:16]}"
     with exclusive_lock(folder):
-        _replace_copy(f"{url}/{CARD_NAME}", folder / CARD_NAME)
+        _replace_copy(f"{url}/{CARD_NAME}", folder / CARD_NAME, _MAX_DESCRIPTION_BYTES)
         for split in _SPLITS:
             if split in read_card(folder).splits:
-                _replace_copy(f"{url}/{split}/{INDEX_NAME}", folder / split / INDEX_NAME)
+                index = f"{split}/{INDEX_NAME}"
+                _replace_copy(f"{url}/{index}", folder / index, _MAX_DESCRIPTION_BYTES)
     return folder
 
 
@@ -231,16 +233,22 @@ def copy_tokenizer(url: str, cache_dir: Path) -> Path:
     file = url if url.endswith(".json") else f"{url.rstrip('/')}/{TOKENIZER_NAME}"
     path = cache_dir / f"tokenizer-{sha256_bytes(file.encode())[:16]}.json"
     with exclusive_lock(path):
-        _replace_copy(file, path)
+        _replace_copy(file, path, _MAX_TOKENIZER_BYTES)
     return path
 
 
-def _replace_copy(url: str, target: Path) -> None:
-    """Copy a file in place of one that other ranks may be reading."""
+def _replace_copy(url: str, target: Path, limit: int) -> None:
+    """Copy a file in place of one that other ranks may be reading. What is refused leaves nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial-copy")
-    copy_file(url, partial, _MAX_DESCRIPTION_BYTES)
-    os.replace(partial, target)
+    try:
+        copy_file(url, partial, limit)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+        # Files are in it, if it is not the first.
+        with suppress(OSError):
+            target.parent.rmdir()
 
 
 def _touched(path: Path) -> bool:

@@ -3,8 +3,10 @@
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -14,7 +16,7 @@ from muse_lightning.data.filters import DEFAULT_FILTERS, Filters
 from muse_lightning.data.licences import LicenceFinder
 from muse_lightning.data.selection import order_key
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, reason_of
 from muse_lightning.files import atomic_write
 
 # Of max_bytes: reading stops when so much is there, since the last bytes may be found only after many large files.
@@ -105,7 +107,7 @@ def _kept(repository: Repository, filters: Filters) -> Iterator[bytes]:
     finder = LicenceFinder(repository.licence)
     files: list[tuple[str, int]] = []
     # A licence file may come after the files it is about, which may be many.
-    with tempfile.SpooledTemporaryFile(max_size=_MOST_IN_MEMORY) as waiting:
+    with _temporary_file() as waiting:
         for file in repository.files:
             finder.add(file.path, file.content)
             if file.for_licence or filters.check(file.path, file.content).reason is not None:
@@ -113,13 +115,38 @@ def _kept(repository: Repository, filters: Filters) -> Iterator[bytes]:
             if filters.licences is None:
                 yield file.content
             else:
-                waiting.write(file.content)
+                with _full_folder_named():
+                    waiting.write(file.content)
                 files.append((file.path, len(file.content)))
-        waiting.seek(0)
+        with _full_folder_named():
+            waiting.seek(0)
         for path, size in files:
-            content = waiting.read(size)
+            with _full_folder_named():
+                content = waiting.read(size)
             if filters.check_licence(finder.licence_of(path)) is None:
                 yield content
+
+
+@contextmanager
+def _temporary_file() -> Iterator[IO[bytes]]:
+    file = tempfile.SpooledTemporaryFile(max_size=_MOST_IN_MEMORY)  # noqa: SIM115
+    try:
+        yield file
+    finally:
+        # What a full disk has refused is still to be written, and is refused again.
+        with suppress(OSError):
+            file.close()
+
+
+@contextmanager
+def _full_folder_named() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"TMPDIR: no room in {tempfile.gettempdir()} for files that wait for their licence ({reason_of(error)}); "
+            "make room, or set TMPDIR to another folder"
+        ) from error
 
 
 def _repositories(units: Sequence[SourceUnit], limits: ReadLimits) -> Iterator[Repository]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, shown_url
 from muse_lightning.model.hf import load_pretrained
 from muse_lightning.model.llama import Llama
 
@@ -70,7 +70,7 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
     """
     expected = "expected the path of a local checkpoint"
     if "://" in path:
-        raise UserError(f"ckpt_path: {path} is an address; {expected}")
+        raise UserError(f"ckpt_path: {shown_url(path)} is an address; {expected}")
     if not Path(path).exists():
         raise UserError(f"ckpt_path: no checkpoint at {path}; {expected}")
     if Path(path).is_dir():
@@ -85,6 +85,11 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
             f"ckpt_path: {path} has no {', '.join(missing)}; give it as model.weights to start from its weights alone"
         )
     step = checkpoint.get("global_step", 0)
+    if not isinstance(step, int) or step < 0:
+        found = " ".join(repr(step).split())[:80]
+        raise UserError(
+            f"ckpt_path: {path} is of step {found}, a number of at least 0 expected; give another checkpoint"
+        )
     if for_training and 0 <= max_steps <= step:
         raise UserError(
             f"trainer.max_steps: {max_steps} found, but ckpt_path {path} is of step {step}: nothing is left to train; "

@@ -3,6 +3,7 @@
 import pytest
 
 from muse_lightning.configuration.redact import without_credentials
+from tests.data.test_credentials import URLS
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,11 @@ from muse_lightning.configuration.redact import without_credentials
         "url: s3://me:hunter2@host/path",
         "- https://hunter2@host/path",
         "- https://host/path?a=1&X-Amz-Credential=hunter2&X-Amz-Signature=hunter2",
+        *(f"- https://host/a?page=2&{key}=hunter2" for key in ("auth", "pwd", "pass", "code", "st")),
+        "- https://host/a?page=2;sig=hunter2",
+        "- https://host/a;sig=hunter2",
+        "- 'https://host/a?sig=a''hunter2'",
+        *(f"- {url}" for url, shown in URLS if url != shown),
     ],
 )
 def test_credentials_go(line: str) -> None:
@@ -34,6 +40,7 @@ def test_credentials_go(line: str) -> None:
         "repo_token: <|repo_name|>",
         "api_key: null",
         "path: s3://bucket/a@b",
+        *(f"- {url}" for url, shown in URLS if url == shown),
         "max_tokens: 3",
         "- https://host/path?page=2#v1",
     ],

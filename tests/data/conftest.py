@@ -1,7 +1,8 @@
 """Repositories made of reproducible pseudo-text, and datasets prepared from them."""
 
 import random
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def make_data(tmp_path: Path, repositories: Path) -> Callable[..., TokenDataModu
         return TokenDataModule(**{**defaults, **arguments})
 
     return make
+
+
+@pytest.fixture
+def longest_file() -> Iterator[Callable[[int], None]]:
+    """Sets the longest file that this process may write, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

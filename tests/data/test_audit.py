@@ -187,6 +187,14 @@ def test_exit_codes_of_the_command(tmp_path, monkeypatch, capsys):
     assert code() == 2
 
 
+def test_a_header_of_a_trillion_blocks_takes_no_memory_for_them(tmp_path):
+    lines = write(tmp_path, 4)
+    lines[0][0] = lines[0][0].replace("[7,9,4]", f"[{(1 << 40) - 14},9,4]")
+    save(tmp_path, lines)
+    (count,) = audit_run(tmp_path).epochs.values()
+    assert (count.seen, count.repeats, count.total) == (8, 0, (1 << 40) - 1)
+
+
 def test_no_ledger_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no ledger/rank0.jsonl found; give the folder of a run"):
         audit(tmp_path)

@@ -152,12 +152,12 @@ def test_too_few_blocks_names_the_largest_context(make_data, ranks, split, monke
     assert "\n" not in message
     data.seq_len = largest
     if split == "train":
-        data._check_split(split)
+        data._check_split(split, ranks)
     else:
         data.setup(stage)
     data.seq_len = largest + 1
     with pytest.raises(UserError):
-        data._check_split(split)
+        data._check_split(split, ranks)
 
 
 def test_more_ranks_than_tokens(make_data, monkeypatch):

@@ -150,14 +150,23 @@ def test_a_process_killed_while_it_counts_is_one_line_too(tmp_path):
 
 
 @pytest.mark.multi_process
-def test_processes_import_nothing_from_the_working_directory(tmp_path, monkeypatch):
-    for module in ("random", "selectors", "tempfile", "pickle", "numpy"):
-        (tmp_path / f"{module}.py").write_text(f"open('trace', 'a').write({module!r})\nraise ImportError\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
-    assert run(tmp_path / "jobs", [Square(2)], num_workers=2) == [("4", 2)]
-    assert not (tmp_path / "trace").exists()
-    assert "PYTHONSAFEPATH" not in os.environ
+def test_processes_import_nothing_from_the_working_directory(tmp_path):
+    """Nor does the process that keeps count of their locks, which is started with the first of these."""
+    working_directory = tmp_path / "working_directory"
+    working_directory.mkdir()
+    for module in ("signal", "struct", "random", "selectors", "tempfile", "pickle", "numpy"):
+        (working_directory / f"{module}.py").write_text(f"open('trace', 'a').write({module!r})\nraise ImportError\n")
+    script = (
+        "from tests.data.test_jobs import *\n"
+        "if __name__ == '__main__':\n"
+        "    assert run(Path('jobs'), [Square(2)], num_workers=2) == [('4', 2)]\n"
+        "    assert 'PYTHONSAFEPATH' not in os.environ\n"
+    )
+    (tmp_path / "main.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("PYTHONSAFEPATH", None)
+    subprocess.run([sys.executable, str(tmp_path / "main.py")], cwd=working_directory, env=environment, check=True)
+    assert not (working_directory / "trace").exists()
 
 
 @pytest.mark.multi_process

@@ -13,6 +13,7 @@ from muse_lightning.data.ledger import (
     LedgerHeader,
     batch_line,
     batch_record,
+    is_cut_short,
     kept_lines,
     ledger_files,
     ledger_path,
@@ -94,6 +95,12 @@ BATCH = '{"step":1,"batch":0,"hash":"00","blocks":[[0,1,1,3]]}\n'
         HEADER.to_line().replace('"ranks_per_block":1', '"ranks_per_block":0'),
         HEADER.to_line().replace('"datasets":[', '"datasets":[7,'),
         HEADER.to_line().replace('"c0de"', "7"),
+        HEADER.to_line().replace("[3,4,5]", f"[3,{1 << 40},5]"),
+        HEADER.to_line().replace("[3,4,5]", f"[{1 << 39}]").replace("[10]", f"[{1 << 39}]"),
+        HEADER.to_line().replace('"seq_len":64', '"seq_len":1' + 4000 * "0"),
+        HEADER.to_line().replace('"weight":0.5', '"weight":"much"'),
+        HEADER.to_line().replace('"weight":0.5', '"weight":-0.5'),
+        HEADER.to_line().replace('"weight":0.5', '"weight":NaN'),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line):
@@ -109,6 +116,16 @@ def test_a_ledger_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "rank0.jsonl").mkdir()
     with pytest.raises(UserError, match=r"rank0.jsonl: cannot be read: Is a directory"):
         list(read_ledger(tmp_path / "rank0.jsonl"))
+    with pytest.raises(UserError, match=r"rank0.jsonl: cannot be read: Is a directory"):
+        is_cut_short(tmp_path / "rank0.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "cut"), [("", False), ("\n", False), (BATCH, False), ("{", True), (BATCH[:-1], True)]
+)
+def test_a_last_line_without_an_end_is_cut_short(tmp_path, content, cut):
+    (tmp_path / "rank0.jsonl").write_text(content)
+    assert is_cut_short(tmp_path / "rank0.jsonl") == cut
 
 
 def test_files_by_rank(tmp_path):

@@ -2,12 +2,11 @@
 
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
-from multiprocessing.context import ForkProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +55,13 @@ def names_of(dataset: Path, split: str) -> list[str]:
 
 @pytest.fixture
 def small_stages(monkeypatch):
+    make_stages_small(monkeypatch)
+
+
+def make_stages_small(patch: pytest.MonkeyPatch) -> None:
     """Packs and jobs of a few files, so that little data has many of them."""
-    monkeypatch.setattr(building, "_PACK_BYTES", 1000)
-    monkeypatch.setattr("muse_lightning.data.encoding._JOB_BYTES", 1500)
+    patch.setattr(building, "_PACK_BYTES", 1000)
+    patch.setattr("muse_lightning.data.encoding._JOB_BYTES", 1500)
 
 
 REPOSITORIES = {f"r{i}": {f"f{j}.py": text(10 * i + j, 100 + 30 * i) for j in range(3)} for i in range(20)}
@@ -107,15 +110,15 @@ class TestContent:
     def test_damage_is_told_once(self, tmp_path, capsys):
         files = (("c", {"z.py": text(3, 400)}),)
         units = [
-            MemoryUnit("a.tar", files, damaged="/place/a.tar is damaged: no end"),
-            MemoryUnit("b.tar", files, damaged="no end"),
+            MemoryUnit("r", files, damaged="tar: no end"),
+            MemoryUnit(os.fsdecode(b"/place/\xe9.tar"), files, damaged="is damaged: no end"),
             *(MemoryUnit(f"r{i}", ((f"r{i}", {"x.py": text(i, 300)}),)) for i in range(4)),
         ]
         prepare(tmp_path / "set", MemorySource(units))
         told = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
         assert told == [
-            "data: left out, damaged: /place/a.tar is damaged: no end",
-            "data: left out, damaged: b.tar: no end",
+            "data: left out, damaged: /place/\ufffd.tar: is damaged: no end",
+            "data: left out, damaged: r: tar: no end",
         ]
 
     def test_damage_can_be_an_error(self, tmp_path):
@@ -218,16 +221,19 @@ def test_the_same_bytes_on_any_number_of_workers(tmp_path):
     assert one == contents(tmp_path / "set2") == contents(tmp_path / "set4")
 
 
-def start(tmp_path: Path, name: str, workers: int) -> ForkProcess:
-    """Prepare in a process of its own that writes to a file. A fork, which need not import everything again."""
-    process = multiprocessing.get_context("fork").Process(target=prepare_alone, args=(tmp_path, name, workers))
+def start(tmp_path: Path, name: str, workers: int) -> ForkServerProcess:
+    """Prepare in a process of its own that writes to a file. A fork of one without threads, which has imported
+    everything once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=prepare_alone, args=(tmp_path, name, workers))
     process.start()
     return process
 
 
 def prepare_alone(tmp_path: Path, name: str, workers: int) -> None:
-    os.setsid()
-    with (tmp_path / f"{name}.log").open("w") as sys.stderr:
+    with pytest.MonkeyPatch.context() as patch, (tmp_path / f"{name}.log").open("w") as sys.stderr:
+        make_stages_small(patch)
         prepare(tmp_path / "set", MemorySource(REPOSITORIES), preparation=how(num_workers=workers))
 
 
@@ -254,10 +260,12 @@ def test_what_was_finished_before_a_kill_is_not_done_again(tmp_path, workers, ca
     while True:
         process = start(tmp_path, "log", workers)
         before = len(kept)
-        while process.is_alive() and len(finished_jobs(tmp_path)) < before + 16:
-            time.sleep(0.002)
-        process.kill()
-        process.join()
+        try:
+            while process.is_alive() and len(finished_jobs(tmp_path)) < before + 16:
+                time.sleep(0.002)
+        finally:
+            process.kill()
+            process.join()
         assert "Traceback" not in (tmp_path / "log.log").read_text()
         if (tmp_path / "set").exists():
             break
@@ -278,8 +286,7 @@ def test_a_second_call_says_what_was_finished(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "set", source)
     monkeypatch.undo()
-    monkeypatch.setattr(building, "_PACK_BYTES", 1000)
-    monkeypatch.setattr("muse_lightning.data.encoding._JOB_BYTES", 1500)
+    make_stages_small(monkeypatch)
     capsys.readouterr()
     prepare(tmp_path / "set", source)
     lines = capsys.readouterr().err
@@ -329,14 +336,6 @@ def test_what_the_disk_gives_back_is_compared_with_the_card(tmp_path, monkeypatc
     prepare(tmp_path / "set", source)
 
 
-@pytest.fixture
-def longest_file():
-    """Sets the longest file that this process may write, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.usefixtures("small_stages")
 @pytest.mark.parametrize(("size", "reached"), [(900, set()), (2500, {"packs", "ids"}), (4500, {"packs", "ids"})])
 @pytest.mark.parametrize("is_rebuilt", [True, False])
@@ -363,8 +362,12 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, longest_file, size, reached
 def test_two_processes_at_once(tmp_path):
     names = ["first", "second"]
     both = [start(tmp_path, name, 1) for name in names]
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
+    try:
+        for process in both:
+            process.join(60)
+        assert [process.exitcode for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
     # One of them built it, the other found it.
     assert sorted((tmp_path / f"{name}.log").read_text().count("data: documents:") for name in names) == [0, 1]

@@ -100,7 +100,7 @@ def test_a_dataset_too_small_for_the_context_is_named(prepared, other_prepared):
     seq_len = longest[long] - 1
     with pytest.raises(UserError, match=rf"split 'train' of {short} .* the largest that works is {longest[short] - 1}"):
         module((short, 1), (long, 1), seq_len=seq_len, batch_size=1).setup("fit")
-    module((short, 0), (long, 1), seq_len=seq_len, batch_size=1)._check_split("train")
+    module((short, 0), (long, 1), seq_len=seq_len, batch_size=1)._check_split("train", 1)
 
 
 def test_a_validation_too_short_for_the_context_says_what_makes_it_longer(prepared):
@@ -109,7 +109,7 @@ def test_a_validation_too_short_for_the_context_says_what_makes_it_longer(prepar
         UserError,
         match=rf"split 'val' .* the largest that works is {seq_len - 1}, or prepare again with a larger data.val_fract",
     ):
-        module((prepared, 1), seq_len=seq_len)._check_split("val")
+        module((prepared, 1), seq_len=seq_len)._check_split("val", 1)
 
 
 def test_damage_in_any_dataset_is_found(prepared, other_prepared, tmp_path):

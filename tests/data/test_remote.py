@@ -1,13 +1,11 @@
 """Datasets at URLs: the same batches as from the folder, a cache within its bounds, damage named."""
 
 import contextlib
-import functools
 import http.server
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +13,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from muse_lightning.data import TokenDataModule, block_reader
+from muse_lightning.data import TokenDataModule, block_reader, remote
 from muse_lightning.data.card import ChunkEntry, read_card
-from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_file
+from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_description, copy_file, copy_tokenizer
 from muse_lightning.errors import UserError
 from muse_lightning.files import sha256_bytes
 
@@ -44,40 +42,12 @@ def upload(prepared, tmp_path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "upload"))
 
 
-@pytest.fixture
-def bucket(upload, monkeypatch) -> Iterator[str]:
-    """The same behind a server that answers as S3 does to who only reads."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    handler = functools.partial(Quiet, directory=str(upload.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "nowhere",
-        }.items():
-            monkeypatch.setenv(name, value)
-        # File systems are kept by their arguments, and the server's address is none of them.
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        yield f"s3://{upload.name}"
-        server.shutdown()
-
-
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_batches_are_those_of_the_folder(upload, bucket, tmp_path, num_workers):
+def test_batches_are_those_of_the_folder(upload, tmp_path):
     expected = records(module(upload, tmp_path / "unused"))
-    for place in (f"file://{upload}", bucket):
-        cache = tmp_path / f"cache-{place[:2]}"
-        assert records(module(place, cache, num_workers=num_workers)) == expected
-        chunks = read_card(upload).splits["train"].chunks
-        assert {path.stem for path in cached(cache)} == {chunk.sha256 for chunk in chunks}
     assert not (tmp_path / "unused").exists()
+    assert records(module(f"file://{upload}", tmp_path / "cache")) == expected
+    chunks = read_card(upload).splits["train"].chunks
+    assert {path.stem for path in cached(tmp_path / "cache")} == {chunk.sha256 for chunk in chunks}
 
 
 def test_a_cached_dataset_is_not_fetched_again_wherever_it_moved(upload, tmp_path):
@@ -309,13 +279,38 @@ def test_a_file_without_an_end_is_not_copied_to_it(tmp_path, name, most):
         assert server.sent <= most
 
 
-@pytest.mark.parametrize("place", ["file", "s3"])
-def test_a_chunk_that_is_longer_than_its_card_says(upload, bucket, tmp_path, place):
+@pytest.mark.parametrize("refused", ["missing", "too long"])
+@pytest.mark.parametrize("what", ["tokenizer", "dataset"])
+def test_what_is_refused_leaves_nothing(upload, tmp_path, monkeypatch, what, refused):
+    monkeypatch.setattr(remote, "_MAX_TOKENIZER_BYTES", 1000)
+    monkeypatch.setattr(remote, "_MAX_DESCRIPTION_BYTES", 100)
+    (upload / "tokenizer.json").write_bytes(bytes(1001))
+    url = f"file://{upload if refused == 'too long' else tmp_path / 'none'}"
+    copy = copy_tokenizer if what == "tokenizer" else copy_description
+    limit = "1,000" if what == "tokenizer" else "100"
+    message = "cannot be read" if refused == "missing" else f"more than {limit} bytes found"
+    with pytest.raises(UserError, match=message):
+        copy(url, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_copy_that_was_there_stays(upload, tmp_path):
+    folder = copy_description(f"file://{upload}", tmp_path / "cache")
+    before = sorted(tmp_path.rglob("*"))
+    (upload / "train" / "index.json").rename(upload / "moved")
+    with pytest.raises(UserError, match="cannot be read"):
+        copy_description(f"file://{upload}", tmp_path / "cache")
+    (upload / "moved").rename(upload / "train" / "index.json")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert read_card(folder) == read_card(upload)
+
+
+def test_a_chunk_that_is_longer_than_its_card_says(upload, tmp_path):
     name = read_card(upload).splits["train"].chunks[0].filename
     with (upload / "train" / name).open("ab") as file:
         file.write(b"more")
-    with pytest.raises(UserError, match=rf"^{place}://.*{name}: more than [\d,]+ bytes found"):
-        records(module(bucket if place == "s3" else f"file://{upload}", tmp_path / "cache"))
+    with pytest.raises(UserError, match=rf"^file://.*{name}: more than [\d,]+ bytes found"):
+        records(module(f"file://{upload}", tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from muse_lightning.data import tokenizer_training
 from muse_lightning.data.filters import Filters
 from muse_lightning.data.sources import Folders
 from muse_lightning.data.tokenizer import load_tokenizer
@@ -49,6 +50,21 @@ def test_what_the_licences_leave_out_is_not_learned(tmp_path):
     assert words <= vocabulary()
     assert vocabulary(licences=["permissive"]) & words == {"free"}
     assert vocabulary(licences=["permissive"], keep_unlicensed=True) & words == {"free", "silent"}
+
+
+def test_a_full_temporary_folder_is_one_line(tmp_path, longest_file, monkeypatch):
+    """Where files wait for a licence that may come after them."""
+    for number in range(20):
+        write(tmp_path / "in" / f"{number}.py", f"x{number} = 1\n".encode() * 100)
+    write(tmp_path / "in" / "package.json", b'{"license": "MIT"}')
+    monkeypatch.setattr(tokenizer_training, "_MOST_IN_MEMORY", 1000)
+    filters = Filters(licences=["permissive"])
+    train_tokenizer([Folders(tmp_path)], tmp_path / "t.json", 300, filters=filters)
+    longest_file(5000)
+    with pytest.raises(UserError, match=r"^TMPDIR: no room in /.* \(File too large\); .* another folder$") as error:
+        train_tokenizer([Folders(tmp_path)], tmp_path / "u.json", 300, filters=filters)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "u.json").exists()
 
 
 def test_fewer_merges_than_asked_for_are_told(repositories, tmp_path, capsys):

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from muse_lightning.attention import Dense
 from muse_lightning.errors import UserError
 from muse_lightning.model import Llama, LlamaConfig
-from muse_lightning.training.weights import load_weights, read_weights
+from muse_lightning.training.weights import check_checkpoint, load_weights, read_weights
 from tests.tiny import CONFIG
 
 
@@ -95,6 +95,20 @@ def test_unreadable(tmp_path):
     torch.save({"model": {}}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match=r"other.ckpt is not a Lightning checkpoint of tensors: it has no state_dict"):
         read_weights(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize(
+    "step", ["3", None, 2.5, -1, torch.zeros(9, 9)], ids=["text", "none", "half", "below", "tensor"]
+)
+def test_a_checkpoint_of_no_step(tmp_path, step):
+    whole = {"state_dict": {}, "pytorch-lightning_version": "2", "optimizer_states": [], "lr_schedulers": []}
+    path = tmp_path / "a.ckpt"
+    torch.save({**whole, "global_step": 3}, path)
+    check_checkpoint(str(path), for_training=True, max_steps=9)
+    torch.save({**whole, "global_step": step}, path)
+    with pytest.raises(UserError, match=r"ckpt_path: .*a.ckpt is of step .*, a number of at least 0 expected") as error:
+        check_checkpoint(str(path), for_training=True, max_steps=9)
+    assert "\n" not in str(error.value)
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):

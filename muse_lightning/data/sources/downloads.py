@@ -3,7 +3,9 @@
 import hashlib
 import os
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -20,7 +22,7 @@ _MAX_NAME_BYTES = 255
 class Download:
     """A file to fetch."""
 
-    url: str
+    url: str = field(repr=False)
     """Where it is: anything fsspec opens (https, s3, gs, file)."""
     sha256: str
     """Hexadecimal SHA-256 of the whole file. Another content is refused."""
@@ -51,19 +53,14 @@ def fetch(download: Download, cache: Path) -> Path:
     """
     name = _file_name(download.url)
     target = cache / download.sha256 / name
-    if target.exists() and sha256_file(target) == download.sha256:
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"download {download.shown}: cannot write {target.parent}: {reason_of(error)}; choose another cache"
-        ) from error
     partial = target.with_name(f".{uuid.uuid4().hex}.partial")
     digest = hashlib.sha256()
     try:
-        with open_file(download.url) as remote, open(partial, "xb") as local:
-            while piece := remote.read(_PIECE):
+        if target.exists() and sha256_file(target) == download.sha256:
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "xb") as local:
+            for piece in _pieces(download):
                 digest.update(piece)
                 local.write(piece)
             local.flush()
@@ -74,14 +71,26 @@ def fetch(download: Download, cache: Path) -> Path:
                 "check the address, or pin what you have looked at"
             )
         os.replace(partial, target)
-    # fsspec's file systems raise what their libraries do.
+    except OSError as error:
+        raise UserError(
+            f"download {download.shown}: cannot write {target.parent}: {reason_of(error)}; choose another cache"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return target
+
+
+def _pieces(download: Download) -> Iterator[bytes]:
+    try:
+        with open_file(download.url) as remote:
+            while piece := remote.read(_PIECE):
+                yield piece
     except UserError:
         raise
+    # fsspec's file systems raise what their libraries do.
     except Exception as error:
         raise UserError(f"download {download.shown}: {reason_of(error)}; check the address and the network") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
 
 
 def _file_name(url: str) -> str:

@@ -44,7 +44,7 @@ class GitObjects(BaseObjectStore):
         for name in sorted(os.listdir(packs)) if os.path.isdir(packs) else ():
             if name.endswith(".idx"):
                 try:
-                    with broken_named(f"{folder}: pack {name}"):
+                    with broken_named(f"pack {name}"):
                         self._packs.append(Pack(os.path.join(packs, name)))
                 except BrokenObjectError as error:
                     raise DamagedSource(str(error)) from error
@@ -121,16 +121,17 @@ class GitObjects(BaseObjectStore):
 
 def _refuse_links(folder: str, objects: str) -> None:
     if not os.path.isdir(objects):
-        raise DamagedSource(f"{folder}: no folder of objects")
+        raise DamagedSource("has no folder of objects")
     if os.path.lexists(os.path.join(objects, "info", "alternates")):
-        raise DamagedSource(f"{folder} borrows objects of another repository; run `git repack -a -d` in it first")
+        raise DamagedSource("borrows objects of another repository; run `git repack -a -d` in it first")
     for place in (objects, os.path.join(objects, "pack")):
         links = [place] if os.path.islink(place) else []
         if not links and os.path.isdir(place):
             with os.scandir(place) as entries:
                 links = [entry.path for entry in entries if entry.is_symlink()]
         if links:
-            raise DamagedSource(f"{links[0]} is a link; objects are read from the repository's own folder only")
+            link = os.path.relpath(links[0], folder)
+            raise DamagedSource(f"{link} is a link; objects are read from the repository's own folder only")
 
 
 def _first_bytes(path: str) -> bytes:

@@ -79,7 +79,8 @@ class GitRepositories(DocumentSource):
 
     def _units_of(self, entry: str) -> "Iterator[GitUnit]":
         location, mark, revision = entry.rpartition("#")
-        if not mark or (not is_git_url(entry) and os.path.exists(os.path.expanduser(entry))):
+        in_host = "://" in location and "/" not in location.partition("://")[2]
+        if not mark or in_host or (not is_git_url(entry) and os.path.exists(os.path.expanduser(entry))):
             location, revision = entry, self.revision
         if is_git_url(location):
             shown = shown_url(location)
@@ -109,7 +110,7 @@ class GitRepositories(DocumentSource):
         try:
             folder = git_folder(location)
             if folder is None:
-                raise DamagedSource(f"{location} is no git repository")
+                raise DamagedSource("is no git repository")
             commit = resolve_commit(folder, revision)
         except DamagedSource as error:
             if must_exist:
@@ -154,7 +155,7 @@ class GitUnit(SourceUnit):
                 continue
             left -= len(content)
             if left < 0:
-                raise DamagedSource(f"{self.name}: more than {limits.max_unpacked_bytes:,} bytes")
+                raise DamagedSource(f"has more than {limits.max_unpacked_bytes:,} bytes")
             yield SourceFile(entry.path, content, for_licence)
 
     def _purpose(self, entry: TreeEntry, skipped: Counter[str]) -> bool | None:

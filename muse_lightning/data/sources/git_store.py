@@ -5,18 +5,21 @@ opened.
 """
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from dulwich.objects import ObjectID
 from dulwich.objectspec import parse_commit, parse_object
-from dulwich.refs import DictRefsContainer
+from dulwich.refs import DictRefsContainer, Ref
 from dulwich.repo import BaseRepo
 
 from muse_lightning.data.documents import DamagedSource
 from muse_lightning.data.sources.git_objects import GitObjects
 from muse_lightning.data.sources.git_packs import BLOB, COMMIT, TREE, BrokenObjectError, broken_named
 from muse_lightning.data.sources.local import PathRules, clean_path, read_regular
+from muse_lightning.errors import reason_of
 
 _MAX_REFERENCE_BYTES = 1 << 12
 _MAX_PACKED_REFERENCES_BYTES = 1 << 28
@@ -24,6 +27,8 @@ _MAX_PACKED_REFERENCES_BYTES = 1 << 28
 _MAX_TREE_BYTES = 32 << 20
 _ID_BYTES = 20
 _MOST_NAMES = 8
+# In front of what one writes, in git's order.
+_PREFIXES = (b"", b"refs/", b"refs/tags/", b"refs/heads/", b"refs/remotes/")
 _FOLDER = 0o040000
 # Why an entry of a commit is no file. Files have mode 100644, 100755 or, in old repositories, 100664.
 NO_FILE = {0o120000: "symlink", 0o160000: "submodule"}
@@ -47,7 +52,7 @@ def git_folder(location: str) -> str | None:
     """
     inside = os.path.join(location, ".git")
     if os.path.isfile(inside) or os.path.islink(inside):
-        raise DamagedSource(f"{location}: .git is no folder; give the repository that the work tree belongs to")
+        raise DamagedSource(".git is no folder; give the repository that the work tree belongs to")
     for folder in (inside, location):
         if os.path.isdir(os.path.join(folder, "objects")) and os.path.isfile(os.path.join(folder, "HEAD")):
             return folder
@@ -68,33 +73,62 @@ def resolve_commit(folder: str, revision: str) -> str:
         DamagedSource: there is no such commit, or a needed object is missing.
     """
     objects = GitObjects(folder, _MAX_TREE_BYTES)
-    references = _references(folder)
+    references = DictRefsContainer(_references(folder))  # type: ignore[arg-type]
     try:
-        repository = BaseRepo(objects, DictRefsContainer(references))  # type: ignore[arg-type]
+        repository = BaseRepo(objects, references)  # type: ignore[arg-type]
         with broken_named("it"):
             # The one knows short ids, the other ~ and ^.
             if "~" in revision or "^" in revision:
-                revision = parse_object(repository, revision).id.decode()  # type: ignore[arg-type]
+                return parse_commit(repository, parse_object(repository, revision).id).id.decode()  # type: ignore[arg-type]
             return parse_commit(repository, revision).id.decode()
     except BrokenObjectError as error:
-        why = error if revision in _names(references) else _described(references)
-        raise DamagedSource(f"no commit {revision!r}: {why}") from error
+        try:
+            with broken_named("it"):
+                why = _why_not(objects, references, revision, error)
+        except BrokenObjectError as another:
+            why = reason_of(another)
+        raise DamagedSource(f"no commit {revision!r}: {_printable(why)}") from error
     finally:
         objects.close()
 
 
-def _names(references: dict[bytes, bytes]) -> list[str]:
-    """Branches and tags as one writes them."""
+def _why_not(objects: GitObjects, references: DictRefsContainer, revision: str, error: BrokenObjectError) -> str:
+    """What keeps a revision from being a commit: a broken object, a commit without such a parent, or that nothing has
+    that name; then the names that there are.
+
+    Raises:
+        BrokenObjectError: it is an object that is missing or damaged.
+    """
+    if not isinstance(error.__cause__, KeyError):
+        return reason_of(error.__cause__ or error)
+    name = os.fsencode(re.split("[~^]", revision)[0])
+    asked = error.__cause__.args[0]
+    if asked != name and re.fullmatch(b"[0-9a-f]{40}", asked):
+        objects.read(asked, _MAX_TREE_BYTES)
+    for prefix in _PREFIXES:
+        _, found = references.follow(prefix + name)  # type: ignore[arg-type]
+        if found is not None:
+            objects.read(found, _MAX_TREE_BYTES)
+            raise error
+    return _described(references.as_dict())
+
+
+def _described(references: Mapping[Ref, ObjectID]) -> str:
+    """The branches and tags as one writes them, those of another repository's HEAD left out."""
     full = sorted(name for name in references if name.startswith((b"refs/heads/", b"refs/tags/", b"refs/remotes/")))
-    return [os.fsdecode(name).split("/", 2)[2] for name in full if name.count(b"/") >= 2]
-
-
-def _described(references: dict[bytes, bytes]) -> str:
-    names = _names(references)
+    names = [
+        os.fsdecode(name).split("/", 2)[2]
+        for name in full
+        if not (name.startswith(b"refs/remotes/") and name.endswith(b"/HEAD"))
+    ]
     if not names:
         return "it has no branches and no tags; a repository without commits has nothing to read"
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return f"it has the branches and tags {', '.join(names[:_MOST_NAMES])}{more}"
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def _references(folder: str) -> dict[bytes, bytes]:
@@ -141,12 +175,11 @@ class CommitReader:
         Raises:
             DamagedSource: the commit is missing or broken.
         """
-        self._place = f"{folder}, commit {commit}"
         self._objects = GitObjects(folder, _MAX_TREE_BYTES)
         header = self._needed(commit.encode(), COMMIT).split(b"\n", 1)[0]
         self._tree = header.removeprefix(b"tree ")
         if len(self._tree) != 2 * _ID_BYTES or not self._tree.isalnum():
-            raise DamagedSource(f"{self._place}: names no tree")
+            raise DamagedSource("its commit names no tree")
 
     def close(self) -> None:
         """Close the packs."""
@@ -174,7 +207,7 @@ class CommitReader:
             below = self._list(entry, skipped)
             seen += len(below)
             if seen > limit:
-                raise DamagedSource(f"{self._place}: more than {limit:,} entries")
+                raise DamagedSource(f"has more than {limit:,} entries")
             for child in reversed(below):
                 if child.mode == _FOLDER and rules.excludes(child.path.rpartition("/")[2]):
                     skipped["excluded"] += 1
@@ -201,9 +234,9 @@ class CommitReader:
             end = data.find(b"\0", position)
             mode, space, name = data[position:end].partition(b" ")
             if end < 0 or not space or not mode.isdigit() or b"8" in mode or b"9" in mode:
-                raise DamagedSource(f"{self._place}: tree {folder.id.decode()} is broken")
+                raise DamagedSource(f"tree {folder.id.decode()} is broken")
             if end + 1 + _ID_BYTES > len(data):
-                raise DamagedSource(f"{self._place}: tree {folder.id.decode()} ends too early")
+                raise DamagedSource(f"tree {folder.id.decode()} ends too early")
             position = end + 1 + _ID_BYTES
             path = (f"{folder.path}/" if folder.path else "") + os.fsdecode(name)
             if b"/" in name or clean_path(path) != path or not name:
@@ -218,7 +251,7 @@ class CommitReader:
         try:
             kind, content = self._objects.read(name, _MAX_TREE_BYTES)
         except BrokenObjectError as error:
-            raise DamagedSource(f"{self._place}: object {name.decode()} is missing or broken ({error})") from error
+            raise DamagedSource(f"object {name.decode()} is missing or broken ({error})") from error
         if kind != wanted:
-            raise DamagedSource(f"{self._place}: object {name.decode()} is of another kind than it has to be")
+            raise DamagedSource(f"object {name.decode()} is of another kind than it has to be")
         return content

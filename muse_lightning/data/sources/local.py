@@ -207,7 +207,7 @@ class FolderUnit(SourceUnit):
 
     def read(self, limits: ReadLimits) -> Iterator[Repository]:
         if not os.path.isdir(self.root):
-            raise DamagedSource(f"folder {self.root} is gone since it was listed")
+            raise DamagedSource("is gone since it was listed")
         skipped: Counter[str] = Counter()
         found = walk(self.root, self.rules, recursive=self.recursive)
         yield Repository(self.repository, read_found(found, self.rules, limits, skipped), skipped)

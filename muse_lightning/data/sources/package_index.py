@@ -5,6 +5,7 @@ itself cannot fetch a source distribution without running its build backend.
 """
 
 import ast
+import errno
 import shutil
 import ssl
 import subprocess
@@ -16,6 +17,8 @@ from muse_lightning.errors import UserError, reason_of
 
 _ARCHIVES = (".tar.gz", ".zip", ".tar.bz2", ".tar.xz")
 _TIMEOUT_SECONDS = 60.0
+# Errors of the system that no network has.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class PackageIndex:
@@ -56,6 +59,7 @@ class PackageIndex:
 
         Raises:
             UserError: there is no such release, or the network fails.
+            OSError: it cannot be written.
         """
         release = f"{name}=={version}"
         try:
@@ -74,6 +78,8 @@ class PackageIndex:
             raise
         # The client raises errors of its own library and of the sockets below.
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                raise
             raise UserError(f"PyPIPackages: {release}: {reason_of(error)}; check the index and the network") from error
 
 

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
@@ -17,9 +17,16 @@ from muse_lightning.data.sources.table_rows import Row, json_rows, open_parquet_
 from muse_lightning.data.sources.unpacking import damage_named
 from muse_lightning.errors import UserError, nearest, reason_of, shown_url
 
+_PARQUET = ".parquet"
 _JSON = (".jsonl", ".json", ".ndjson")
 _PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
-_ENDINGS = (*(ending + packed for ending in _JSON for packed in _PACKED), ".parquet")
+# Size, times, checksums and versions, as the file systems of fsspec call them.
+_STAMP_KEYS = (
+    *("size", "mtime", "created", "modified", "last_modified", "LastModified", "Last-Modified", "updated"),
+    *("ETag", "etag", "md5", "md5Hash", "crc32c", "Content-MD5", "content_md5", "checksum", "Digest"),
+    *("blob_id", "lfs", "xet_hash", "sha", "oid", "VersionId", "version_id", "generation", "modificationTime"),
+)
+_ENDINGS = (*(ending + packed for ending in _JSON for packed in _PACKED), _PARQUET)
 
 
 # Rows that are looked at for the names of columns: JSON lines may leave out what is null.
@@ -103,7 +110,8 @@ class Tables(DocumentSource):
                 local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
                 stamp = file_stamp(os.stat(name)) if local else _remote_stamp(info)
                 location = system.unstrip_protocol(name)
-                yield TableUnit(shown_url(location), info["size"] or 0, stamp, self.columns, location)
+                is_parquet = _without_query(name).endswith(_PARQUET)
+                yield TableUnit(shown_url(location), info.get("size") or 0, stamp, self.columns, is_parquet, location)
         except UserError:
             raise
         # Every file system of fsspec raises errors of its own library.
@@ -123,8 +131,8 @@ def _without_query(url: str) -> str:
 
 
 def _remote_stamp(info: dict[str, Any]) -> str:
-    """Of what a file system tells of a file: size, times, checksums. Not its URL, which may be signed anew."""
-    told = sorted((key, str(value)) for key, value in info.items() if key not in ("name", "url"))
+    """Of what a file system tells of a file that changes with it, not with the request: no date, no signature."""
+    told = sorted((key, str(info[key])) for key in _STAMP_KEYS if info.get(key) is not None)
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
@@ -145,7 +153,8 @@ class TableUnit(SourceUnit):
     size: int
     stamp: str
     columns: Columns
-    location: str
+    is_parquet: bool
+    location: str = field(repr=False)
     """What fsspec opens; the name is the same without credentials."""
 
     def read(self, limits: ReadLimits) -> Iterator[Repository]:
@@ -179,7 +188,7 @@ class TableUnit(SourceUnit):
     @contextmanager
     def _open_rows(self, limits: ReadLimits, all_columns: bool = False) -> Iterator[Iterator[Row | str]]:
         with damage_named(self.name), ExitStack() as stack:
-            if _without_query(self.location).endswith(".parquet"):
+            if self.is_parquet:
                 columns = None if all_columns else self.columns.names
                 yield stack.enter_context(open_parquet_rows(self.location, columns, limits))
             else:

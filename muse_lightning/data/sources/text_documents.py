@@ -113,7 +113,7 @@ class _TextUnit(SourceUnit):
     def read(self, limits: ReadLimits) -> Iterator[Repository]:
         place = os.path.join(self.root, self.folder)
         if not os.path.isdir(place):
-            raise DamagedSource(f"folder {place} is gone since it was listed")
+            raise DamagedSource("is gone since it was listed")
         inherited = [
             SourceFile(path, content, for_licence=True)
             for path, location in inherited_licences(self.root, self.folder)

@@ -147,25 +147,27 @@ def open_unpacked(file: IO[bytes]) -> Readable:
 
 @contextmanager
 def damage_named(what: str) -> Iterator[None]:
-    """Errors of decompression as one line that begins with `what`.
+    """Errors of decompression as one line. Who reports a damaged unit adds its name.
 
+    Args:
+        what: Name of the file, for errors that are no damage.
     Raises:
         DamagedSource: the content is damaged.
         UserError: this machine fails: no space, memory or process is left.
     """
     try:
         yield
-    except DamagedSource as error:
-        raise DamagedSource(f"{what}: {error}") from error
+    except DamagedSource:
+        raise
     except OSError as error:
         # Decompressors raise it without a number; a damaged length may lead to a place that there is not (EINVAL).
         if error.errno not in (None, errno.EINVAL):
             raise cannot_read(what, error) from error
-        raise DamagedSource(f"{what} is damaged: {reason_of(error)}") from error
+        raise DamagedSource(f"is damaged: {reason_of(error)}") from error
     except (EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError) as error:
-        raise DamagedSource(f"{what} is damaged: {reason_of(error)}") from error
+        raise DamagedSource(f"is damaged: {reason_of(error)}") from error
     except Exception as error:
         # zstandard is imported only where it is used, so that its error cannot be named here.
         if type(error).__name__ != "ZstdError":
             raise
-        raise DamagedSource(f"{what} is damaged: {error}") from error
+        raise DamagedSource(f"is damaged: {reason_of(error)}") from error

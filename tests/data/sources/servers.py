@@ -96,6 +96,18 @@ class _GitHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
+        self.server.commands += [place.read_bytes().decode() for place in Path("/proc").glob("[0-9]*/cmdline")]
+        self.server.sent_passwords.add(self.headers.get("Authorization"))
+        if self.server.moved_to:
+            self.send_response(302)
+            self.send_header("Location", self.server.moved_to + self.path)
+            self.end_headers()
+            return
+        if self.server.password and self.headers.get("Authorization") != self.server.password:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="here"')
+            self.end_headers()
+            return
         variables = {
             "GIT_PROJECT_ROOT": str(self.server.root),
             "GIT_HTTP_EXPORT_ALL": "1",
@@ -137,6 +149,13 @@ class GitServer(http.server.ThreadingHTTPServer):
         self.root = root
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.paths: list[str] = []
+        self.password = ""
+        """The header Authorization that is asked for; empty: none is."""
+        self.moved_to = ""
+        """The server that has everything now; empty: this one."""
+        self.sent_passwords: set[str | None] = set()
+        self.commands: list[str] = []
+        """The list of processes, at each request."""
 
 
 @contextmanager

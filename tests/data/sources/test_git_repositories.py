@@ -4,8 +4,11 @@ import os
 import shutil
 import socket
 import subprocess
+import time
+from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -23,6 +26,8 @@ from tests.data.sources.builders import (
     read_all,
     write,
 )
+from tests.data.sources.servers import git_server
+from tests.data.test_jobs import is_running, wait_for
 
 ALPHA = REPOSITORIES["alpha"]
 
@@ -142,7 +147,7 @@ def test_a_url_is_cloned_bare_and_shallow_and_used_again(repository, tmp_path):
         ("file://{root}/none", r"file://.*/none: .*; check the address and the revision"),
         (
             "file://{root}/alpha#none",
-            r"GitRepositories: file://.*/alpha: no commit 'none': it has the branches and tags main",
+            r"GitRepositories: file://.*/alpha: no commit 'none': it has the branches and tags main; give a",
         ),
         ("https://user:secret@127.0.0.1:1/owner/name", r"GitRepositories: https://127.0.0.1:1/owner/name: "),
     ],
@@ -153,6 +158,49 @@ def test_bad_places_are_one_line(repository, tmp_path, location, message):
     assert "\n" not in str(error.value)
     assert "secret" not in str(error.value)
     assert "secret" not in str(source(location).identity())
+
+
+def refused(location: Path | str) -> str:
+    """Why a revision is no commit."""
+    with pytest.raises(UserError) as error:
+        list(source(location).units())
+    message = str(error.value)
+    assert message.isprintable()
+    assert len(message) < 1000
+    start, end = " no commit ", "; give a repository and a revision that it has"
+    assert message.endswith(end)
+    return message[message.index(start) + len(start) : -len(end)]
+
+
+def test_the_names_of_a_repository_are_its_branches_and_tags(repository):
+    git(repository, "tag", "v1")
+    git(repository, "update-ref", "refs/remotes/origin/dev", "HEAD")
+    git(repository, "symbolic-ref", "refs/remotes/origin/HEAD", "refs/remotes/origin/dev")
+    git(repository, "symbolic-ref", "refs/heads/loop", "refs/heads/loop")
+    write(repository / ".git" / "refs" / "heads" / "\x1b[31m", git(repository, "rev-parse", "HEAD").encode())
+    for revision in ("none", "none~1", "1" * 40, "abc"):
+        names = "\ufffd[31m, main, origin/dev, v1"
+        assert refused(f"{repository}#{revision}") == f"{revision!r}: it has the branches and tags {names}"
+
+
+def test_what_is_missing_behind_a_name_is_told(repository):
+    first = git(repository, "rev-parse", "HEAD")
+    for number in (1, 2):
+        git(repository, "commit", "--quiet", "--allow-empty", "--message", str(number))
+    second, last = git(repository, "rev-parse", "HEAD~1"), git(repository, "rev-parse", "HEAD")
+    assert refused(f"{repository}#main~3") == f"'main~3': Commit {first} has no parents"
+    (repository / ".git" / "objects" / second[:2] / second[2:]).unlink()
+    assert refused(f"{repository}#main~1") == f"'main~1': {second} is missing"
+    lost = repository / ".git" / "objects" / last[:2] / last[2:]
+    lost.chmod(0o600)
+    lost.write_bytes(b"no object")
+    for revision in ("main", "HEAD", "main~1", "refs/heads/main"):
+        assert refused(f"{repository}#{revision}").startswith(f"{revision!r}: object is damaged: error Error -3 ")
+    lost.unlink()
+    for revision in ("main", "HEAD", "heads/main"):
+        assert refused(f"{repository}#{revision}") == f"{revision!r}: {last} is missing"
+    write(repository / ".git" / "refs" / "tags" / "odd", b"\x1b[31m\n" * 500)
+    assert refused(f"{repository}#odd").startswith("'odd': ")
 
 
 def test_an_empty_repository_is_one_line(tmp_path):
@@ -207,7 +255,7 @@ def test_a_missing_folder_is_one_line(repository, kind):
     (unit,) = source(repository).units()
     for path in objects(repository, kind):
         path.unlink()
-    with pytest.raises(DamagedSource, match="is missing or broken") as error:
+    with pytest.raises(DamagedSource, match=r"^object [0-9a-f]{40} is missing or broken") as error:
         read_all(unit)
     assert "\n" not in str(error.value)
 
@@ -292,7 +340,7 @@ def ssh(tmp_path, monkeypatch) -> Path:
     return noted
 
 
-@pytest.mark.parametrize("chosen", ["", "variable", "setting"])
+@pytest.mark.parametrize("chosen", ["", "variable", "setting", "not-ours"])
 @pytest.mark.parametrize("url", ["ssh://nobody@host/owner/name", "nobody@host:owner/name"])
 def test_ssh_asks_for_nothing(ssh, tmp_path, monkeypatch, url, chosen):
     if chosen == "variable":
@@ -300,6 +348,11 @@ def test_ssh_asks_for_nothing(ssh, tmp_path, monkeypatch, url, chosen):
     if chosen == "setting":
         setting = write(tmp_path / "gitconfig", b"[core]\n\tsshCommand = ssh -v\n")
         monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(setting))
+    if chosen == "not-ours":
+        # A repository in which the command happens to be given.
+        git(git_repository(tmp_path / "here", ALPHA), "config", "core.sshCommand", "ssh -v")
+        monkeypatch.chdir(tmp_path / "here")
+        chosen = ""
     with pytest.raises(UserError, match=r"Permission denied \(publickey,password\)\. fatal: .*check the address"):
         list(source(url, cache=tmp_path / "cache").units())
     session, *arguments = ssh.read_text().split()
@@ -308,12 +361,79 @@ def test_ssh_asks_for_nothing(ssh, tmp_path, monkeypatch, url, chosen):
     assert ("-v" in arguments) == bool(chosen)
 
 
-def test_a_server_that_says_nothing_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(git_clones, "_SILENCE_SECONDS", 1)
+@pytest.mark.parametrize("transport", ["http", "git", "ssh"])
+def test_a_server_that_says_nothing_is_given_up(tmp_path, monkeypatch, transport):
+    monkeypatch.setattr(git_clones, "_SILENCE_SECONDS", 0.5)
+    noted = tmp_path / "noted"
+    program = write(tmp_path / "ssh", f"#!/bin/sh\necho $$ > {noted}\nexec sleep 60\n".encode())
+    program.chmod(0o755)
+    monkeypatch.setenv("GIT_SSH", str(program))
+    start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/owner/name"
-        with pytest.raises(UserError, match=r"Operation too slow\. Less than 1 bytes/sec"):
+        url = f"{transport}://127.0.0.1:{server.getsockname()[1]}/owner/name"
+        with pytest.raises(
+            UserError, match=r"/owner/name: the server sent nothing for 0\.5 seconds; check the address"
+        ):
             list(source(url, cache=tmp_path / "cache").units())
+    assert time.monotonic() - start < 20
+    if transport == "ssh":
+        wait_for(lambda: not is_running(int(noted.read_text())))
+
+
+def test_a_server_that_sends_little_by_little_is_not_given_up(repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(git_clones, "_SILENCE_SECONDS", 0.8)
+    monkeypatch.setattr(git_clones, "_POLL_SECONDS", 0.1)
+    program = write(
+        tmp_path / "ssh",
+        b"#!/bin/sh\nfor i in 1 2 3 4 5; do echo $i >&2; sleep 0.3; done\nexec git-upload-pack " + bytes(repository),
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("GIT_SSH", str(program))
+    monkeypatch.setenv("PATH", f"{git(repository, '--exec-path').strip()}:{os.environ['PATH']}")
+    assert contents(source("ssh://host/owner/name", cache=tmp_path / "cache"))["owner/name"] == ALPHA
+
+
+@pytest.mark.parametrize("user_info", ["me:hunter2", "hunter2", "hunter2:", "m%65:hunter2%40"])
+def test_credentials_are_sent_and_not_in_the_list_of_processes(repository, tmp_path, monkeypatch, user_info):
+    # What the user has in the same variables, and a helper of theirs that knows another password.
+    for name, value in [("COUNT", "1"), ("KEY_0", "credential.helper"), ("VALUE_0", "!echo password=other; :")]:
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
+    sent = unquote(user_info) if ":" in user_info else f"{user_info}:other"
+    git(repository, "clone", "--quiet", "--bare", ".", str(tmp_path / "served" / "owner" / "name"))
+    with git_server(tmp_path / "served") as server:
+        server.password = f"Basic {b64encode(sent.encode()).decode()}"
+        url = f"{server.url}/owner/name".replace("//", f"//{user_info}@", 1)
+        assert contents(source(url, cache=tmp_path / "cache"))["owner/name"] == ALPHA
+        assert any("fetch" in command for command in server.commands)
+        assert not [command for command in server.commands if "hunter2" in command]
+        # The clone of one token is that of the next.
+        asked = len(server.paths)
+        assert contents(source(url.replace("hunter2", "hunter3"), cache=tmp_path / "cache"))["owner/name"] == ALPHA
+        assert len(server.paths) == asked
+        server.password = "Basic other"
+        with pytest.raises(UserError, match=r"Authentication failed") as error:
+            list(source(url, cache=tmp_path / "cache", refresh=True).units())
+        assert "hunter2" not in str(error.value)
+
+
+def test_credentials_are_not_sent_to_another_server(tmp_path):
+    with git_server(tmp_path) as server, git_server(tmp_path) as other:
+        server.moved_to, other.password = other.url, "Basic other"
+        url = f"{server.url}/owner/name".replace("//", "//user:hunter2@", 1)
+        with pytest.raises(UserError, match="Authentication failed"):
+            list(source(url, cache=tmp_path / "cache").units())
+        sent = f"Basic {b64encode(b'user:hunter2').decode()}"
+        assert other.sent_passwords
+        assert sent not in other.sent_passwords
+
+
+@pytest.mark.parametrize(
+    "url", ["https://u:hunter2@host/owner/name?hunter2", "https://u:hunter2#@host/owner/name", "https://u%0a@host/n/m"]
+)
+def test_urls_that_git_does_not_take_are_one_line(tmp_path, url):
+    with pytest.raises(UserError, match=r"GitRepositories: https://host/.*: (a query found|its user or pass)") as error:
+        list(source(url, cache=tmp_path / "cache").units())
+    assert "hunter2" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["ext::sh -c touch% trace", "--upload-pack=touch trace", "-u:x"])

@@ -76,6 +76,13 @@ def test_a_cache_that_cannot_be_written_is_one_line(index, place):
         list(source(index, "kit==1.0").units())
 
 
+def test_a_full_disk_is_no_fault_of_the_network(index, longest_file):
+    longest_file(64)
+    with pytest.raises(UserError, match=r"cannot write .*==1\.0: File too large; choose another cache$"):
+        list(source(index, "kit==1.0").units())
+    assert not list((index.parent / "cache" / "pypi").iterdir())
+
+
 def test_a_file_that_is_not_what_the_index_says_is_refused(index):
     write(index.parent / "files" / "kit-1.0.tar.gz", b"another file")
     with pytest.raises(UserError, match="Hash mismatch") as error:

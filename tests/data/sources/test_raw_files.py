@@ -111,7 +111,7 @@ def test_a_reader_of_parquet_that_crashes_when_it_is_done_is_no_damage(tmp_path,
     assert read_all(unit) == 1
 
 
-def test_parquet_at_a_server_without_ranges(tmp_path, monkeypatch):
+def test_parquet_at_a_server_without_ranges(tmp_path):
     parquet(tmp_path / "a.parquet", [{**ROWS[2], "license": "MIT"}])
     with file_server(tmp_path) as server:
         server.has_ranges = False
