@@ -214,7 +214,7 @@ class TestData:
             warnings.simplefilter("always")
             code, _, _ = muse.with_recipe("fit", "--model.attention.exact_below=32", "--trainer.max_steps=1")
         assert code == 0
-        assert len([w for w in caught if "exact attention at this context" in str(w.message)]) == 1
+        assert len([w for w in caught if "without documents exactly at this context" in str(w.message)]) == 1
 
 
 class TestCredentials:

@@ -136,7 +136,7 @@ def test_evaluation_sums_over_batches_of_unequal_size(tmp_path, stage):
     assert found[f"{stage}/ppl"] == pytest.approx(math.exp(nats / count), rel=1e-4)
     assert found[f"{stage}/bpb"] == pytest.approx(nats / math.log(2) / length, rel=1e-5)
     assert found[f"{stage}/loss_exact"] == pytest.approx(exact_nats / exact_count, rel=1e-5)
-    assert own_nats != pytest.approx(exact_nats, rel=1e-3)
+    assert own_nats != pytest.approx(exact_nats, rel=1e-4)
 
 
 def test_no_bytes_no_bits_per_byte_and_no_exact_batches_no_exact_loss(tmp_path):
@@ -306,7 +306,7 @@ def test_the_strategy_is_asked_about_the_sizes():
 
 
 def test_muse_that_is_all_exact_is_allowed_with_one_warning():
-    with pytest.warns(UserWarning, match="Muse is exact attention at this context") as warned:
+    with pytest.warns(UserWarning, match="Muse attends rows without documents exactly at this context") as warned:
         tiny_model(attention=Muse)
     assert len(warned) == 1
 
