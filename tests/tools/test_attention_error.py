@@ -24,4 +24,4 @@ def test_the_table_and_the_raw_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     plain_means = errors["SpatialBlocks: spatial clusters, plain means"]
     assert 0 < default < plain_means
     assert default < errors["top_k 8"] < errors["top_k 0"]
-    assert len({default, errors["summaries of 64 keys"], errors["clusters 64/64"], errors["candidates 32"]}) == 4
+    assert len({default, errors["summaries of 64 keys"], errors["clusters 64/64"], errors["top_k 16"]}) == 4
