@@ -12,7 +12,7 @@ import pytest
 from tools.check_loss import read_scalar
 
 MARGIN = 0.2
-"""Bits per byte under a bigram model of the same data. Seen: 0.28 after 220 steps, 0.35 after all 240."""
+"""Bits per byte under a bigram model of the same data. Seen: 0.44."""
 
 
 FIRST_STEP_S = 40
