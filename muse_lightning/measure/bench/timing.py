@@ -102,7 +102,7 @@ class CudaInstruments:
     def kernel_times(self, run: Run) -> dict[str, float]:
         run()
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
             for _ in range(PROFILED_RUNS):
                 run()
             torch.cuda.synchronize()
