@@ -1,8 +1,7 @@
 """A model by reference: a Hugging Face folder, a run folder or a .ckpt, wherever a model is named."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,15 @@ class ModelReference:
         path: As given.
         config: Its architecture.
         tensors: Its weights, under the names of `Llama.state_dict()`; all there, in the shapes of `config`.
+        folder: The Hugging Face folder or the run folder that it belongs to.
+        is_run: Which of the two that is.
     """
 
     path: Path
     config: LlamaConfig
     tensors: TensorStore
-    _tokenizer: Callable[[], Tokenizer | None] = field(repr=False)
+    folder: Path
+    is_run: bool
 
     def load_tokenizer(self) -> Tokenizer | None:
         """Its tokenizer; None where a folder has none.
@@ -49,7 +51,7 @@ class ModelReference:
         Raises:
             UserError: the tokenizer cannot be read, or has ids that the model lacks.
         """
-        return self._tokenizer()
+        return (run_tokenizer if self.is_run else folder_tokenizer)(self.folder, self.config)
 
     def load(
         self,
@@ -83,18 +85,14 @@ def open_model(reference: str | Path) -> ModelReference:
             damaged or do not fit it.
     """
     path = Path(reference).expanduser()
-    if path.is_dir() and (path / HF_CONFIG_FILE).is_file():
-        config = read_hf_config(path)
-        tokenizer: Callable[[], Tokenizer | None] = lambda: folder_tokenizer(path, config)  # noqa: E731
-    else:
-        run = run_of(_checkpoint(path, "model"))
-        config = run_architecture(run)
-        tokenizer = lambda: run_tokenizer(run, config)  # noqa: E731
+    is_run = not (path / HF_CONFIG_FILE).is_file()
+    folder = run_of(_checkpoint(path, "model")) if is_run else path
+    config = run_architecture(folder) if is_run else read_hf_config(folder)
     tensors = open_weights(path, "model")
     if config.tie_word_embeddings:
         tensors = tensors.tied(str(path))
     check_shapes(model_shapes(config), tensors.shapes(), str(path), "its configuration")
-    return ModelReference(path, config, tensors, tokenizer)
+    return ModelReference(path, config, tensors, folder, is_run)
 
 
 def open_weights(path: Path, key: str) -> TensorStore:

@@ -16,6 +16,18 @@ from muse_lightning.pretrained.run_folder import CONFIG_FILE, run_configuration
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a Hugging Face folder may have of a tokenizer; none of it is code."""
 
 
 def folder_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer | None:
@@ -147,3 +159,50 @@ def special_names(folder: Path) -> dict[str, Any]:
 
 def _content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
+
+
+def folder_token_ids(folder: Path) -> dict[str, Any]:
+    """Ids of a Hugging Face folder's special tokens as its config.json has them: bos_token_id and others, or lists."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {name: found.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> tuple[dict[str, bytes | str], dict[str, Any]]:
+    """A tokenizer as transformers' AutoTokenizer reads it.
+
+    Returns:
+        Content of each file by name; ids of the special tokens by transformers' names for them.
+    """
+    names = asdict(tokenizer.special_tokens)
+    described = json.loads(tokenizer.to_json() or byte_level_json(tokenizer))
+    # What it would add around a text the model was not trained with.
+    described["post_processor"] = None
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "eos_token": names["end"],
+        "pad_token": names["end"],
+        "additional_special_tokens": [names["repo_name"], names["file_sep"]],
+        "clean_up_tokenization_spaces": False,
+    }
+    end = tokenizer.special_ids["end"]
+    files: dict[str, bytes | str] = {
+        TOKENIZER_FILE: json.dumps(described, ensure_ascii=False, indent=2),
+        TOKENIZER_CONFIG_FILE: json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
+    }
+    return files, {"eos_token_id": end, "pad_token_id": end}
+
+
+def byte_level_json(tokenizer: Tokenizer) -> str:
+    """tokenizer.json of the built-in tokenizer: byte-level BPE without a merge, in which byte b has the id b."""
+    # Byte-level BPE writes bytes that are no printable Latin-1 character as the characters from 256 on (GPT-2).
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    names = asdict(tokenizer.special_tokens)
+    ordered = sorted(tokenizer.special_ids, key=tokenizer.special_ids.__getitem__)
+    built.add_special_tokens([tokenizers.AddedToken(names[field], special=True, normalized=False) for field in ordered])
+    return built.to_str()
