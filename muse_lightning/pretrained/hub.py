@@ -63,4 +63,12 @@ def download(model: str, revision: str | None = None) -> Path:
             raise UserError(
                 f"{at} is not in the cache, and HF_HUB_OFFLINE is set; unset it or give a folder"
             ) from error
-        raise UserError(f"{at} cannot be fetched: {reason_of(error)}; check the network, or give a folder") from error
+        reason = reason_of(_first_cause(error))
+        raise UserError(f"{at} cannot be fetched: {reason}; check the network, or give a folder") from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What an error was raised from in the end: the library's own text is a paragraph."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error

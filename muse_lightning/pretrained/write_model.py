@@ -90,6 +90,8 @@ def write_weights(model: ModelReference, folder: Path, dtype: DtypeName | None) 
     for file, names in plan.filename_to_tensors.items():
         shard = {name: model.tensors[name].to(DTYPES[dtype] if dtype else None).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        # The library makes its files readable for their owner alone.
+        shutil.copymode(folder / HF_CONFIG_FILE, folder / file)
     if plan.is_sharded:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": plan.tensor_to_filename}
         _write_json(folder / (SAFETENSORS_FILE + INDEX_SUFFIX), index)
