@@ -46,8 +46,8 @@ def muse_mass(q: Tensor, k: Tensor, *, cu_seqlens: Tensor | None = None, **optio
     for span in document_spans(q.shape[2], cu_seqlens, resolved):
         if span.is_exact:
             continue
-        own = (x[:, :, span.tokens].to(dtype) for x in (q, k))
-        of_document = _document_mass(*own, document_clusters(clusters, span, resolved), resolved)
+        own_q, own_k = (x[:, :, span.tokens].to(dtype) for x in (q, k))
+        of_document = _document_mass(own_q, own_k, document_clusters(clusters, span, resolved), resolved)
         for total, part in zip((near, retrieved, summaries), of_document, strict=True):
             total[:, :, span.tokens] = part
     return MuseMass(near, retrieved, summaries)
