@@ -117,12 +117,16 @@ def test_meta_device_then_real(tied):
 
 
 def test_initial_standard_deviations():
-    config = LlamaConfig(**(vars(CONFIG) | {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.02}))
-    llama = model(config=config)
+    biases = dict.fromkeys(("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm"), True)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.02}
+    llama = model(config=LlamaConfig(**(vars(CONFIG) | sizes | biases)))
+    assert sum(name.endswith(".bias") for name, _ in llama.named_parameters()) == 2 * 7
     residual = {"o_proj", "down_proj"}
     for name, parameter in llama.named_parameters():
         if "norm" in name:
             assert (parameter == 1).all()
+        elif name.endswith(".bias"):
+            assert (parameter == 0).all()
         else:
             expected = 0.02 / math.sqrt(2 * 2) if name.split(".")[-2] in residual else 0.02
             # At least 16,384 draws: the sample's standard deviation is within 1 % by two of its own errors.
