@@ -1,6 +1,7 @@
 """`muse generate` on a Hugging Face folder and on a run folder; what is printed, and when."""
 
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -230,15 +231,19 @@ def test_mistakes(muse: Muse, run: Path, hf_folder: Path, tmp_path: Path) -> Non
     )
 
 
-def test_a_character_is_printed_when_it_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_character_is_printed_when_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream that keeps what it is given until it is flushed."""
+    received = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(received, encoding="utf-8"))
     printer = TokenPrinter(ByteTokenizer(), with_special_tokens=False)
-    shown = []
+    shown = [""]
     for token in [*"a漢\U0001f600".encode(), 258, 0xE6, 0xBC, *b"b", 0xFF, 0xE6]:
         printer.put(token)
-        shown.append(capsys.readouterr().out)
+        shown.append(received.getvalue().decode())
+    fresh = [after.removeprefix(before) for before, after in itertools.pairwise(shown)]
+    assert fresh == ["a", "", "", "漢", "", "", "", "\U0001f600", "", "", "", "\ufffdb", "\ufffd", ""]
     printer.end()
-    assert shown == ["a", "", "", "漢", "", "", "", "\U0001f600", "", "", "", "\ufffdb", "\ufffd", ""]
-    assert capsys.readouterr().out == "\ufffd\n"
+    assert received.getvalue().decode().removeprefix(shown[-1]) == "\ufffd\n"
 
 
 def test_a_special_token_cuts_a_character(capsys: pytest.CaptureFixture[str]) -> None:
