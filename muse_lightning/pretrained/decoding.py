@@ -44,7 +44,7 @@ def generate_tokens(
             for start in range(0, len(pending), prefill_chunk):
                 chunk = torch.tensor([pending[start : start + prefill_chunk]], device=device)
                 hidden = _forward(llama, chunk, position)
-                position += 1
+                position += chunk.shape[1]
             token = choose(_logits(llama, hidden))
             yield token
             pending = [token]
