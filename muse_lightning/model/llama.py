@@ -18,6 +18,14 @@ from muse_lightning.model.rope import apply_rotary, document_positions, rotation
 AttentionFactory = Callable[[int], AttentionStrategy]
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over each head, in the dtype of its input: with mixed precision, queries and keys stay as the values are,
+    and the fused kernel is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, list(self.normalized_shape), self.weight.to(x.dtype), self.eps).to(x.dtype)
+
+
 class SelfAttention(nn.Module):
     """Projections and rotary embedding around an attention strategy."""
 
@@ -30,8 +38,8 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.attention = attention
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:

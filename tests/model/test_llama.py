@@ -138,6 +138,20 @@ def test_bfloat16_model_runs():
     assert llama(torch.randint(64, (1, 8))).dtype == torch.bfloat16
 
 
+def test_mixed_precision_gives_the_strategy_one_dtype():
+    seen = []
+
+    class Watched(Dense):
+        def forward(self, q, k, v, **options):
+            seen.append((q.dtype, k.dtype, v.dtype))
+            return super().forward(q, k, v, **options)
+
+    llama = model(Watched, LlamaConfig(**(vars(CONFIG) | {"qk_norm": True, "attention_bias": True})))
+    with torch.autocast("cpu", torch.bfloat16):
+        llama(torch.randint(64, (1, 8)))
+    assert seen == [(torch.bfloat16,) * 3] * 2
+
+
 def test_positions_restart_per_document(monkeypatch):
     # Attention within a document knows only differences of positions: what restarts them shows in precision alone.
     seen = []
