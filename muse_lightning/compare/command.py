@@ -98,7 +98,7 @@ def compare(
     instruments = CudaInstruments(_TIMED_RUNS, _TIMED_SECONDS) if place == "cuda" else None
     found = measure(llama, read, settings, detailed_blocks, gradients, loss_chunk, instruments)
     recommended = cheapest(found, max_loss_increase) if sweep else None
-    advice = _advice(found, recommended, max_loss_increase) if sweep else None
+    advice = _advice(found, recommended, max_loss_increase, folder) if sweep else None
     with atomic_directory(folder) as temporary:
         atomic_write(temporary / "compare.json", to_json(header, found, recommended))
         atomic_write(temporary / "compare.md", page(header, found, advice))
@@ -170,7 +170,7 @@ def _as_lists(found: OnActivations | None) -> dict[str, Any]:
     return {"errors": found.errors.tolist(), "mass": None if found.mass is None else found.mass.tolist()}
 
 
-def _advice(found: Sequence[Found], recommended: Found | None, max_loss_increase: float) -> str:
+def _advice(found: Sequence[Found], recommended: Found | None, max_loss_increase: float, folder: Path) -> str:
     if recommended is None:
         nearest = least_rising(found)
         return (
@@ -180,7 +180,8 @@ def _advice(found: Sequence[Found], recommended: Found | None, max_loss_increase
     rise, _ = recommended.rise
     return (
         f"The cheapest MuSe setting under a rise of {max_loss_increase}, two standard errors included: "
-        f"{recommended.setting.name} ({rise:+.4f}). Train with it: muse fit --config RECIPE --config {OVERLAY_NAME}"
+        f"{recommended.setting.name} ({rise:+.4f}). "
+        f"Train with it: muse fit --config RECIPE --config {folder / OVERLAY_NAME}"
     )
 
 

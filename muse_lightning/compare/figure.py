@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from muse_lightning.compare.results import Found
 
@@ -40,12 +41,15 @@ def _draw_positions(axes: Any, main: Sequence[Found]) -> None:
 
 def _draw_errors(figure: Figure, axes: Any, muse: Found) -> None:
     axes.set(xlabel="head", ylabel="layer", title=f"{muse.setting.name}: relative squared error of attention")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if muse.errors is not None:
         figure.colorbar(axes.imshow(muse.errors, aspect="auto", cmap="viridis"), ax=axes)
 
 
 def _draw_mass(axes: Any, muse: Found) -> None:
     axes.set(xlabel="layer", ylabel="share", title=f"{muse.setting.name}: where the softmax mass lies", ylim=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if muse.mass is None:
         return
     below = [0.0] * len(muse.mass)
@@ -61,7 +65,8 @@ def _draw_cost(axes: Any, found: Sequence[Found]) -> None:
     for each in found:
         place = (each.cost, each.rise[0])
         axes.plot(*place, "." if each.setting.is_swept else "o")
-        axes.annotate(each.setting.name, place, fontsize=6, xytext=(3, 3), textcoords="offset points")
+        note = axes.annotate(each.setting.name, place, fontsize=6, xytext=(3, 3), textcoords="offset points")
+        note.set_in_layout(False)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(
         xlabel="a layer's attention, forward + backward, ms" if is_timed else "query-key pairs over exact attention's",

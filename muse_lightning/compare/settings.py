@@ -55,7 +55,7 @@ class Grid:
         Raises:
             UserError: a list is empty, or a combination is not accepted.
         """
-        values = asdict(self)
+        values = self._values()
         for name, each in values.items():
             if not each:
                 raise UserError(f"grid.{name}: at least one value expected, found none")
@@ -64,6 +64,13 @@ class Grid:
                 yield replace(base, **dict(zip(values, combination, strict=True)))
             except ValueError as error:
                 raise UserError(f"grid: {error}") from None
+
+    def varied(self, base: MuseOptions) -> list[str]:
+        """The options that tell a point from another one or from `base`."""
+        return [name for name, each in self._values().items() if {*each, getattr(base, name)} != {each[0]}]
+
+    def _values(self) -> dict[str, tuple[int, ...]]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def make_settings(muse: MuseOptions, window: int, exact_window: int | None, grid: Grid | None) -> list[Setting]:
@@ -101,9 +108,11 @@ def make_settings(muse: MuseOptions, window: int, exact_window: int | None, grid
             {"class_path": "SlidingWindow", "init_args": {"window": window}},
         ),
     ]
-    for point in grid.points(muse) if grid else ():
+    if grid is None:
+        return settings
+    for point in grid.points(muse):
         if point != muse:
-            name = ", ".join(f"{field.name} {getattr(point, field.name)}" for field in fields(Grid))
+            name = ", ".join(f"{option} {getattr(point, option)}" for option in grid.varied(muse))
             settings.append(replace(_muse_setting(name, point), is_swept=True))
     return settings
 

@@ -68,8 +68,15 @@ def test_without_a_setting_under_the_limit(
     ],
 )
 def test_mistakes(
-    folder: Path, dataset: Path, tmp_path: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    dataset: Path,
+    tmp_path: Path,
+    change: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     out = tmp_path / "found"
     arguments = [f"--model={folder}", f"--data={dataset}", *OPTIONS, f"--out={out}", change]
     assert main(["compare", *arguments]) == 2

@@ -33,7 +33,7 @@ def test_a_grid_is_every_combination_but_the_default() -> None:
     swept = make_settings(MUSE, 12, None, grid)[4:]
     assert {(each.muse["chunk"], each.muse["top_k"]) for each in swept if each.muse} == {(16, 2), (32, 1), (32, 2)}
     assert all(each.is_swept and each.recipe["init_args"] == each.muse for each in swept)
-    assert swept[0].name == "chunk 16, query_cluster 8, key_cluster 4, top_k 2"
+    assert swept[0].name == "chunk 16, top_k 2"
 
 
 @pytest.mark.parametrize(
