@@ -124,8 +124,11 @@ def open_safetensors(file: Path) -> TensorStore:
 
 def _read_safetensor(file: Path, name: str) -> Tensor:
     # Opened for each tensor: the pages of a mapping stay in memory as long as it does.
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: {name} cannot be read any more: {_first_line(error)}") from error
 
 
 def open_pickle(file: Path, *, key: str = "", wanted: str = "a file of torch.save with tensors alone") -> TensorStore:
