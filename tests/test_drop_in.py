@@ -171,6 +171,15 @@ def test_positions_count_although_there_is_a_cache(name: str) -> None:
     assert_same(actual, run(model, "sdpa", BATCHES["packed"]))
 
 
+def test_positions_that_repeat_start_no_document() -> None:
+    model, positions = make_model("llama"), torch.arange(LENGTH)[None]
+    batch = {"position_ids": torch.where((positions > 20) & (positions < 40), 20, positions), "use_cache": True}
+    assert_same(run(model, "muse_exact", batch), run(model, "sdpa", batch))
+    starts_twice = {"position_ids": (positions - 1).clamp_min(0)}
+    expected = run(model, "sdpa", starts_twice | {"use_cache": False})
+    assert_same(run(model, "muse_exact", starts_twice | {"use_cache": True}), expected)
+
+
 def test_positions_written_into_the_same_tensor_are_seen() -> None:
     model, position_ids = make_model("llama"), torch.arange(LENGTH)[None].clone()
     for _ in range(2):
@@ -533,7 +542,7 @@ def test_kernels_are_called_as_the_operator_is(text: list[tuple[int, int]], gpu_
         expected_gradients = torch.autograd.grad(expected, document, dout[row, None, start:end].transpose(1, 2))
         assert relative_error(out[row, start:end], expected[0].transpose(0, 1)) < 0.01
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-            assert relative_error(gradient[row, :, start:end], expected_gradient[0]) < 0.01
+            assert relative_error(gradient[row, :, start:end], expected_gradient[0]) < 0.02
         assert not out[row, ~is_text[row]].any()
 
 
