@@ -45,7 +45,7 @@ def written_tags(folder, accelerator, precision):
 
 
 def test_the_documentation_lists_tags():
-    assert len(documented_tags()) == 22
+    assert len(documented_tags()) == 24
 
 
 def test_every_tag_on_a_processor(tmp_path):
