@@ -35,6 +35,8 @@ VERBS = {
     "data inspect": Verb("decode blocks of a prepared dataset", "muse_lightning.function_commands.run_function"),
     "data audit": Verb("what a run has read: coverage, repeats, gaps", "muse_lightning.function_commands.run_function"),
     "tokenizer train": Verb("train a byte-level BPE tokenizer", "muse_lightning.function_commands.run_function"),
+    "import": Verb("bring a model from Hugging Face's format", "muse_lightning.function_commands.run_function"),
+    "export": Verb("write a model in Hugging Face's format", "muse_lightning.function_commands.run_function"),
     "bench attention": Verb(
         "check MuSe attention, then time it beside others", "muse_lightning.function_commands.run_function"
     ),
@@ -42,6 +44,8 @@ VERBS = {
     "bench prepare": Verb(
         "time the preparation of data beside the tokenizer alone", "muse_lightning.function_commands.run_function"
     ),
+    "generate": Verb("continue a prompt with text from a model", "muse_lightning.function_commands.run_function"),
+    "compare": Verb("evaluate a model under other attention", "muse_lightning.function_commands.run_function"),
     "info": Verb("versions, devices and kernels; with --config, what a recipe takes", "muse_lightning.commands.info"),
 }
 

@@ -21,9 +21,13 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data inspect": ("muse_lightning.data.inspection.inspect", ("dataset",)),
     "tokenizer train": ("muse_lightning.data.tokenizer_training.train_tokenizer", ()),
     "data audit": ("muse_lightning.data.audit.audit", ("run",)),
+    "import": ("muse_lightning.pretrained.import_model.import_model", ("source",)),
+    "export": ("muse_lightning.pretrained.export_model.export_model", ("model",)),
     "bench data": ("muse_lightning.data.loading_bench.bench_data", ()),
     "bench prepare": ("muse_lightning.data.preparation_bench.bench_prepare", ()),
     "bench attention": ("muse_lightning.measure.bench.command.bench_attention", ()),
+    "generate": ("muse_lightning.pretrained.generate.generate", ()),
+    "compare": ("muse_lightning.compare.command.compare", ()),
 }
 """Verb -> its function, imported when the verb is used, and the parameters that are given without a flag."""
 

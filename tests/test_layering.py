@@ -16,7 +16,7 @@ SOURCES = {"muse_lightning": ROOT / "muse_lightning", "muse_kernels": ROOT / "ke
 # A unit may always import itself; a dotted entry admits that module alone.
 OPEN_TO_ALL = {"errors", "files", "safe_path"}
 OPERATORS = {"muse_kernels", "collectives"}
-TRAINING = {"training", "model", "attention", "data", "parallelize", "measure", *OPERATORS}
+TRAINING = {"training", "model", "attention", "data", "parallelize", "measure", "pretrained", *OPERATORS}
 CLI = {"cli", "commands", "function_commands", "configuration", "libraries"}
 MAY_IMPORT: dict[str, set[str]] = {
     "muse_kernels": set(),
@@ -27,12 +27,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attention": OPERATORS | OPEN_TO_ALL,
     "model": {"attention.base"} | OPEN_TO_ALL,
     "data": OPEN_TO_ALL,
+    "drop_in": {"attention", *OPERATORS} | OPEN_TO_ALL,
+    "pretrained": {"model", "attention", "data.tokenizer", "data.filesystems"} | OPEN_TO_ALL,
     "parallelize": {"model", "attention", *OPERATORS} | OPEN_TO_ALL,
     # What a recipe takes depends on what is recomputed.
-    "measure": {"parallelize", "model", "attention", *OPERATORS} | OPEN_TO_ALL,
+    "measure": {"parallelize", "model", "attention", "pretrained", *OPERATORS} | OPEN_TO_ALL,
     "training": TRAINING | OPEN_TO_ALL,
     "callbacks": TRAINING | OPEN_TO_ALL,
-    **{unit: CLI | TRAINING | {"callbacks"} | OPEN_TO_ALL for unit in CLI},
+    "compare": TRAINING | {"callbacks"} | OPEN_TO_ALL,
+    **{unit: CLI | TRAINING | {"callbacks", "compare"} | OPEN_TO_ALL for unit in CLI},
 }
 # Units that must do with the standard library and these.
 EXTERNAL: dict[str, set[str]] = {

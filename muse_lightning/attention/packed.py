@@ -35,7 +35,13 @@ def has_varlen_kernel(x: Tensor) -> bool:
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, softmax_scale: float, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    softmax_scale: float,
+    window: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within documents by PyTorch's variable-length kernel; no mask tensor, no host synchronisation.
 
@@ -43,6 +49,8 @@ def varlen_attention(
         q: [B, H, N, D], k, v: [B, H_kv, N, D], for which `has_varlen_kernel` holds.
         cu_seqlens: int32 [S + 1] over the flattened tokens.
         window: keys that a query sees, itself included; None is all earlier ones.
+        cu_seqlens_k: that of keys and values, [B, H_kv, L, D], where they are more than the queries, which are then the
+            last tokens of each document.
     Returns:
         [B, H, N, D]
     """
@@ -60,9 +68,9 @@ def varlen_attention(
         flat_k,
         flat_v,
         cu_seqlens,
-        cu_seqlens,
+        cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
         num_tokens,
-        num_tokens,
+        k.shape[2],
         scale=softmax_scale,
         window_size=(-1 if window is None else window - 1, 0),
         **options,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from muse_lightning.data.token_bytes import token_byte_lengths
+from muse_lightning.data.token_bytes import token_texts
 from muse_lightning.errors import UserError
 from muse_lightning.files import sha256_bytes
 
@@ -42,12 +42,14 @@ class Tokenizer(ABC):
     Attributes:
         special_tokens: Names of the special tokens.
         special_ids: Id of each field of SpecialTokens.
-        token_bytes: int64 [vocab_size]. Bytes of text that each id stands for; 0 for special tokens.
+        token_texts: Text of each id, as bytes; empty for special tokens.
+        token_bytes: int64 [vocab_size]. Their lengths.
         sha256: Identity of the tokenizer with its special tokens; equal ones give equal ids.
     """
 
     special_tokens: SpecialTokens
     special_ids: dict[str, int]
+    token_texts: Sequence[bytes]
     token_bytes: np.ndarray
     sha256: str
 
@@ -82,7 +84,8 @@ class ByteTokenizer(Tokenizer):
         names = asdict(special_tokens)
         self.special_tokens = special_tokens
         self.special_ids = {field: 256 + index for index, field in enumerate(names)}
-        self.token_bytes = np.array([1] * 256 + [0] * len(names), dtype=np.int64)
+        self.token_texts = [bytes([byte]) for byte in range(256)] + [b""] * len(names)
+        self.token_bytes = _lengths(self.token_texts)
         self.sha256 = sha256_bytes(json.dumps(["bytes", names]).encode())
         self._names = list(names.values())
 
@@ -117,7 +120,8 @@ class HuggingFaceTokenizer(Tokenizer):
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         self.special_ids = {field: vocab[name] for field, name in names.items()}
         described = json.loads(tokenizer.to_str())
-        self.token_bytes = token_byte_lengths(described, vocab)
+        self.token_texts = token_texts(described, vocab)
+        self.token_bytes = _lengths(self.token_texts)
         self.sha256 = sha256_bytes(json.dumps([described, names], sort_keys=True).encode())
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
@@ -134,6 +138,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         # The library's own pickling forgets encode_special_tokens.
         return _from_json, (self.to_json(), self.special_tokens)
+
+
+def _lengths(texts: Sequence[bytes]) -> np.ndarray:
+    return np.array([len(text) for text in texts], dtype=np.int64)
 
 
 def _from_json(text: str, special_tokens: SpecialTokens) -> HuggingFaceTokenizer:

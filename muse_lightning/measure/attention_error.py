@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muse_lightning.attention.base import AttentionStrategy
-from muse_lightning.attention.dense import Dense
+from muse_lightning.attention import AttentionStrategy, exact_attention
+from muse_lightning.model.llama import Llama
 
 
 def relative_squared_error(out: Tensor, exact: Tensor) -> Tensor:
@@ -17,19 +17,21 @@ def relative_squared_error(out: Tensor, exact: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_errors(model: nn.Module, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+def attention_errors(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Relative squared error of each layer's attention output against exact attention on the same q, k and v.
 
     Args:
-        model: a Llama; called once, as its own attention leaves the activations.
+        model: called once, as its own attention leaves the activations. Exact is what its configuration means: with a
+            sliding_window, attention to that.
         input_ids: int64 [B, N]. cu_seqlens: int32 over the flattened tokens, or None.
     Returns:
         [num_layers]; 0 for exact attention.
     """
     errors: list[Tensor] = []
+    exact_strategy = exact_attention(model.config.sliding_window)(0)
 
     def compare(strategy: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any], out: Tensor) -> None:
-        exact = Dense(0)(*inputs, **options)
+        exact = exact_strategy(*inputs, **options)
         errors.append(relative_squared_error(out, exact))
 
     hooks = [
@@ -38,7 +40,7 @@ def attention_errors(model: nn.Module, input_ids: Tensor, cu_seqlens: Tensor | N
         if isinstance(module, AttentionStrategy)
     ]
     try:
-        model.hidden_states(input_ids, cu_seqlens=cu_seqlens)  # type: ignore[operator]
+        model.hidden_states(input_ids, cu_seqlens=cu_seqlens)
     finally:
         for hook in hooks:
             hook.remove()

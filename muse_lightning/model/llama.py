@@ -18,6 +18,14 @@ from muse_lightning.model.rope import apply_rotary, document_positions, rotation
 AttentionFactory = Callable[[int], AttentionStrategy]
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over each head, in the dtype of its input: with mixed precision, queries and keys stay as the values are,
+    and the fused kernel is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, list(self.normalized_shape), self.weight.to(x.dtype), self.eps).to(x.dtype)
+
+
 class SelfAttention(nn.Module):
     """Projections and rotary embedding around an attention strategy."""
 
@@ -26,16 +34,18 @@ class SelfAttention(nn.Module):
         self.head_dim = config.attention_head_dim
         query_size = config.num_attention_heads * self.head_dim
         key_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.attention = attention
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = apply_rotary(self.q_proj(x).view(heads).transpose(1, 2), cos, sin)  # [B, H, N, D]
-        k = apply_rotary(self.k_proj(x).view(heads).transpose(1, 2), cos, sin)
+        q = apply_rotary(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)  # [B, H, N, D]
+        k = apply_rotary(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         out = self.attention(q, k, v, softmax_scale=self.head_dim**-0.5, cu_seqlens=cu_seqlens)
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -46,9 +56,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -157,7 +167,7 @@ class Llama(nn.Module):
 
         Matrices are normal with standard deviation `config.initializer_range`; the two projections of each block that
         write to the residual stream are divided by sqrt(2 * num_hidden_layers), so that the stream's variance does not
-        grow with depth. Norms are 1.
+        grow with depth. Norms are 1, biases 0.
 
         Args:
             generator: source of randomness on the parameters' device; None: torch's global one.
@@ -166,7 +176,7 @@ class Llama(nn.Module):
         residual = (2 * self.config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = self.config.initializer_range * (residual if writes_residual else 1.0)

@@ -13,17 +13,19 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from muse_lightning.attention import AttentionStrategy, Dense
+from muse_lightning.attention import AttentionStrategy, Dense, exact_attention
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
 from muse_lightning.parallelize import Recompute, recompute_in_backward
+from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
+from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.loss import next_token_nats
 from muse_lightning.training.optim import Schedule, apply_hyperparameters, learning_rate_factor, parameter_groups
 from muse_lightning.training.totals import Totals
-from muse_lightning.training.weights import CHECKPOINT_PREFIX, check_shapes, load_weights
+from muse_lightning.training.weights import load_weights
 
 
 class LanguageModel(L.LightningModule):
@@ -49,8 +51,8 @@ class LanguageModel(L.LightningModule):
         min_lr_ratio: the learning rate at the end over the peak.
         loss_chunk: tokens whose logits exist at once. Larger is faster until the device is full; it takes about
             loss_chunk * vocab_size * 8 bytes.
-        weights: weights to start from, loaded before step 0: a .ckpt, a .safetensors file, or a Hugging Face folder. A
-            checkpoint that is resumed has its own.
+        weights: weights to start from, loaded before step 0: a Hugging Face folder, a run folder (its newest
+            checkpoint), a .ckpt or a .safetensors file. A checkpoint that is resumed has its own.
         exact_val_batches: batches of each validation that are also evaluated with exact attention, for val/loss_exact.
         seq_len: context length that will be used, in tokens (the command line links it to data.seq_len); it is checked
             against the architecture and the attention.
@@ -224,7 +226,7 @@ class LanguageModel(L.LightningModule):
             lengths = (self._token_bytes[labels.clamp(min=0)] * is_label).sum()
         self._eval_totals.add(nats.sum(), count, lengths)
         if batch_idx < self.exact_val_batches:
-            with self.llama.attention_as(Dense):
+            with self.llama.attention_as(exact_attention(self.config.sliding_window)):
                 self._exact_totals.add(self.token_nats(batch).sum(), count)
         return {"nats": nats}
 
@@ -251,8 +253,9 @@ class LanguageModel(L.LightningModule):
             UserError: names the first tensor that differs, with both shapes.
         """
         path = self.trainer.ckpt_path if self._trainer is not None else None
-        model = {CHECKPOINT_PREFIX + name: tensor for name, tensor in self.llama.state_dict().items()}
-        check_shapes(model, checkpoint["state_dict"], f"checkpoint {path}" if path else "the checkpoint")
+        model = {CHECKPOINT_PREFIX + name: tensor.shape for name, tensor in self.llama.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        check_shapes(model, found, f"checkpoint {path}" if path else "the checkpoint")
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._are_weights_due = False
 

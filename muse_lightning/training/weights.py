@@ -1,37 +1,14 @@
-"""Weights from elsewhere: reading them, and saying clearly when they belong to a model of another shape."""
+"""Weights to start from and checkpoints to go on from; and saying clearly when they belong to another model."""
 
-import pickle
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from muse_lightning.errors import UserError, shown_url
-from muse_lightning.model.hf import load_pretrained
 from muse_lightning.model.llama import Llama
+from muse_lightning.pretrained.reference import copy_weights, open_weights
+from muse_lightning.pretrained.tensors import check_shapes, load_pickle
 
-CHECKPOINT_PREFIX = "llama."
-"""What stands before Hugging Face's names in a Lightning checkpoint."""
 _SHARDED_CHECKPOINT_FILE = "meta.pt"  # Lightning's, beside the shards
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """State dict under Hugging Face's names.
-
-    Args:
-        path: a Lightning checkpoint (.ckpt), a .safetensors file, or a folder written by `save_pretrained`.
-    Raises:
-        UserError: nothing there, or neither of these.
-    """
-    if not path.exists():
-        raise UserError(f"model.weights: {path} does not exist; accepted: a .ckpt, a .safetensors file or its folder")
-    if path.suffix != ".ckpt":
-        return load_pretrained(path)
-    state = read_checkpoint(path, "model.weights")["state_dict"]
-    return {name.removeprefix(CHECKPOINT_PREFIX): tensor for name, tensor in state.items()}
 
 
 def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
@@ -43,16 +20,13 @@ def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
     Raises:
         UserError: it is not a whole checkpoint, or holds something else that is pickled.
     """
-    what = f"{key}: {path} is not a Lightning checkpoint of tensors"
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{what}: not a whole file of torch.save")
+    wanted = "a Lightning checkpoint of tensors"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{what}: {reason}") from None
+        checkpoint = load_pickle(path, wanted)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{what}: it has no state_dict")
+        raise UserError(f"{key}: {path} is not {wanted}: it has no state_dict")
     return checkpoint
 
 
@@ -98,43 +72,15 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
 
 
 def load_weights(llama: Llama, path: Path) -> None:
-    """Replace every parameter of `llama` by what `read_weights` finds at `path`.
-
-    Raises:
-        UserError: nothing readable there, or it belongs to a model of another shape.
-    """
-    state = read_weights(path)
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if llama.config.tie_word_embeddings and embedding in state:
-        # Hugging Face leaves the head of a tied model out.
-        if head in state and not torch.equal(state[head], state[embedding]):
-            raise UserError(f"{path} has a head of its own: config.tie_word_embeddings is true; accepted: false")
-        state[head] = state[embedding]
-    check_shapes(llama.state_dict(), state, str(path))
-    llama.load_state_dict(state)
-
-
-def check_shapes(model: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights of another architecture, with the first tensor that tells.
+    """Replace every parameter of `llama`, tensor by tensor, by the weights at `path`.
 
     Args:
-        model: state dict of the model.
-        found: state dict to be loaded into it.
-        source: where `found` comes from, for the message.
+        path: a model reference (pretrained/reference.py), a .safetensors file or a folder of them.
     Raises:
-        UserError: a tensor is missing, of another shape, or not the model's.
+        UserError: nothing readable there, or it belongs to a model of another shape; no parameter has changed.
     """
-    for name, tensor in model.items():
-        if name not in found:
-            raise UserError(f"{source} has no tensor {name}; the model of this recipe needs it, {_shape(tensor)}")
-        if found[name].shape != tensor.shape:
-            raise UserError(
-                f"{source} is of another shape: {name} is {_shape(found[name])} there, {_shape(tensor)} in this recipe"
-            )
-    for name, tensor in found.items():
-        if name not in model:
-            raise UserError(f"{source} has a tensor {name}, {_shape(tensor)}, which the model of this recipe lacks")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
+    tensors = open_weights(path.expanduser(), "model.weights")
+    if llama.config.tie_word_embeddings:
+        tensors = tensors.tied(str(path))
+    check_shapes({name: tensor.shape for name, tensor in llama.state_dict().items()}, tensors.shapes(), str(path))
+    copy_weights(llama, tensors)

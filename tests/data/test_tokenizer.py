@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from muse_lightning.data.token_bytes import byte_level_alphabet
 from muse_lightning.data.tokenizer import HuggingFaceTokenizer, SpecialTokens, load_tokenizer
 from muse_lightning.errors import UserError
 
@@ -73,10 +74,20 @@ def test_text_comes_back(any_tokenizer):
     assert all(row.dtype == any_tokenizer.dtype == np.uint16 for row in ids)
 
 
-def test_byte_lengths_add_up_to_the_text(any_tokenizer):
+def test_texts_of_tokens_make_the_text(any_tokenizer):
     for text in TEXTS:
         (ids,) = any_tokenizer.encode([text.encode()])
+        assert b"".join(any_tokenizer.token_texts[i] for i in ids) == text.encode()
         assert any_tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_every_byte_has_its_character_in_byte_level_bpe():
+    """Against the library's decoder, on every character that UTF-8 writes with one or two bytes."""
+    tokenizer = HuggingFaceTokenizer(byte_level([]))
+    text = "".join(map(chr, range(0x800)))
+    (ids,) = tokenizer.encode([text.encode()])
+    assert b"".join(tokenizer.token_texts[i] for i in ids) == text.encode()
+    assert byte_level_alphabet().keys() == set(pre_tokenizers.ByteLevel.alphabet())
 
 
 def test_special_tokens_are_ids_of_their_own(any_tokenizer):

@@ -1,10 +1,12 @@
 """The error of a model's attention, layer by layer."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from muse_lightning.attention import AttentionStrategy, Dense
+from muse_lightning.attention import AttentionStrategy, Dense, SlidingWindow
 from muse_lightning.measure.attention_error import attention_errors, relative_squared_error
 from tests.tiny import batches, tiny_model
 
@@ -35,3 +37,13 @@ def test_each_layer_is_compared_on_its_own_input(
     errors = attention_errors(model.llama, batch["input_ids"], batch.get("cu_seqlens"))
     assert errors.tolist() == pytest.approx(expected, abs=1e-9)
     assert not any(module._forward_hooks for module in model.llama.modules())
+
+
+def test_exact_is_what_the_model_was_trained_with() -> None:
+    config = {"sliding_window": 5, "initializer_range": 0.5}
+    (batch,) = batches(1)
+    for attention, is_exact in ((partial(SlidingWindow, window=5), True), (Dense, False)):
+        model = tiny_model(config=config, attention=attention)
+        model.configure_model()
+        errors = attention_errors(model.llama, batch["input_ids"], batch["cu_seqlens"])
+        assert (errors.max().item() < 1e-9) == is_exact

@@ -23,9 +23,10 @@ class AllPairs(AttentionStrategy):
         return float(sum(length**2 for length in lengths))
 
 
+@pytest.mark.parametrize("features", [{}, {"attention_bias": True, "mlp_bias": True, "qk_norm": True}])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_formula_equals_the_counter(tied):
-    llama = Llama(LlamaConfig(**CONFIG, tie_word_embeddings=tied), AllPairs)
+def test_formula_equals_the_counter(tied, features):
+    llama = Llama(LlamaConfig(**CONFIG, tie_word_embeddings=tied, **features), AllPairs)
     llama.init_weights()
     input_ids = torch.randint(VOCAB, (3, SEQ_LEN))
     with FlopCounterMode(display=False) as counter:

@@ -37,8 +37,11 @@ def test_recomputed_blocks_keep_their_inputs_and_the_inside_of_one(
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bf16-mixed"])
 @pytest.mark.parametrize("attention", [Dense, far_muse], ids=["dense", "muse"])
-def test_activations_are_what_autograd_keeps(attention: type[AttentionStrategy], autocast: torch.dtype | None) -> None:
-    config = load_preset("demo", num_hidden_layers=2)
+@pytest.mark.parametrize("qwen", [False, True], ids=["llama", "biases-qk_norm"])
+def test_activations_are_what_autograd_keeps(
+    attention: type[AttentionStrategy], autocast: torch.dtype | None, qwen: bool
+) -> None:
+    config = load_preset("demo", num_hidden_layers=2, attention_bias=qwen, mlp_bias=qwen, qk_norm=qwen)
     memory = step_memory(config, attention, batch_size=2, seq_len=256, loss_chunk=128, autocast=autocast)
 
     llama = Llama(config, attention)

@@ -29,6 +29,7 @@ def test_head_dim_defaults_to_an_equal_share():
         ({"rope_theta": 0.0}, "config.rope_theta is 0.0; it must be above 0"),
         ({"num_key_value_heads": 4}, "config.num_key_value_heads is 4; it must divide config.num_attention_heads, 6"),
         ({"hidden_size": 50}, "config.num_attention_heads is 6; it must divide config.hidden_size, 50"),
+        ({"sliding_window": 0}, "config.sliding_window is 0; it must be at least 1, or null"),
         ({"head_dim": 7}, "config.head_dim is 7; it must be even"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -43,7 +44,10 @@ def test_names_the_field(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_type": "yarn"}, "rope_scaling.rope_type is 'yarn'; accepted: llama3"),
+        ({"rope_type": "longrope"}, "rope_scaling.rope_type is 'longrope'; accepted: llama3, linear, yarn"),
+        ({"original_max_position_embeddings": None}, "rope_scaling.original_max_position_embeddings is None"),
+        ({"rope_type": "yarn", "beta_slow": 40.0}, "rope_scaling.beta_slow is 40.0; it must be above 0 and below"),
+        ({"rope_type": "yarn", "attention_factor": 0.0}, "rope_scaling.attention_factor is 0.0; it must be above 0"),
         ({"factor": 0.5}, "rope_scaling.factor is 0.5; it must be at least 1"),
         ({"original_max_position_embeddings": 0}, "rope_scaling.original_max_position_embeddings is 0"),
         (

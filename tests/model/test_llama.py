@@ -117,12 +117,16 @@ def test_meta_device_then_real(tied):
 
 
 def test_initial_standard_deviations():
-    config = LlamaConfig(**(vars(CONFIG) | {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.02}))
-    llama = model(config=config)
+    biases = dict.fromkeys(("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm"), True)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.02}
+    llama = model(config=LlamaConfig(**(vars(CONFIG) | sizes | biases)))
+    assert sum(name.endswith(".bias") for name, _ in llama.named_parameters()) == 2 * 7
     residual = {"o_proj", "down_proj"}
     for name, parameter in llama.named_parameters():
         if "norm" in name:
             assert (parameter == 1).all()
+        elif name.endswith(".bias"):
+            assert (parameter == 0).all()
         else:
             expected = 0.02 / math.sqrt(2 * 2) if name.split(".")[-2] in residual else 0.02
             # At least 16,384 draws: the sample's standard deviation is within 1 % by two of its own errors.
@@ -132,6 +136,20 @@ def test_initial_standard_deviations():
 def test_bfloat16_model_runs():
     llama = model().bfloat16()
     assert llama(torch.randint(64, (1, 8))).dtype == torch.bfloat16
+
+
+def test_mixed_precision_gives_the_strategy_one_dtype():
+    seen = []
+
+    class Watched(Dense):
+        def forward(self, q, k, v, **options):
+            seen.append((q.dtype, k.dtype, v.dtype))
+            return super().forward(q, k, v, **options)
+
+    llama = model(Watched, LlamaConfig(**(vars(CONFIG) | {"qk_norm": True, "attention_bias": True})))
+    with torch.autocast("cpu", torch.bfloat16):
+        llama(torch.randint(64, (1, 8)))
+    assert seen == [(torch.bfloat16,) * 3] * 2
 
 
 def test_positions_restart_per_document(monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig as HuggingFaceConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from muse_lightning.model import load_preset
+from muse_lightning.model import RopeScaling, load_preset
 from muse_lightning.model.hf import config_to_hf
 from muse_lightning.model.rope import apply_rotary, document_positions, inverse_wavelengths, rotation
 
@@ -34,11 +34,35 @@ def test_document_positions_against_a_loop(rows, empty, padding):
     assert positions.flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["75m", "1b", "8b"])
-def test_wavelengths_equal_hugging_face(name):
-    config = load_preset(name)
+def yarn(**fields):
+    return RopeScaling(**({"factor": 4.0, "original_max_position_embeddings": 32_768, "rope_type": "yarn"} | fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "scaling"),
+    [
+        ("75m", None),
+        ("1b", load_preset("1b").rope_scaling),
+        ("8b", load_preset("8b").rope_scaling),
+        ("75m", RopeScaling(factor=2.5, rope_type="linear")),
+        ("8b", yarn()),
+        ("8b", yarn(truncate=False, beta_fast=20.0, beta_slow=2.0)),
+        ("75m", yarn(attention_factor=1.25)),
+        ("75m", yarn(factor=1.0)),
+        # The ramp would begin before the first pair, or end behind the last one.
+        ("75m", yarn(original_max_position_embeddings=100)),
+        ("75m", yarn(original_max_position_embeddings=2**31)),
+    ],
+    ids=["none", "llama3-1b", "llama3-8b", "linear", "yarn", "untruncated", "factor", "one", "short", "long"],
+)
+def test_wavelengths_equal_hugging_face(name, scaling):
+    config = load_preset(name, rope_scaling=scaling)
     embedding = LlamaRotaryEmbedding(HuggingFaceConfig(**config_to_hf(config)))
     torch.testing.assert_close(inverse_wavelengths(config), embedding.inv_freq)
+    positions = torch.tensor([[0, 1, 700]])
+    cos, sin = embedding(torch.zeros(1), positions)
+    for ours, theirs in zip(rotation(config, positions), (cos, sin), strict=True):
+        torch.testing.assert_close(ours[0, 0], theirs[0, :, : theirs.shape[-1] // 2], atol=1e-4, rtol=0)
 
 
 def test_rotation_turns_pairs_by_the_position():

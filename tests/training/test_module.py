@@ -1,6 +1,7 @@
 """LanguageModel under a Trainer: what it minimises, logs, stores and refuses, read back from event files."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import lightning as L
@@ -115,13 +116,15 @@ def test_tokens_that_ranks_share_are_counted_once():
         assert model.tokens_seen == tokens * 2 * SEQ_LEN
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("stage", ["val", "test"])
-def test_evaluation_sums_over_batches_of_unequal_size(tmp_path, stage):
+def test_evaluation_sums_over_batches_of_unequal_size(tmp_path, stage, window):
     data = batches(2, batch_size=2) + batches(1, batch_size=1, seed=5)
     token_bytes = torch.arange(VOCAB) + 1
     token_bytes[3] = 0
     # Far from 0, so that attention shows in the loss.
-    model = tiny_model(config={"initializer_range": 0.5}, attention=tiny_muse, exact_val_batches=2)
+    config = {"initializer_range": 0.5, "sliding_window": window}
+    model = tiny_model(config=config, attention=tiny_muse, exact_val_batches=2)
     trainer = tiny_trainer(tmp_path)
     run = trainer.validate if stage == "val" else trainer.test
     run(model, TinyData([], data, token_bytes), verbose=False)
@@ -130,7 +133,7 @@ def test_evaluation_sums_over_batches_of_unequal_size(tmp_path, stage):
     nats, count = whole_logits_loss(model, data)
     length = sum(token_bytes[batch["labels"][batch["labels"] != -100]].sum().item() for batch in data)
     own_nats, _ = whole_logits_loss(model, data[:2])
-    model.llama.set_attention(Dense)
+    model.llama.set_attention(Dense if window is None else partial(SlidingWindow, window=window))
     exact_nats, exact_count = whole_logits_loss(model, data[:2])
     assert found[f"{stage}/loss"] == pytest.approx(nats / count, rel=1e-5)
     assert found[f"{stage}/ppl"] == pytest.approx(math.exp(nats / count), rel=1e-4)

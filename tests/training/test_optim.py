@@ -55,12 +55,13 @@ def test_unknown_length_of_training():
 
 
 def test_norms_and_biases_do_not_decay():
-    llama = Llama(load_preset("demo"), Dense)
-    decaying, fixed = parameter_groups(nn.ModuleList([llama, nn.Linear(2, 3)]), 0.1)
+    biases = dict.fromkeys(("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm"), True)
+    llama = Llama(load_preset("demo", **biases), Dense)
+    decaying, fixed = parameter_groups(llama, 0.1)
     assert (decaying["weight_decay"], fixed["weight_decay"]) == (0.1, 0.0)
-    # Per layer seven matrices and two norms; the tied embedding once; the final norm; a matrix and a bias of Linear.
-    assert len(decaying["params"]) == 4 * 7 + 1 + 1
-    assert len(fixed["params"]) == 4 * 2 + 1 + 1
+    # Per layer seven matrices with a bias each and four norms; the tied embedding once; the final norm.
+    assert len(decaying["params"]) == 4 * 7 + 1
+    assert len(fixed["params"]) == 4 * (7 + 4) + 1
     assert all(parameter.ndim == 1 for parameter in fixed["params"])
 
 

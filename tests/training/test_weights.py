@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from muse_lightning.attention import Dense
 from muse_lightning.errors import UserError
 from muse_lightning.model import Llama, LlamaConfig
-from muse_lightning.training.weights import check_checkpoint, load_weights, read_weights
+from muse_lightning.training.weights import check_checkpoint, load_weights, read_checkpoint
 from tests.tiny import CONFIG
 
 
@@ -18,24 +18,30 @@ def llama(**changes):
 
 
 def save(state, path):
+    path.parent.mkdir(exist_ok=True)
     if path.suffix == ".ckpt":
         torch.save({"state_dict": {f"llama.{name}": tensor for name, tensor in state.items()}}, path)
     else:
-        path.parent.mkdir(exist_ok=True)
         save_file({name: tensor.clone() for name, tensor in state.items()}, path)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
     ("written", "read"),
-    [("x.ckpt", "x.ckpt"), ("x.safetensors", "x.safetensors"), ("folder/model.safetensors", "folder")],
-    ids=["ckpt", "file", "folder"],
+    [
+        ("x.ckpt", "x.ckpt"),
+        ("x.safetensors", "x.safetensors"),
+        ("folder/model.safetensors", "folder"),
+        ("checkpoints/x.ckpt", ""),
+    ],
+    ids=["ckpt", "file", "folder", "run"],
 )
 def test_round_trip(tmp_path, written, read, tied):
     source, target = llama(tie_word_embeddings=tied), llama(tie_word_embeddings=tied)
     state = source.state_dict()
     if tied and not written.endswith(".ckpt"):
         del state["lm_head.weight"]  # as Hugging Face writes it
+    (tmp_path / "config.yaml").write_text("model: {}")  # what tells a run folder
     save(state, tmp_path / written)
     load_weights(target, tmp_path / read)
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
@@ -87,14 +93,16 @@ class Hostile:
 
 
 def test_unreadable(tmp_path):
-    with pytest.raises(UserError, match=r"model.weights: .*none.ckpt does not exist; accepted: a .ckpt"):
-        read_weights(tmp_path / "none.ckpt")
+    with pytest.raises(UserError, match=r"model.weights: .*none.ckpt does not exist; accepted: a Hugging Face folder"):
+        load_weights(llama(), tmp_path / "none.ckpt")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
-    with pytest.raises(UserError, match=r"text.ckpt is not a Lightning checkpoint of tensors"):
-        read_weights(tmp_path / "text.ckpt")
     torch.save({"model": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match=r"other.ckpt is not a Lightning checkpoint of tensors: it has no state_dict"):
-        read_weights(tmp_path / "other.ckpt")
+    for name, reason in (("text", "not a whole file of torch.save"), ("other", "it has no state_dict")):
+        path = tmp_path / f"{name}.ckpt"
+        with pytest.raises(UserError, match=rf"{name}.ckpt is not a Lightning checkpoint of tensors: {reason}"):
+            load_weights(llama(), path)
+        with pytest.raises(UserError, match=rf"ckpt_path: .*{name}.ckpt is not a Lightning checkpoint of .*: {reason}"):
+            read_checkpoint(path, "ckpt_path")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +122,7 @@ def test_a_checkpoint_of_no_step(tmp_path, step):
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
     torch.save({"state_dict": Hostile(tmp_path / "ran")}, tmp_path / "hostile.ckpt")
     with pytest.raises(UserError, match=r"hostile.ckpt is not a Lightning checkpoint of tensors"):
-        read_weights(tmp_path / "hostile.ckpt")
+        load_weights(llama(), tmp_path / "hostile.ckpt")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "hostile.ckpt", weights_only=False)  # the file does what it is feared for
     assert (tmp_path / "ran").exists()

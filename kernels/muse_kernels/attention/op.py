@@ -7,15 +7,16 @@ backward pass uses the very clusters of the forward pass. Definition: docs/atten
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from muse_kernels.attention.chunks import document_bounds, num_rows
+from muse_kernels.attention.chunks import num_rows
+from muse_kernels.attention.documents import document_clusters, document_spans, shifted
 from muse_kernels.attention.options import (
     Clustering,
     Expansion,
@@ -314,35 +315,6 @@ def _cluster_shapes(
     ]
 
 
-# ------------------------------------------------------------------------------------------------------ documents
-
-
-class _DocumentSpan(NamedTuple):
-    tokens: slice
-    rows: slice
-    """Its rows in the chunk table of MuseClusters; none if it is exact."""
-    is_exact: bool
-
-
-def _documents(q: Tensor, cu_seqlens: Tensor | None, options: ResolvedOptions) -> Iterator[_DocumentSpan]:
-    """The documents that are not empty. Reads `cu_seqlens` on the host."""
-    num_tokens = q.shape[2]
-    # A bad cu_seqlens on a GPU, whose values nobody checked, must not lead out of bounds.
-    ends = [num_tokens] if cu_seqlens is None else document_bounds(num_tokens, cu_seqlens)[1:].tolist()
-    start, row = 0, 0
-    for end in ends:
-        if end > start:
-            is_exact = end - start <= options.exact_below
-            next_row = row if is_exact else row - (start - end) // options.chunk
-            yield _DocumentSpan(slice(start, end), slice(row, next_row), is_exact)
-            start, row = end, next_row
-
-
-def _shifted(order: Tensor, offset: int) -> Tensor:
-    """Indices moved by an offset; -1 stays."""
-    return torch.where(order < 0, order, order + offset)
-
-
 # ------------------------------------------------------------------------------------------------------ operators
 
 
@@ -384,7 +356,7 @@ def attention_forward(
         made = MuseClusters(*(q.new_full(shape, 0 if x.is_floating_point else -1, dtype=x) for shape, x in shapes))
     else:
         made = MuseClusters(*(x.clone() for x in given))
-    for document in _documents(q, cu_seqlens, options):
+    for document in document_spans(q.shape[2], cu_seqlens, options):
         tokens, rows = document.tokens, document.rows
         document_q, document_k, document_v = (x[:, :, tokens].to(dtype) for x in (q, k, v))
         if document.is_exact:
@@ -393,15 +365,15 @@ def attention_forward(
                 document_q, document_k, document_v, options.causal, options.workspace_mib
             )
         else:
-            fixed = None if given[0] is None else _document_clusters(made, document, options)
+            fixed = None if given[0] is None else document_clusters(made, document, options)
             document_out, document_lse, clusters = document_forward(
                 document_q, document_k, document_v, options, fixed, mu_dtype=q.dtype
             )
             if fixed is None:
-                made.query_order[:, :, rows] = _shifted(clusters.query_order, tokens.start)
-                made.key_order[:, :, rows] = _shifted(clusters.key_order, tokens.start)
+                made.query_order[:, :, rows] = shifted(clusters.query_order, tokens.start)
+                made.key_order[:, :, rows] = shifted(clusters.key_order, tokens.start)
                 made.mu[:, :, rows] = clusters.mu
-                made.selected[:, :, rows] = _shifted(clusters.selected, rows.start * options.key_clusters)
+                made.selected[:, :, rows] = shifted(clusters.selected, rows.start * options.key_clusters)
         out[:, :, tokens], lse[:, :, tokens] = document_out, document_lse
     return out, lse, *made
 
@@ -414,17 +386,6 @@ def _within_bounds(clusters: MuseClusters, q: Tensor, options: ResolvedOptions) 
         clusters.key_order.clamp(-1, q.shape[2] - 1),
         clusters.mu.clone(),
         clusters.selected.clamp(-1, key_clusters - 1),
-    )
-
-
-def _document_clusters(clusters: MuseClusters, document: _DocumentSpan, options: ResolvedOptions) -> MuseClusters:
-    """One document's rows of the chunk table, counted from its own start."""
-    query_order, key_order, mu, selected = (x[:, :, document.rows] for x in clusters)
-    return MuseClusters(
-        _shifted(query_order, -document.tokens.start),
-        _shifted(key_order, -document.tokens.start),
-        mu,
-        _shifted(selected, -document.rows.start * options.key_clusters),
     )
 
 
@@ -461,7 +422,7 @@ def attention_backward(
     if options.implementation == "triton":
         return streaming.attention_backward(dout, q, k, v, out, lse, cu_seqlens, clusters, options)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for document in _documents(q, cu_seqlens, options):
+    for document in document_spans(q.shape[2], cu_seqlens, options):
         tokens = document.tokens
         merged = Merged(*(x[:, :, tokens].to(lse.dtype) for x in (out, lse, dout)))
         document_q, document_k, document_v = (x[:, :, tokens].to(lse.dtype) for x in (q, k, v))
@@ -476,8 +437,8 @@ def attention_backward(
             )
             gradients = (gradients[0] * options.softmax_scale, *gradients[1:])
         else:
-            document_clusters = _document_clusters(clusters, document, options)
-            gradients = document_backward(document_q, document_k, document_v, merged, document_clusters, options)
+            own = document_clusters(clusters, document, options)
+            gradients = document_backward(document_q, document_k, document_v, merged, own, options)
         dq[:, :, tokens], dk[:, :, tokens], dv[:, :, tokens] = gradients
     return dq, dk, dv
 

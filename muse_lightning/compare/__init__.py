@@ -1,0 +1,1 @@
+"""`muse compare`: one model under several attention strategies, and the cheapest setting that keeps its loss."""

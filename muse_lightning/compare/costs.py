@@ -1,0 +1,58 @@
+"""What a setting costs: counted query-key pairs, and on a GPU measured time."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from muse_lightning.compare.activations import Activations
+from muse_lightning.compare.losses import to_device
+from muse_lightning.compare.settings import Setting
+from muse_lightning.data.batches import Batch
+from muse_lightning.measure.bench.timing import Instruments, Timing
+from muse_lightning.model.llama import Llama
+
+
+def pairs(setting: Setting, batches: Sequence[Batch]) -> float:
+    """A third of the query-key pairs per head that training on these batches would work on, in one layer."""
+    strategy = setting.attention(0)
+    described = [_documents(batch) for batch in batches]
+    return sum(strategy.pairs(lengths, has_documents=is_packed) for lengths, is_packed in described)
+
+
+def attention_times(
+    settings: Sequence[Setting], found: Activations, layer: int, instruments: Instruments
+) -> dict[str, Timing]:
+    """Forward and backward pass of one layer's attention on its q, k and v, by setting."""
+    dout = torch.randn_like(found.out)
+    leaves = [x.detach().requires_grad_() for x in (found.q, found.k, found.v)]
+
+    def run_of(setting: Setting) -> Callable[[], object]:
+        strategy = setting.attention(layer)
+        return lambda: torch.autograd.grad(strategy(*leaves, **found.options), leaves, dout)
+
+    with torch.enable_grad():
+        return instruments.time({setting.name: run_of(setting) for setting in settings})
+
+
+def forward_times(
+    llama: Llama, settings: Sequence[Setting], batch: Batch, instruments: Instruments
+) -> dict[str, Timing]:
+    """Forward pass of the whole model without its head, by setting."""
+    moved = to_device(batch, llama.lm_head.weight.device)
+
+    def run_of(setting: Setting) -> Callable[[], object]:
+        def run() -> None:
+            with llama.attention_as(setting.attention), torch.no_grad():
+                llama.hidden_states(moved["input_ids"], cu_seqlens=moved.get("cu_seqlens"))
+
+        return run
+
+    return instruments.time({setting.name: run_of(setting) for setting in settings})
+
+
+def _documents(batch: Batch) -> tuple[list[int], bool]:
+    """Lengths of a batch's sequences, and whether they are packed."""
+    if "cu_seqlens" not in batch:
+        rows, seq_len = batch["input_ids"].shape
+        return [seq_len] * rows, False
+    return [length for length in batch["cu_seqlens"].diff().tolist() if length], True

@@ -1,0 +1,47 @@
+"""How far the gradient of the loss under one attention points the way that exact attention's does."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from muse_lightning.compare.losses import to_device, token_nats
+from muse_lightning.compare.settings import Setting
+from muse_lightning.data.batches import IGNORED_LABEL, Batch
+from muse_lightning.model.llama import Llama
+from muse_lightning.parallelize import recompute_in_backward
+
+
+def gradient_cosines(
+    llama: Llama, batch: Batch, exact: Setting, others: Sequence[Setting], loss_chunk: int
+) -> dict[str, float]:
+    """Cosine of the gradient of the mean loss, over all parameters together, with that under exact attention.
+
+    Blocks of the model are computed again in the backward pass from here on. Two gradients exist at once.
+
+    Args:
+        llama: the model, on the device that it shall run on.
+        batch: on any device.
+        exact: what to compare with.
+    Returns:
+        For each setting by name; nan where a gradient is 0.
+    """
+    recompute_in_backward(llama, "block")
+    reference = _gradient(llama, batch, exact, loss_chunk)
+    return {each.name: _cosine(_gradient(llama, batch, each, loss_chunk), reference) for each in others}
+
+
+def _gradient(llama: Llama, batch: Batch, setting: Setting, loss_chunk: int) -> list[Tensor]:
+    moved = to_device(batch, llama.lm_head.weight.device)
+    with llama.attention_as(setting.attention), torch.enable_grad():
+        nats = token_nats(llama, moved, loss_chunk).sum() / (moved["labels"] != IGNORED_LABEL).sum()
+        return list(torch.autograd.grad(nats, list(llama.parameters())))
+
+
+def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    dot, norm_a, norm_b = (
+        sum((x.double() * y.double()).sum().item() for x, y in zip(left, right, strict=True))
+        for left, right in ((a, b), (a, a), (b, b))
+    )
+    return dot / math.sqrt(norm_a * norm_b) if norm_a and norm_b else math.nan

@@ -1,0 +1,86 @@
+"""The loss of a model under one attention, block by block and by tokens in sight."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import stdev
+from typing import cast
+
+import torch
+
+from muse_lightning.callbacks.loss_by_position import sums_by_context
+from muse_lightning.compare.blocks import Blocks
+from muse_lightning.data.batches import Batch
+from muse_lightning.model.llama import Llama
+from muse_lightning.training.loss import next_token_nats
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Negative log-likelihoods of all labels.
+
+    Attributes:
+        nats: Of each block, summed over its labels.
+        labels: Of each block.
+        text_bytes: That the labels of each block stand for.
+        by_context: Mean over labels that see at least 2^i and less than 2^(i + 1) tokens, nan where there is none.
+    """
+
+    nats: Sequence[float]
+    labels: Sequence[int]
+    text_bytes: Sequence[int]
+    by_context: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        """Nats per label."""
+        return sum(self.nats) / sum(self.labels)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """None where the labels stand for no text."""
+        total = sum(self.text_bytes)
+        return sum(self.nats) / (math.log(2) * total) if total else None
+
+    def rise(self, exact: "Losses") -> tuple[float, float | None]:
+        """How much larger the mean is than that of `exact` on the same blocks, and the standard error of that
+        difference over blocks; None for a single block."""
+        differences = [
+            (own - other) / labels for own, other, labels in zip(self.nats, exact.nats, self.labels, strict=True)
+        ]
+        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+        return self.mean - exact.mean, error
+
+
+def losses(llama: Llama, blocks: Blocks, loss_chunk: int) -> Losses:
+    """Evaluate a model, with the attention that it has, on all blocks.
+
+    Args:
+        llama: in evaluation mode, on the device that it shall run on.
+        loss_chunk: tokens whose logits exist at once.
+    """
+    nats, sums, counts = [], [], []
+    with torch.no_grad():
+        for batch in blocks.batches:
+            on_device = to_device(batch, llama.lm_head.weight.device)
+            of_tokens = token_nats(llama, on_device, loss_chunk)
+            total, count = sums_by_context(of_tokens, cast(dict[str, torch.Tensor], on_device))
+            nats.append(of_tokens.double().sum().item())
+            sums.append(total.double().cpu())
+            counts.append(count.double().cpu())
+    by_context = (torch.stack(sums).sum(0) / torch.stack(counts).sum(0)).tolist()
+    return Losses(nats, blocks.labels(), blocks.text_bytes(), by_context)
+
+
+def token_nats(llama: Llama, batch: Batch, loss_chunk: int) -> torch.Tensor:
+    """Negative log-likelihood of every label, float32 [B, N], 0 where there is none."""
+    hidden = llama.hidden_states(batch["input_ids"], cu_seqlens=batch.get("cu_seqlens"))
+    return next_token_nats(hidden, llama.lm_head.weight, batch["labels"], chunk=loss_chunk)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A copy of a batch on a device."""
+    moved = Batch(input_ids=batch["input_ids"].to(device), labels=batch["labels"].to(device))
+    if "cu_seqlens" in batch:
+        moved["cu_seqlens"] = batch["cu_seqlens"].to(device)
+    return moved

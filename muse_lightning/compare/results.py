@@ -1,0 +1,132 @@
+"""What a comparison found, as plain records; the cheapest setting that keeps the loss."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from muse_lightning.compare.losses import Losses
+from muse_lightning.compare.settings import Setting
+
+
+@dataclass(frozen=True)
+class Found:
+    """Found for one setting.
+
+    Attributes:
+        rise: Of the mean loss over exact attention's on the same blocks, nats, and its standard error over blocks (None
+            for a single one).
+        errors: Relative squared error of attention by layer and head; None where it is not measured.
+        mass: By layer and head, shares of softmax mass near, in retrieved keys and in summaries.
+        gradient_cosine: Of the loss's gradient with that under exact attention.
+        pairs: Query-key pairs that training works on, over exact attention's.
+        attention_ms: Forward and backward pass of one layer's attention.
+        forward_ms: Forward pass of the model, one row.
+    """
+
+    setting: Setting
+    losses: Losses
+    rise: tuple[float, float | None]
+    pairs: float
+    errors: Sequence[Sequence[float]] | None = None
+    mass: Sequence[Sequence[Sequence[float]]] | None = None
+    gradient_cosine: float | None = None
+    attention_ms: float | None = None
+    forward_ms: float | None = None
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean over layers and heads."""
+        return _mean(self.errors)
+
+    @property
+    def mean_mass(self) -> tuple[float, float, float] | None:
+        """Mean over layers and heads."""
+        if self.mass is None:
+            return None
+        near, retrieved, summaries = (_mean([[head[i] for head in layer] for layer in self.mass]) for i in range(3))
+        assert near is not None
+        assert retrieved is not None
+        assert summaries is not None
+        return near, retrieved, summaries
+
+    @property
+    def highest_rise(self) -> float:
+        """The rise and two standard errors."""
+        rise, error = self.rise
+        return rise + 2 * (error or 0.0)
+
+    @property
+    def cost(self) -> float:
+        """Milliseconds where they were measured, else pairs."""
+        return self.pairs if self.attention_ms is None else self.attention_ms
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        rise, error = self.rise
+        return {
+            "name": self.setting.name,
+            "attention": self.setting.recipe,
+            "is_swept": self.setting.is_swept,
+            "loss": self.losses.mean,
+            "loss_rise": rise,
+            "loss_rise_standard_error": error,
+            "bits_per_byte": self.losses.bits_per_byte,
+            "loss_by_tokens_in_sight": {
+                str(2**i): loss for i, loss in enumerate(self.losses.by_context) if not math.isnan(loss)
+            },
+            "nats_of_blocks": list(self.losses.nats),
+            "relative_squared_error": self.mean_error,
+            "relative_squared_error_by_layer_and_head": self.errors,
+            "mass_near_retrieved_summaries": self.mean_mass,
+            "mass_by_layer_and_head": self.mass,
+            "gradient_cosine": self.gradient_cosine,
+            "pairs_over_exact": self.pairs,
+            "attention_forward_backward_ms": self.attention_ms,
+            "model_forward_ms": self.forward_ms,
+        }
+
+
+def cheapest(found: Sequence[Found], max_loss_increase: float) -> Found | None:
+    """The cheapest setting of MuSe whose loss, two standard errors included, rises by no more; None if each rises
+    more. Of two equally cheap ones the one that rises less."""
+    fitting = [each for each in found if _is_muse(each) and each.highest_rise <= max_loss_increase]
+    return min(fitting, key=lambda each: (each.cost, each.rise[0]), default=None)
+
+
+def least_rising(found: Sequence[Found]) -> Found:
+    """The setting of MuSe whose loss rises least."""
+    return min(filter(_is_muse, found), key=lambda each: each.highest_rise)
+
+
+def overlay(chosen: Found, header: Mapping[str, Any]) -> str:
+    """A recipe overlay that trains with a setting."""
+    rise, error = chosen.rise
+    spread = "" if error is None else f" (standard error {error:.4f})"
+    lines = [
+        "# The cheapest MuSe setting found for this model; the second --config of a recipe.",
+        f"#   {header['command']}",
+        f"# Loss {chosen.losses.mean:.4f}, {rise:+.4f}{spread} against exact attention, at {header['seq_len']} tokens.",
+    ]
+    return "\n".join(lines) + "\n" + yaml.safe_dump({"model": {"attention": chosen.setting.recipe}}, sort_keys=False)
+
+
+def to_json(header: Mapping[str, Any], found: Sequence[Found], recommended: Found | None) -> str:
+    """The content of compare.json."""
+    content = {
+        **header,
+        "recommended": None if recommended is None else recommended.setting.name,
+        "settings": [each.record() for each in found],
+    }
+    return json.dumps(content, indent=1, default=str) + "\n"
+
+
+def _is_muse(found: Found) -> bool:
+    return isinstance(found.setting.recipe, dict) and found.setting.recipe["class_path"] == "Muse"
+
+
+def _mean(rows: Sequence[Sequence[float]] | None) -> float | None:
+    return None if rows is None else sum(map(sum, rows)) / sum(map(len, rows))

@@ -1,0 +1,122 @@
+"""What is compared: exact attention, MuSe, its baselines, and a grid of MuSe's options."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+from muse_kernels.attention.options import MuseOptions
+from muse_lightning.attention import Muse, SlidingWindow, SpatialBlocks, exact_attention
+from muse_lightning.errors import UserError
+from muse_lightning.model.llama import AttentionFactory
+
+EXACT = "Dense"
+MUSE = "Muse"
+# What a layer decides, not a recipe.
+_OF_THE_LAYER = ("causal", "softmax_scale")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to attend.
+
+    Attributes:
+        name: For tables.
+        attention: Makes the strategy of a layer.
+        muse: Options of `muse_attention`, where that is what it calls.
+        recipe: `model.attention` of a recipe that trains with it.
+        is_swept: Whether it is a point of the grid: only its loss, its error and its cost are measured.
+    """
+
+    name: str
+    attention: AttentionFactory
+    muse: dict[str, Any] | None
+    recipe: Any
+    is_swept: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """MuSe's options that a sweep tries, every combination of them."""
+
+    chunk: tuple[int, ...] = (1024, 2048, 4096)
+    """Tokens per chunk."""
+    query_cluster: tuple[int, ...] = (128,)
+    """Tokens per query cluster."""
+    key_cluster: tuple[int, ...] = (64,)
+    """Tokens per key cluster."""
+    top_k: tuple[int, ...] = (4, 8, 12, 24, 48)
+    """Key clusters that each query cluster attends exactly."""
+
+    def points(self, base: MuseOptions) -> Iterator[MuseOptions]:
+        """`base` with every combination.
+
+        Raises:
+            UserError: a list is empty, or a combination is not accepted.
+        """
+        values = self._values()
+        for name, each in values.items():
+            if not each:
+                raise UserError(f"grid.{name}: at least one value expected, found none")
+        for combination in itertools.product(*values.values()):
+            try:
+                yield replace(base, **dict(zip(values, combination, strict=True)))
+            except ValueError as error:
+                raise UserError(f"grid: {error}") from None
+
+    def varied(self, base: MuseOptions) -> list[str]:
+        """The options that tell a point from another one or from `base`."""
+        return [name for name, each in self._values().items() if {*each, getattr(base, name)} != {each[0]}]
+
+    def _values(self) -> dict[str, tuple[int, ...]]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def make_settings(muse: MuseOptions, window: int, exact_window: int | None, grid: Grid | None) -> list[Setting]:
+    """Exact attention first, then MuSe, its baselines, and the points of the grid that are not among them.
+
+    Args:
+        muse: MuSe's options; the spatial blocks get as many chunks, clusters and retrieved keys.
+        window: of the sliding window.
+        exact_window: the window that the model's own attention has; None: it sees everything.
+        grid: None: no sweep.
+    Raises:
+        UserError: an option that is not a recipe's, or a value that is not accepted.
+    """
+    for name in _OF_THE_LAYER:
+        if getattr(muse, name) != getattr(MuseOptions(), name):
+            raise UserError(f"muse.{name}: {getattr(muse, name)} found; it is the model's, expected none")
+    shared = ("chunk", "query_cluster", "key_cluster", "top_k", "exact_below", "workspace_mib")
+    blocks = {name: getattr(muse, name) for name in shared}
+    exact: Any = EXACT
+    if exact_window is not None:
+        exact = {"class_path": "SlidingWindow", "init_args": {"window": exact_window}}
+    settings = [
+        Setting(EXACT, exact_attention(exact_window), None, exact),
+        _muse_setting(MUSE, muse),
+        Setting(
+            "SpatialBlocks",
+            partial(SpatialBlocks, **blocks),
+            SpatialBlocks(0, **blocks).options,
+            {"class_path": "SpatialBlocks", "init_args": blocks},
+        ),
+        Setting(
+            f"SlidingWindow {window:,}",
+            partial(SlidingWindow, window=window),
+            None,
+            {"class_path": "SlidingWindow", "init_args": {"window": window}},
+        ),
+    ]
+    if grid is None:
+        return settings
+    for point in grid.points(muse):
+        if point != muse:
+            name = ", ".join(f"{option} {getattr(point, option)}" for option in grid.varied(muse))
+            settings.append(replace(_muse_setting(name, point), is_swept=True))
+    return settings
+
+
+def _muse_setting(name: str, options: MuseOptions) -> Setting:
+    init_args = {key: value for key, value in asdict(options).items() if key not in _OF_THE_LAYER}
+    return Setting(name, partial(Muse, **init_args), init_args, {"class_path": "Muse", "init_args": init_args})

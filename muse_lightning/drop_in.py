@@ -1,0 +1,301 @@
+"""MuSe attention inside transformers: `from_pretrained(..., attn_implementation="muse")` after one call.
+
+transformers asks a registered attention for a mask once per forward pass, then hands that mask to every layer. Here the
+mask is None for plain causal rows, or says where documents begin, which is all that MuSe has to know of padding and of
+packed sequences: an int32 tensor [1, 1, 1 or 2, S + 1], of four dimensions because transformers passes such a mask on
+untouched. Its first row is `cu_seqlens` over the flattened batch; runs of padding are documents of their own, which the
+second row, there if anything is padded, marks with ones. Where queries continue a cache, mask and attention are those
+of "sdpa". User's page: docs/transformers.md.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from muse_lightning.attention import AttentionStrategy, Muse, SlidingWindow
+from muse_lightning.errors import UserError, nearest
+
+FEWEST_DOCUMENTS = 64
+"""The number of documents is rounded up to a power of two, at least this: few shapes for torch.compile."""
+
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+"""What some models give to an attention function beside q, k and v, and MuSe has no place for."""
+
+_DOCUMENTS_OF_POSITIONS = WeakTensorKeyDictionary()
+"""position_ids, which all layers of a forward pass share: their version, and their `cu_seqlens` or None."""
+
+
+class _Registered(NamedTuple):
+    name: str
+    muse: AttentionStrategy
+    sdpa: Callable[..., tuple[Tensor, None]]
+    """transformers' attention function of this name; `sdpa_mask` makes its masks."""
+    sdpa_mask: Callable[..., Tensor | None]
+    causal: Callable[..., Any]
+    """The function that stands for a causal mask and nothing else."""
+
+
+def register_with_transformers(name: str = "muse", **options: Any) -> None:
+    """Make MuSe attention available to transformers under a name, for models loaded or already loaded.
+
+    Args:
+        name: what `attn_implementation` will be called. The same name again replaces the options.
+        options: those of `muse_lightning.attention.Muse`: chunk, top_k, exact_below, ...
+    Raises:
+        ValueError: an option does not exist or its value is not accepted, or the name cannot be used.
+        ImportError: transformers is not installed.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+    taken = AttentionInterface().get(name)
+    is_ours = isinstance(taken, partial) and taken.func is _attend
+    # transformers reads more than a name out of "flash", "|", "/" and the like.
+    if not name.isidentifier() or "flash" in name or name == "eager" or (taken is not None and not is_ours):
+        raise ValueError(f"name must be an identifier that transformers has no attention for, got {name!r}")
+    accepted = set(inspect.signature(Muse).parameters) - {"layer_idx"}
+    for option in options:
+        if option not in accepted:
+            raise ValueError(f"{option} is no option of MuSe attention; accepted: {nearest(option, accepted)}")
+    try:
+        muse = Muse(0, **options)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    registered = _Registered(name, muse, sdpa_attention_forward, sdpa_mask, causal_mask_function)
+    AttentionInterface.register(name, partial(_attend, registered))
+    AttentionMaskInterface.register(name, partial(_mask, registered))
+
+
+# ----------------------------------------------------------------------------------------------------------- mask
+
+
+def _mask(
+    registered: _Registered,
+    *,
+    batch_size: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    kv_offset: int = 0,
+    q_length: int = 0,
+    q_offset: int | Tensor = 0,
+    cache_position: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **others: Any,
+) -> Tensor | None:
+    """The mask of a forward pass, as the module's docstring describes it.
+
+    Args: as transformers passes them. `attention_mask` is bool [B, tokens so far]; `cache_position` holds the positions
+    of the queries in transformers 4, in place of `q_length` and `q_offset`.
+    """
+    places: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset}
+    if cache_position is not None:
+        places = {"cache_position": cache_position}
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
+    if not _is_from_the_start(q_length, kv_length, kv_offset, q_offset):
+        return registered.sdpa_mask(
+            batch_size=batch_size,
+            kv_length=kv_length,
+            mask_function=mask_function,
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            # None is kept for rows from the start; for one query it means that it sees every key.
+            allow_is_causal_skip=allow_is_causal_skip and q_length == 1,
+            **places,
+            **others,
+        )
+    if others.get("use_vmap"):
+        raise ValueError(f"{_shown(registered)} is causal self-attention, the model asks for another mask")
+    is_plain = mask_function is registered.causal
+    if is_plain and attention_mask is None:
+        return None
+    device = next((x.device for x in (cache_position, attention_mask) if x is not None), others.get("device"))
+    token = torch.arange(q_length, device=device)[None]
+    starts, is_supported = (token == 0).expand(batch_size, -1), None
+    if not is_plain:
+        starts, is_supported = _documents_of_mask_function(mask_function, batch_size, token, local_size)
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (0, max(0, q_length - attention_mask.shape[1])))[:, :q_length]
+    return _documents(registered, starts, attention_mask, is_supported)
+
+
+def _is_from_the_start(q_length: int, kv_length: int, kv_offset: int | Tensor, q_offset: int | Tensor) -> bool:
+    """Whether the queries are the first tokens of their rows: training, or a prefill, of a static cache too."""
+    if q_length == 1 or (isinstance(kv_offset, int) and kv_offset > 0):
+        return False
+    if q_length == kv_length:
+        return True
+    # Of a static cache the place is a tensor, which a compiled pass cannot look at.
+    if isinstance(q_offset, Tensor) and torch.compiler.is_compiling():
+        return False
+    return int(q_offset) == 0
+
+
+def _documents_of_mask_function(
+    mask_function: Callable[..., Tensor], batch_size: int, token: Tensor, local_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Where documents begin, bool [B, N], and whether the mask function means causal attention within them, bool [].
+
+    A token that does not see the one before it begins a document. That covers packed sequences and chunked attention;
+    a window of `local_size` tokens, which the layer itself is told of, is told from other masks at each first token.
+    """
+    batch = torch.arange(batch_size, device=token.device)[:, None]
+    last = token.shape[1] - 1
+
+    def sees(key: Tensor) -> Tensor:
+        return mask_function(batch, torch.zeros_like(batch), token, key).expand(batch_size, -1)
+
+    starts = (token == 0) | ~sees((token - 1).clamp_min(0))
+    first = torch.where(starts, token, 0).cummax(dim=1).values
+    is_in_window = token - first < (last + 1 if local_size is None else local_size)
+    sees_ahead = sees((token + 1).clamp_max(last)) & (token < last)
+    return starts, (sees(first) == is_in_window).all() & ~sees_ahead.any()
+
+
+# Values are read on the host, once per forward pass.
+@torch.compiler.disable
+def _documents(
+    registered: _Registered, starts: Tensor, is_text: Tensor | None, is_supported: Tensor | None
+) -> Tensor | None:
+    """The mask of these documents; None if every row is one.
+
+    Args:
+        starts: bool [B, N], where documents begin.
+        is_text: bool [B, N], False for padding; None if there is none.
+        is_supported: bool [], whether documents are all there is to the mask; None if known to be true.
+    Raises:
+        ValueError: they are not, or there is padding between the tokens of a row.
+    """
+    if is_supported is not None and not is_supported:
+        raise ValueError(f"{_shown(registered)} is causal self-attention, the model asks for another mask")
+    if is_text is not None and bool(is_text.all()):
+        is_text = None
+    if is_text is not None:
+        before = F.pad(is_text[:, :-1], (1, 0))
+        if bool(((is_text & ~before).sum(dim=1) > 1).any()):
+            raise ValueError(
+                f"{_shown(registered)} accepts an attention_mask with padding on the left, the right or both, "
+                "got padding between the tokens of a row"
+            )
+        starts = starts | (F.pad(is_text[:, 1:] != is_text[:, :-1], (1, 0)))
+    elif not bool(starts[:, 1:].any()):
+        return None
+    return _mask_of_documents(starts, is_text)
+
+
+def _mask_of_documents(starts: Tensor, is_text: Tensor | None) -> Tensor:
+    """int32 [1, 1, 1 or 2, S + 1]: `cu_seqlens`, and which documents are padding. Reads their number on the host."""
+    first = starts.flatten().nonzero().squeeze(1)
+    unused = max(FEWEST_DOCUMENTS, 1 << (len(first) - 1).bit_length()) + 1 - len(first)
+    rows = [F.pad(first, (0, unused), value=starts.numel())]
+    if is_text is not None:
+        rows.append(F.pad((~is_text).flatten()[first].to(first.dtype), (0, unused)))
+    return torch.stack(rows)[None, None].to(torch.int32)
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+
+
+def _attend(
+    registered: _Registered,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """MuSe attention of a layer, or exact attention where its queries continue a cache.
+
+    Args: as transformers passes them. query: [B, H, N, D]; key, value: [B, H_kv, N or what the cache holds, D];
+        attention_mask: made by `_mask`.
+    Returns:
+        [B, N, H, D], zero for padding, and None for attention weights.
+    Raises:
+        ValueError: the model or the call asks for what MuSe attention has no place for.
+    """
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    _check(registered, module, dropout, is_causal, others)
+    num_tokens = query.shape[2]
+    has_documents = attention_mask is not None and attention_mask.dtype == torch.int32
+    if num_tokens == 1 or (attention_mask is not None and not has_documents):
+        if num_tokens > 1 and num_tokens == key.shape[2]:
+            raise ValueError(
+                f"{_shown(registered)} accepts an attention_mask of two dimensions, which says what is padding, "
+                "got a mask for pairs of tokens"
+            )
+        return registered.sdpa(module, query, key, value, attention_mask, scaling=scaling)
+    # A static cache holds places for later tokens, too.
+    key, value = key[:, :, :num_tokens], value[:, :, :num_tokens]
+    cu_seqlens, is_padding = None, None
+    if attention_mask is not None:
+        cu_seqlens = attention_mask[0, 0, 0]
+        if attention_mask.shape[2] == 2:
+            is_padding = _by_token(attention_mask[0, 0, 1], cu_seqlens, query.shape[0], num_tokens)
+    elif cu_seq_lens_q is not None:
+        cu_seqlens = cu_seq_lens_q.to(torch.int32)
+    elif position_ids is not None and not torch.compiler.is_compiling():
+        cu_seqlens = _documents_of_positions(position_ids, query.shape[0], num_tokens)
+    # A window that reaches over the whole row is none.
+    has_window = sliding_window is not None and sliding_window < num_tokens
+    strategy = SlidingWindow(0, cast(int, sliding_window)) if has_window else registered.muse
+    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = strategy(query, key, value, softmax_scale=softmax_scale, cu_seqlens=cu_seqlens)
+    if is_padding is not None:
+        out = out.masked_fill(is_padding[:, None, :, None], 0)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _check(registered: _Registered, module: nn.Module, dropout: float, is_causal: bool, others: dict[str, Any]) -> None:
+    asked = [argument for argument in UNSUPPORTED if others.get(argument) is not None]
+    asked += ["output_attentions=True"] if others.get("output_attentions") else []
+    asked += [f"dropout {dropout} of attention weights"] if dropout else []
+    asked += [] if is_causal else ["attention to later tokens (is_causal=False)"]
+    if asked:
+        raise ValueError(
+            f"{_shown(registered)} is causal self-attention without {asked[0]}, which {type(module).__name__} asks for"
+        )
+
+
+def _shown(registered: _Registered) -> str:
+    return f'attn_implementation="{registered.name}"'
+
+
+def _by_token(flags: Tensor, cu_seqlens: Tensor, batch_size: int, num_tokens: int) -> Tensor:
+    """A flag of each document, int32 [S + 1] with one to spare, for each of its tokens: bool [B, N]."""
+    repeated = torch.repeat_interleave(flags[:-1], cu_seqlens.diff(), output_size=batch_size * num_tokens)
+    return repeated.bool().view(batch_size, num_tokens)
+
+
+def _documents_of_positions(position_ids: Tensor, batch_size: int, num_tokens: int) -> Tensor | None:
+    """`cu_seqlens` where positions start again within a row, else None.
+
+    transformers looks at positions only without a cache, and models make a cache in training, too, unless they are told
+    otherwise. Read on the host, by the first layer for all.
+    """
+    if position_ids.shape not in ((1, num_tokens), (batch_size, num_tokens)):
+        return None
+    # Somebody may write other positions into the same tensor.
+    version = None if position_ids.is_inference() else position_ids._version
+    known = _DOCUMENTS_OF_POSITIONS.get(position_ids)
+    if known is None or known[0] != version or version is None:
+        starts = F.pad(position_ids.diff(dim=1) <= 0, (1, 0), value=True).expand(batch_size, -1)
+        is_packed = bool(starts[:, 1:].any())
+        known = version, _mask_of_documents(starts, None)[0, 0, 0] if is_packed else None
+        _DOCUMENTS_OF_POSITIONS[position_ids] = known
+    return known[1]

@@ -1,0 +1,74 @@
+"""`muse import`: a pretrained model of Hugging Face's, to train on from or to use."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from muse_lightning.errors import UserError
+from muse_lightning.files import atomic_write
+from muse_lightning.pretrained.hub import download, is_hub_id
+from muse_lightning.pretrained.reference import ModelReference, open_model
+from muse_lightning.pretrained.tokenizer_files import TOKENIZER_FILE
+from muse_lightning.pretrained.write_model import DtypeName, new_folder, write_model
+
+RECIPE_FILE = "recipe.yaml"
+_HEAD = """\
+# Weights, architecture and tokenizer of {source}, to lay over a recipe: muse fit -c RECIPE -c THIS_FILE
+"""
+_WINDOW_HEAD = """\
+# The model was trained with a sliding window. Over a recipe of Muse attention, remove `attention` to train with that.
+"""
+
+
+def import_model(source: str, *, output: Path, revision: str | None = None, dtype: DtypeName | None = None) -> None:
+    """Bring a model of the Llama family (Llama, Mistral, Qwen2, Qwen3) from Hugging Face's format into a folder with a
+    recipe overlay.
+
+    Args:
+        source: A folder, or the name of a model on the Hugging Face hub.
+        output: The folder to make.
+        revision: Branch, tag or commit on the hub; null: main.
+        dtype: Of the weights; null: as they are stored.
+    """
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        if not is_hub_id(source):
+            raise UserError(f"source: {source} does not exist; expected a folder, or the name of a model on the hub")
+        folder = download(source, revision)
+    elif revision is not None:
+        raise UserError(f"revision: {revision} found, but {source} is a folder; a model on the hub has revisions")
+    model = open_model(folder)
+    with new_folder(output) as folder:
+        write_model(model, folder, dtype)
+        atomic_write(folder / RECIPE_FILE, recipe_overlay(model, source, output.resolve()))
+    print(f"{output}: written from {source}; train with: muse fit -c RECIPE -c {output / RECIPE_FILE}", file=sys.stderr)
+
+
+def recipe_overlay(model: ModelReference, source: str, output: Path) -> str:
+    """YAML that makes a recipe train on from a model.
+
+    Args:
+        model: as it was opened.
+        source: its name, for the head comment.
+        output: where the copy will be.
+    """
+    values: dict[str, Any] = {"model": {"config": asdict(model.config), "weights": str(output)}}
+    window = model.config.sliding_window
+    if window is not None:
+        values["model"]["attention"] = {"class_path": "SlidingWindow", "init_args": {"window": window}}
+    tokenizer = model.load_tokenizer()
+    if tokenizer is None:
+        print(f"{source} has no {TOKENIZER_FILE}: give data.tokenizer in the recipe", file=sys.stderr)
+    else:
+        values["data"] = {"tokenizer": str(output), "special_tokens": asdict(tokenizer.special_tokens)}
+        if tokenizer.vocab_size > model.config.vocab_size:
+            print(
+                f"{source}: the tokenizer has too few tokens that stand for no text, and the model no rows to spare: "
+                "set data.special_tokens to three of its tokens",
+                file=sys.stderr,
+            )
+    head = _HEAD.format(source=source) + (_WINDOW_HEAD if window is not None else "")
+    return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

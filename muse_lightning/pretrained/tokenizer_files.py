@@ -1,0 +1,208 @@
+"""Tokenizers of models: those of Hugging Face folders and of run folders."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from muse_lightning.data.filesystems import is_url
+from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, Tokenizer, load_tokenizer
+from muse_lightning.errors import UserError
+from muse_lightning.model.config import LlamaConfig
+from muse_lightning.pretrained.run_folder import CONFIG_FILE, run_configuration
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a Hugging Face folder may have of a tokenizer; none of it is code."""
+
+
+def folder_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face folder; None where it has no tokenizer.json.
+
+    Raises:
+        UserError: it cannot be read, or has ids that the model lacks.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        return None
+    check_vocabulary(path, config)
+    return load_tokenizer(str(path), choose_special_tokens(folder, config))
+
+
+def run_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
+    """The tokenizer of a run: where its configuration names it, else the copy in its dataset.
+
+    Raises:
+        UserError: it is in neither place, or has ids that the model lacks.
+    """
+    data: dict[str, Any] = run_configuration(folder).get("data") or {}
+    name, dataset = str(data.get("tokenizer") or "bytes"), data.get("dataset")
+    try:
+        special = SpecialTokens(**(data.get("special_tokens") or {}))
+    except TypeError as error:
+        raise UserError(f"{folder / CONFIG_FILE}: data.special_tokens are not understood: {error}") from None
+    if name != "bytes" and (is_url(name) or not Path(name).expanduser().exists()):
+        copy = None if dataset is None or is_url(str(dataset)) else Path(str(dataset)).expanduser() / TOKENIZER_FILE
+        if copy is None or not copy.is_file():
+            raise UserError(
+                f"{folder / CONFIG_FILE}: data.tokenizer {name} is not on this machine; expected a path of it"
+            )
+        name = str(copy)
+    tokenizer = load_tokenizer(name, special)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, config.vocab_size is {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def check_vocabulary(path: Path, config: LlamaConfig) -> None:
+    """Refuse a tokenizer.json with ids that a model lacks.
+
+    Raises:
+        UserError: it has, or it is no tokenizer.
+    """
+    size = 1 + max(read_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1)
+    if size > config.vocab_size:
+        raise UserError(f"{path} has ids up to {size - 1}, the model's vocab_size is {config.vocab_size}")
+
+
+def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """A tokenizer.json as the library has it.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path} is not a tokenizer.json ({' '.join(str(error).split())})") from error
+
+
+def choose_special_tokens(folder: Path, config: LlamaConfig) -> SpecialTokens:
+    """Names of a tokenizer's own tokens that can stand for the special tokens of documents.
+
+    By name where it has them (Qwen2.5-Coder's), `end` as the token that ends its texts. What is missing is added behind
+    the vocabulary where the model has rows to spare; else tokens are used that stand for no text: those of
+    `additional_special_tokens`, reserved ones, the unknown token.
+    """
+    described = json.loads(read_tokenizer(folder / TOKENIZER_FILE).to_str())
+    special = [token["content"] for token in described["added_tokens"] if token["special"]]
+    known = {token["content"] for token in described["added_tokens"]}
+    named = special_names(folder)
+    chosen: dict[str, str] = {}
+    end = named.get("eos_token")
+    if end in known:
+        chosen["end"] = str(end)
+    elif DEFAULT_SPECIAL_TOKENS.end in known:
+        chosen["end"] = DEFAULT_SPECIAL_TOKENS.end
+    size = 1 + max((token["id"] for token in described["added_tokens"]), default=-1)
+    size = max(size, len(described["model"]["vocab"]))
+    defaults = asdict(DEFAULT_SPECIAL_TOKENS)
+    has_room = size + len(defaults) <= config.vocab_size
+    spare = _spare_names(special, named, chosen)
+    for field, name in defaults.items():
+        if field in chosen:
+            continue
+        if name in known and name not in chosen.values():
+            chosen[field] = name
+        elif not has_room or named.get("additional_special_tokens"):
+            chosen[field] = next(spare, name)
+        else:
+            chosen[field] = name
+    return SpecialTokens(**chosen)
+
+
+def _spare_names(special: list[str], named: dict[str, Any], chosen: dict[str, str]) -> Iterator[str]:
+    """Special tokens that documents do not use yet, the least surprising first."""
+    additional = [name for name in named.get("additional_special_tokens", []) if name in special]
+    reserved = [name for name in special if "reserved" in name or "unused" in name]
+    others = [named.get("bos_token"), named.get("unk_token"), named.get("pad_token")]
+    for name in dict.fromkeys([*additional, *reserved, *others]):
+        if name in special and name not in chosen.values():
+            yield str(name)
+
+
+def special_names(folder: Path) -> dict[str, Any]:
+    """Special tokens by Hugging Face's names for them, such as `eos_token`: text, of additional_special_tokens a list.
+
+    Raises:
+        UserError: tokenizer_config.json is not JSON of keys with values.
+    """
+    path = folder / TOKENIZER_CONFIG_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        keys = ("bos_token", "eos_token", "unk_token", "pad_token")
+        names = {key: _content(found[key]) for key in keys if found.get(key) is not None}
+        # transformers 5 calls them extra_special_tokens.
+        additional = found.get("additional_special_tokens") or found.get("extra_special_tokens") or []
+        return names | {"additional_special_tokens": [_content(token) for token in additional]}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def folder_token_ids(folder: Path) -> dict[str, Any]:
+    """Ids of a Hugging Face folder's special tokens as its config.json has them: bos_token_id and others, or lists."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {name: found.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> tuple[dict[str, bytes | str], dict[str, Any]]:
+    """A tokenizer as transformers' AutoTokenizer reads it.
+
+    Returns:
+        Content of each file by name; ids of the special tokens by transformers' names for them.
+    """
+    names = asdict(tokenizer.special_tokens)
+    described = json.loads(tokenizer.to_json() or byte_level_json(tokenizer))
+    # What it would add around a text the model was not trained with.
+    described["post_processor"] = None
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "eos_token": names["end"],
+        "pad_token": names["end"],
+        "additional_special_tokens": [names["repo_name"], names["file_sep"]],
+        "clean_up_tokenization_spaces": False,
+    }
+    end = tokenizer.special_ids["end"]
+    files: dict[str, bytes | str] = {
+        TOKENIZER_FILE: json.dumps(described, ensure_ascii=False, indent=2),
+        TOKENIZER_CONFIG_FILE: json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
+    }
+    return files, {"eos_token_id": end, "pad_token_id": end}
+
+
+def byte_level_json(tokenizer: Tokenizer) -> str:
+    """tokenizer.json of the built-in tokenizer: byte-level BPE without a merge, in which byte b has the id b."""
+    # Byte-level BPE writes bytes that are no printable Latin-1 character as the characters from 256 on (GPT-2).
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    names = asdict(tokenizer.special_tokens)
+    ordered = sorted(tokenizer.special_ids, key=tokenizer.special_ids.__getitem__)
+    built.add_special_tokens([tokenizers.AddedToken(names[field], special=True, normalized=False) for field in ordered])
+    return built.to_str()

@@ -1,0 +1,86 @@
+"""`muse compare` from the command line to its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from muse_lightning.cli import main
+from tests.compare.conftest import SEQ_LEN
+from tests.recipe import RECIPE
+
+SIZES = ["chunk=16", "query_cluster=8", "key_cluster=4", "top_k=1", "candidates=2", "exact_below=16"]
+OPTIONS = [f"--seq_len={SEQ_LEN}", "--blocks=2", "--device=cpu", *(f"--muse.{size}" for size in SIZES)]
+GRID = ["--grid.chunk=[16]", "--grid.query_cluster=[8]", "--grid.key_cluster=[4]", "--grid.top_k=[1, 3, 24]"]
+
+
+def test_a_sweep_from_model_to_recipe(
+    folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compare", f"--model={folder}", f"--data={dataset}", *OPTIONS, "--sweep=true", *GRID]
+    assert main([*arguments, "--max_loss_increase=0.5", "--out=found"]) == 0
+    printed = capsys.readouterr().out
+    assert {path.name for path in Path("found").iterdir()} == {
+        *("compare.json", "compare.md", "compare.png", "recommended.yaml")
+    }
+    content = json.loads(Path("found/compare.json").read_text())
+    by_name = {each["name"]: each for each in content["settings"]}
+    assert list(by_name)[:4] == ["Dense", "Muse", "SpatialBlocks", "SlidingWindow 16"]
+    assert [each["attention"]["init_args"]["top_k"] for each in content["settings"][4:]] == [3, 24]
+    assert by_name["Dense"]["loss_rise"] == 0
+    assert len(by_name["Muse"]["relative_squared_error_by_layer_and_head"]) == 2
+    assert sum(by_name["Muse"]["mass_near_retrieved_summaries"]) == pytest.approx(1)
+    assert 0 < by_name["Muse"]["gradient_cosine"] < 1
+    # All key clusters retrieved: exact attention.
+    assert content["settings"][5]["loss_rise"] == pytest.approx(0, abs=1e-5)
+    assert content["recommended"] in printed
+    assert "| Muse |" in Path("found/compare.md").read_text()
+    assert Path("found/compare.png").read_bytes().startswith(b"\x89PNG")
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("source").mkdir()
+    assert main(["fit", "-c", "recipe.yaml", "-c", "found/recommended.yaml", "--print_config"]) == 0
+    recommended = next(each for each in content["settings"] if each["name"] == content["recommended"])
+    assert f"top_k: {recommended['attention']['init_args']['top_k']}\n" in capsys.readouterr().out
+
+
+def test_without_a_setting_under_the_limit(
+    folder: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", f"--model={folder}", f"--data={dataset}", *OPTIONS, "--sweep=true", *GRID[:3]]
+    assert main([*arguments, "--grid.top_k=[1]", "--max_loss_increase=-9", f"--out={tmp_path / 'found'}"]) == 0
+    assert "No MuSe setting keeps the rise" in capsys.readouterr().out
+    assert not (tmp_path / "found" / "recommended.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--model=nowhere", "nowhere does not exist"),
+        ("--data=nowhere", "nowhere is not a prepared dataset"),
+        ("--seq_len=4096", "is meant for at most 128 tokens"),
+        ("--blocks=0", "blocks: 0 found, at least 1 expected"),
+        ("--device=cuda", "device: cuda found, but PyTorch sees no GPU"),
+        ("--muse.causal=false", "muse.causal: False found"),
+        ("--muse.chunk=24", "chunk / query_cluster must be a power of two"),
+        ("--window=0", "window must be at least 1 token"),
+        ("--out=.", "out: . exists"),
+    ],
+)
+def test_mistakes(
+    folder: Path,
+    dataset: Path,
+    tmp_path: Path,
+    change: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = tmp_path / "found"
+    arguments = [f"--model={folder}", f"--data={dataset}", *OPTIONS, f"--out={out}", change]
+    assert main(["compare", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("error: ") == 1
+    assert message in error
+    assert not out.exists()

@@ -1,0 +1,58 @@
+"""Costs: pairs against a count, times with instruments that only run."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from muse_lightning.compare import costs
+from muse_lightning.compare.activations import middle_layer
+from muse_lightning.compare.blocks import Blocks
+from muse_lightning.compare.settings import Setting, make_settings
+from muse_lightning.measure.bench.timing import Run, Timing
+from muse_lightning.model import Llama
+from tests.compare.conftest import MUSE, SEQ_LEN
+
+
+class Runs:
+    """Instruments that run everything once and count."""
+
+    device = "cpu"
+
+    def time(self, runs: Mapping[str, Run]) -> dict[str, Timing]:
+        for run in runs.values():
+            run()
+        return {name: Timing.of([float(i)]) for i, name in enumerate(runs)}
+
+    def peak_bytes(self, run: Run) -> int:
+        raise NotImplementedError
+
+    def kernel_times(self, run: Run) -> dict[str, float]:
+        raise NotImplementedError
+
+
+def test_pairs_of_the_documents(blocks: Blocks, settings: list[Setting]) -> None:
+    expected = 0
+    for batch in blocks.batches:
+        ends = batch["cu_seqlens"].tolist() if "cu_seqlens" in batch else [0, SEQ_LEN]
+        expected += sum((b - a) * (b - a + 1) // 2 for a, b in itertools.pairwise(ends))
+    assert costs.pairs(settings[0], blocks.batches) == expected
+    assert costs.pairs(settings[3], blocks.batches) < expected
+
+
+@pytest.mark.parametrize("blocks", [True, False], indirect=True, ids=["documents", "rows"])
+def test_every_setting_is_timed(llama: Llama, blocks: Blocks, settings: list[Setting]) -> None:
+    names = {setting.name for setting in settings}
+    found = middle_layer(llama, blocks.batches[0])
+    assert costs.attention_times(settings, found, 1, Runs()).keys() == names
+    assert costs.forward_times(llama, settings, blocks.batches[0], Runs()).keys() == names
+    assert type(llama.blocks[0].self_attn.attention).__name__ == "Dense"
+
+
+def test_packed_documents_have_their_own_limit(blocks: Blocks) -> None:
+    """Without documents MuSe is exact up to 7 chunks, with them up to 2."""
+    dense, muse = make_settings(replace(MUSE, exact_below=None), 12, None, None)[:2]
+    is_packed = "cu_seqlens" in blocks.batches[0]
+    is_exact = costs.pairs(muse, blocks.batches) == costs.pairs(dense, blocks.batches)
+    assert is_exact == (not is_packed)

@@ -1,0 +1,44 @@
+"""Which setting is recommended, and the overlay that says so."""
+
+import pytest
+import yaml
+
+from muse_lightning.compare.losses import Losses
+from muse_lightning.compare.results import Found, cheapest, least_rising, overlay
+from muse_lightning.compare.settings import Grid, make_settings
+from tests.compare.conftest import MUSE
+
+DENSE, MUSE_SETTING, BLOCKS, WINDOW, *SWEPT = make_settings(
+    MUSE, 12, None, Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(2, 3, 4))
+)
+
+
+def found(setting: object, rise: float, error: float | None, pairs: float, ms: float | None = None) -> Found:
+    return Found(setting, Losses([1.0], [1], [1], []), (rise, error), pairs, attention_ms=ms)  # type: ignore[arg-type]
+
+
+FOUND = [
+    found(DENSE, 0.0, 0.0, 1.0),
+    found(MUSE_SETTING, 0.02, 0.001, 0.1),
+    found(BLOCKS, 0.001, 0.0001, 0.05),  # cheap and good, but not MuSe
+    found(SWEPT[0], 0.009, 0.001, 0.2),  # under the limit only without its standard error
+    found(SWEPT[1], 0.007, 0.001, 0.3),
+    found(SWEPT[2], 0.001, 0.001, 0.4),
+]
+
+
+@pytest.mark.parametrize(("limit", "chosen"), [(0.01, 4), (0.0111, 3), (0.005, 5), (0.0029, None), (1.0, 1)])
+def test_the_cheapest_under_the_limit(limit: float, chosen: int | None) -> None:
+    assert cheapest(FOUND, limit) is (None if chosen is None else FOUND[chosen])
+    assert least_rising(FOUND) is FOUND[5]
+
+
+def test_measured_time_decides_where_there_is_one() -> None:
+    slow, fast = found(SWEPT[0], 0.001, None, 0.2, ms=3.0), found(SWEPT[1], 0.001, None, 0.3, ms=2.0)
+    assert cheapest([slow, fast], 0.01) is fast
+
+
+def test_the_overlay_is_the_setting() -> None:
+    text = overlay(FOUND[4], {"command": "muse compare --sweep=true", "seq_len": 96})
+    assert yaml.safe_load(text) == {"model": {"attention": {"class_path": "Muse", "init_args": SWEPT[1].muse}}}
+    assert "+0.0070 (standard error 0.0010)" in text

@@ -1,0 +1,50 @@
+"""Settings: what is compared, and what a grid makes of MuSe's options."""
+
+from dataclasses import replace
+
+import pytest
+
+from muse_lightning.attention import Dense, Muse, SlidingWindow, SpatialBlocks
+from muse_lightning.compare.settings import Grid, make_settings
+from muse_lightning.errors import UserError
+from tests.compare.conftest import MUSE
+
+
+def test_the_baselines_match_muse() -> None:
+    dense, muse, blocks, window = (each.attention(3) for each in make_settings(MUSE, 12, None, None))
+    assert isinstance(dense, Dense)
+    assert isinstance(muse, Muse)
+    assert isinstance(blocks, SpatialBlocks)
+    assert isinstance(window, SlidingWindow)
+    for name in ("chunk", "query_cluster", "key_cluster", "top_k", "exact_below"):
+        assert muse.options[name] == blocks.options[name] == getattr(MUSE, name)
+    assert window.window == 12
+    assert muse.layer_idx == 3
+
+
+def test_a_windowed_model_is_compared_with_its_own_attention() -> None:
+    exact = make_settings(MUSE, 12, 40, None)[0]
+    assert exact.attention(0).window == 40  # type: ignore[attr-defined]
+    assert exact.recipe == {"class_path": "SlidingWindow", "init_args": {"window": 40}}
+
+
+def test_a_grid_is_every_combination_but_the_default() -> None:
+    grid = Grid(chunk=(16, 32), query_cluster=(8,), key_cluster=(4,), top_k=(1, 2))
+    swept = make_settings(MUSE, 12, None, grid)[4:]
+    assert {(each.muse["chunk"], each.muse["top_k"]) for each in swept if each.muse} == {(16, 2), (32, 1), (32, 2)}
+    assert all(each.is_swept and each.recipe["init_args"] == each.muse for each in swept)
+    assert swept[0].name == "chunk 16, top_k 2"
+
+
+@pytest.mark.parametrize(
+    ("muse", "grid", "message"),
+    [
+        (replace(MUSE, causal=False), None, "muse.causal: False found"),
+        (replace(MUSE, softmax_scale=1.0), None, "muse.softmax_scale: 1.0 found"),
+        (MUSE, Grid(top_k=()), "grid.top_k: at least one value expected"),
+        (MUSE, Grid(chunk=(24,), key_cluster=(4,), query_cluster=(8,)), "grid: chunk / query_cluster must be a power"),
+    ],
+)
+def test_mistakes(muse: object, grid: Grid | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_settings(muse, 12, None, grid)  # type: ignore[arg-type]
