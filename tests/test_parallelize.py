@@ -97,7 +97,8 @@ def test_compiled_gradients_are_equal(attention: type[AttentionStrategy], policy
     plain, _ = train_step("none", attention)
     compiled, _ = train_step(policy, attention, backend)
     for name, gradient in plain.items():
-        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+        # Fused kernels round elsewhere.
+        assert (compiled[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
 def test_one_compilation_serves_all_blocks_documents_and_strategies() -> None:
