@@ -186,7 +186,7 @@ def _documents(
                 f"{_shown(registered)} accepts an attention_mask with padding on the left, the right or both, "
                 "got padding between the tokens of a row"
             )
-        starts = starts | (F.pad(is_text[:, 1:] != is_text[:, :-1], (1, 0)))
+        starts = starts | F.pad(is_text[:, 1:] != is_text[:, :-1], (1, 0))
     elif not bool(starts[:, 1:].any()):
         return None
     return _mask_of_documents(starts, is_text)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from muse_kernels import muse_attention
 from muse_lightning.drop_in import register_with_transformers
@@ -345,6 +345,9 @@ def test_what_has_no_place_in_muse_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+MASK_SIZES: dict[str, Any] = {"batch_size": 1, "q_length": LENGTH, "kv_length": LENGTH, "device": "cpu"}
+
+
 @pytest.mark.parametrize(
     "mask_function",
     [
@@ -356,9 +359,24 @@ def test_what_has_no_place_in_muse_is_refused_in_one_line(
     ids=["bidirectional", "prefix", "one-key-less", "a-window-nobody-named"],
 )
 def test_other_masks_are_refused(mask_function: Callable[..., Tensor]) -> None:
-    sizes = {"batch_size": 1, "q_length": LENGTH, "kv_length": LENGTH, "q_offset": 0, "device": "cpu"}
     with pytest.raises(ValueError, match="the model asks for another mask"):
-        AttentionMaskInterface()["muse"](**sizes, mask_function=mask_function)
+        AttentionMaskInterface()["muse"](**MASK_SIZES, mask_function=mask_function)
+
+
+def test_functions_that_a_model_adds_to_its_mask_are_refused() -> None:
+    with pytest.raises(ValueError, match="the model asks for another mask"):
+        AttentionMaskInterface()["muse"](**MASK_SIZES, mask_function=causal_mask_function, use_vmap=True)
+
+
+def test_chunked_attention_is_attention_within_documents() -> None:
+    """As in Llama 4: a token sees the tokens of its own chunk."""
+    mask = AttentionMaskInterface()["muse"](
+        **MASK_SIZES,
+        mask_function=lambda batch, head, query, key: (key <= query) & (key // 32 == query // 32),
+        local_size=32,
+    )
+    assert mask.dtype == torch.int32
+    assert mask.flatten().tolist() == [0, 32, 64] + [LENGTH] * 62
 
 
 @pytest.mark.parametrize(
@@ -436,6 +454,24 @@ def test_a_compiled_layer_is_one_graph(mask: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(actual, qkv, dout), torch.autograd.grad(expected, qkv, dout))
 
 
+@pytest.mark.slow
+def test_a_compiled_decoding_step_is_one_graph() -> None:
+    model, input_ids = make_model("llama"), torch.randint(64, (2, LENGTH))
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + 1)
+    prefilled(model, "muse", input_ids, cache)
+    caches = [cache, copy.deepcopy(cache)]
+    steps = [model.forward, torch.compile(model.forward, backend="aot_eager", fullgraph=True)]
+    # transformers 4 needs to be told the place, for a compiled step.
+    batch = {"use_cache": True, "cache_position": torch.tensor([LENGTH])}
+    with torch.no_grad():
+        logits = [
+            step(input_ids[:, :1], past_key_values=cache, **batch).logits
+            for step, cache in zip(steps, caches, strict=True)
+        ]
+    torch.testing.assert_close(*logits, **TOLERANCE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [BATCHES["left"], BATCHES["packed"]], ids=["left", "packed"])
 def test_a_compiled_model_gives_the_same(batch: dict[str, Any]) -> None:
     model, input_ids = make_model("llama"), torch.randint(64, (len(next(iter(batch.values()))), LENGTH))
@@ -526,7 +562,7 @@ def test_kernels_are_called_as_the_operator_is(text: list[tuple[int, int]], gpu_
         batch_size=len(text),
         q_length=LONG,
         kv_length=LONG,
-        mask_function=transformers.masking_utils.causal_mask_function,
+        mask_function=causal_mask_function,
         attention_mask=is_text,
         device="cuda",
     )
@@ -578,7 +614,7 @@ def test_layers_do_not_wait_for_the_device(gpu_attention: Callable[..., Any]) ->
         batch_size=2,
         q_length=LONG,
         kv_length=LONG,
-        mask_function=transformers.masking_utils.causal_mask_function,
+        mask_function=causal_mask_function,
         attention_mask=is_text,
         device="cuda",
     )
