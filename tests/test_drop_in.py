@@ -55,12 +55,14 @@ Recorder = list[SimpleNamespace]
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
     """ "muse", which approximates every row in these tests, and "muse_exact", which none."""
+    mappings = [interface._global_mapping for interface in (AttentionInterface, AttentionMaskInterface)]
+    before = copy.copy(mappings[0]), copy.copy(mappings[1])
     register_with_transformers(**APPROXIMATE, implementation="reference")
     register_with_transformers("muse_exact", **(APPROXIMATE | {"exact_below": 10 * LENGTH}), implementation="reference")
     yield
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        for name in ("muse", "muse_exact"):
-            del interface._global_mapping[name]
+    for mapping, content in zip(mappings, before, strict=True):
+        mapping.clear()
+        mapping.update(content)
 
 
 @pytest.fixture
@@ -420,6 +422,15 @@ def test_wrong_registrations_are_refused(name: str, options: dict[str, Any], mes
     assert AttentionInterface._global_mapping == before
 
 
+def test_the_same_name_again_replaces_the_options() -> None:
+    model = make_model("llama")
+    expected = run(model, "sdpa", {})
+    register_with_transformers("twice", **APPROXIMATE)
+    assert relative_error(run(model, "twice", {})[0], expected[0]) > 1e-2
+    register_with_transformers("twice", **(APPROXIMATE | {"exact_below": LENGTH}))
+    assert_same(run(model, "twice", {}), expected)
+
+
 # -------------------------------------------------------------------------------------------------------- in use
 
 
@@ -526,17 +537,10 @@ LONG = 8192
 ON_GPU: dict[str, Any] = {"chunk": 1024, "top_k": 4}
 
 
-@pytest.fixture
-def gpu_attention() -> Iterator[Callable[..., Any]]:
-    """The attention function of these options by kernels, for layers of 8 heads of 64 and 2 of keys, and its masks."""
-
-    def attention(**options: Any) -> tuple[Any, Any]:
-        register_with_transformers("muse_gpu", **(ON_GPU | options), implementation="triton")
-        return AttentionInterface()["muse_gpu"], AttentionMaskInterface()["muse_gpu"]
-
-    yield attention
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        interface._global_mapping.pop("muse_gpu", None)
+def gpu_attention(**options: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Attention by kernels, registered as "muse_gpu": the function of layers and the function of masks."""
+    register_with_transformers("muse_gpu", **(ON_GPU | options), implementation="triton")
+    return AttentionInterface()["muse_gpu"], AttentionMaskInterface()["muse_gpu"]
 
 
 def gpu_inputs(rows: int) -> list[Tensor]:
@@ -554,7 +558,7 @@ def gpu_model() -> PreTrainedModel:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("text", [[(0, LONG)], [(1000, LONG), (0, 5000)]], ids=["plain", "padded"])
-def test_kernels_are_called_as_the_operator_is(text: list[tuple[int, int]], gpu_attention: Callable[..., Any]) -> None:
+def test_kernels_are_called_as_the_operator_is(text: list[tuple[int, int]]) -> None:
     attend, make_mask = gpu_attention(exact_below=2048)
     place = torch.arange(LONG, device="cuda")
     is_text = torch.stack([(place >= start) & (place < end) for start, end in text])
@@ -584,7 +588,7 @@ def test_kernels_are_called_as_the_operator_is(text: list[tuple[int, int]], gpu_
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", ["plain", "left", "packed"])
-def test_exact_by_kernels_is_as_accurate_as_sdpa(batch: str, gpu_attention: Callable[..., Any]) -> None:
+def test_exact_by_kernels_is_as_accurate_as_sdpa(batch: str) -> None:
     gpu_attention(exact_below=LONG)
     model, input_ids = gpu_model(), torch.randint(64, (1, LONG), device="cuda")
     place = torch.arange(LONG, device="cuda")[None]
@@ -606,7 +610,7 @@ def test_exact_by_kernels_is_as_accurate_as_sdpa(batch: str, gpu_attention: Call
 
 
 @pytest.mark.gpu
-def test_layers_do_not_wait_for_the_device(gpu_attention: Callable[..., Any]) -> None:
+def test_layers_do_not_wait_for_the_device() -> None:
     attend, make_mask = gpu_attention(exact_below=2048)
     is_text = torch.ones(2, LONG, dtype=torch.bool, device="cuda")
     is_text[0, :1000] = False
