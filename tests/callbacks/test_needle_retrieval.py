@@ -78,7 +78,7 @@ def test_rows_alone_take_needles_from_the_batch_before(tmp_path: Path) -> None:
         ([random_batch(documents=[63, 65])], None),
         ([random_batch(documents=[64, 64])], None),
         ([random_batch(documents=[63, 63, 2])], "2 of 2"),
-        ([random_batch(1)], "0 of 0"),
+        ([random_batch(1)], "no pool"),
         ([{name: torch.ones_like(tensor) for name, tensor in random_batch().items()}], "2 of 2"),
     ],
     ids=["one-over-half", "halves", "under-half", "one-row", "one-token"],
@@ -91,6 +91,9 @@ def test_rows_without_a_needle_are_left_out(
     notes = [record.message for record in caplog.records if record.message.startswith("needle retrieval")]
     if left_out is None:
         assert (logged["val/needle_rows"], notes) == (2.0, [])
+    elif left_out == "no pool":
+        assert not logged
+        assert notes == ["needle retrieval: left out, the validation has no second document to take needles from"]
     else:
         assert not logged
         assert notes == [
