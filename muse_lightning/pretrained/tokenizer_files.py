@@ -112,7 +112,7 @@ def choose_special_tokens(folder: Path, config: LlamaConfig) -> SpecialTokens:
     special = [token["content"] for token in added if token["special"]]
     settings = _read_settings(folder)
     defaults = asdict(DEFAULT_SPECIAL_TOKENS)
-    recorded = settings.get(_DOCUMENT_TOKENS)
+    recorded: Any = settings.get(_DOCUMENT_TOKENS)
     if (
         isinstance(recorded, dict)
         and recorded.keys() == defaults.keys()
