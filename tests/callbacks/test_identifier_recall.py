@@ -76,6 +76,18 @@ def test_what_the_model_knows(tmp_path: Path, documents: bool) -> None:
     }
 
 
+def test_documents_are_told_apart(tmp_path: Path) -> None:
+    """Behind another document in the same row; this model knows places in its document."""
+    before = [*b"another text", 258]
+    batch = batch_of([*before, *tokens()], documents=True)
+    batch["cu_seqlens"][1] = len(before)
+    trainer = tiny_trainer(tmp_path, callbacks=[IdentifierRecall(min_distance=10)])
+    data = TinyData([], [batch])
+    data.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
+    trainer.validate(oracle_model(VOCAB, knows("load_all", "near_by")), data, verbose=False)
+    assert scalars(trainer)["val/identifier_accuracy"] == [(0, 1.0)]
+
+
 def test_batches_and_distance(tmp_path: Path) -> None:
     logged = validate(tmp_path, knows(), min_distance=128, batches=1)
     assert (logged["count"], logged["count_control"]) == (1, 2)

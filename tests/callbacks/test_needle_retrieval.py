@@ -102,6 +102,12 @@ def test_rows_without_a_needle_are_left_out(
         ]
 
 
+@pytest.mark.parametrize(("min_share", "rows"), [(0.78, 2.0), (0.79, None)])
+def test_how_long_a_document_must_be(tmp_path: Path, min_share: float, rows: float | None) -> None:
+    logged = validate(tmp_path, [random_batch(documents=[28, 100])], min_share=min_share)
+    assert logged.get("val/needle_rows") == rows
+
+
 def test_special_tokens_are_no_needles(tmp_path: Path) -> None:
     token_bytes = torch.ones(VOCAB, dtype=torch.int64)
     token_bytes[: VOCAB // 2] = 0  # half of all tokens: no span of 16 is without one
