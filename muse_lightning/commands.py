@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 # A class is known by its bare name once it has been imported.
 import muse_lightning.attention
 import muse_lightning.data.sources  # noqa: F401
-from muse_lightning.callbacks import DEFAULT_CALLBACKS
+from muse_lightning.callbacks import DEFAULT_CALLBACKS, LONG_CONTEXT_CALLBACKS
 from muse_lightning.callbacks.ledger import Ledger
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import progress_bar
@@ -226,6 +226,7 @@ class MuseCLI(LightningCLI):
             (self.verb == "fit", Ledger, lambda: Ledger(self.run_folder.path / FOLDER_NAME)),
             (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),
             *((self.verb in ("fit", "validate"), kind, kind) for kind in DEFAULT_CALLBACKS),
+            *((self.verb == "validate", kind, kind) for kind in LONG_CONTEXT_CALLBACKS),
         ]
         for is_wanted, kind, make in kinds:
             if is_wanted and not any(isinstance(callback, kind) for callback in callbacks):

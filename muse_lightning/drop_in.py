@@ -186,7 +186,7 @@ def _documents(
                 f"{_shown(registered)} accepts an attention_mask with padding on the left, the right or both, "
                 "got padding between the tokens of a row"
             )
-        starts = starts | (F.pad(is_text[:, 1:] != is_text[:, :-1], (1, 0)))
+        starts = starts | F.pad(is_text[:, 1:] != is_text[:, :-1], (1, 0))
     elif not bool(starts[:, 1:].any()):
         return None
     return _mask_of_documents(starts, is_text)
@@ -294,7 +294,9 @@ def _documents_of_positions(position_ids: Tensor, batch_size: int, num_tokens: i
     version = None if position_ids.is_inference() else position_ids._version
     known = _DOCUMENTS_OF_POSITIONS.get(position_ids)
     if known is None or known[0] != version or version is None:
-        starts = F.pad(position_ids.diff(dim=1) <= 0, (1, 0), value=True).expand(batch_size, -1)
+        steps, is_first = position_ids.diff(dim=1), position_ids[:, 1:] == position_ids[:, :1]
+        # A position that repeats is no start: models of images give one position to many tokens.
+        starts = F.pad((steps < 0) | ((steps == 0) & is_first), (1, 0), value=True).expand(batch_size, -1)
         is_packed = bool(starts[:, 1:].any())
         known = version, _mask_of_documents(starts, None)[0, 0, 0] if is_packed else None
         _DOCUMENTS_OF_POSITIONS[position_ids] = known

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from muse_kernels import muse_attention
 from muse_lightning.drop_in import register_with_transformers
@@ -55,12 +55,14 @@ Recorder = list[SimpleNamespace]
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
     """ "muse", which approximates every row in these tests, and "muse_exact", which none."""
+    mappings = [interface._global_mapping for interface in (AttentionInterface, AttentionMaskInterface)]
+    before = copy.copy(mappings[0]), copy.copy(mappings[1])
     register_with_transformers(**APPROXIMATE, implementation="reference")
     register_with_transformers("muse_exact", **(APPROXIMATE | {"exact_below": 10 * LENGTH}), implementation="reference")
     yield
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        for name in ("muse", "muse_exact"):
-            del interface._global_mapping[name]
+    for mapping, content in zip(mappings, before, strict=True):
+        mapping.clear()
+        mapping.update(content)
 
 
 @pytest.fixture
@@ -169,6 +171,15 @@ def test_positions_count_although_there_is_a_cache(name: str) -> None:
     model = make_model(name)
     actual = run(model, "muse_exact", {"position_ids": restarting(), "use_cache": True})
     assert_same(actual, run(model, "sdpa", BATCHES["packed"]))
+
+
+def test_positions_that_repeat_start_no_document() -> None:
+    model, positions = make_model("llama"), torch.arange(LENGTH)[None]
+    batch = {"position_ids": torch.where((positions > 20) & (positions < 40), 20, positions), "use_cache": True}
+    assert_same(run(model, "muse_exact", batch), run(model, "sdpa", batch))
+    starts_twice = {"position_ids": (positions - 1).clamp_min(0)}
+    expected = run(model, "sdpa", starts_twice | {"use_cache": False})
+    assert_same(run(model, "muse_exact", starts_twice | {"use_cache": True}), expected)
 
 
 def test_positions_written_into_the_same_tensor_are_seen() -> None:
@@ -336,6 +347,9 @@ def test_what_has_no_place_in_muse_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+MASK_SIZES: dict[str, Any] = {"batch_size": 1, "q_length": LENGTH, "kv_length": LENGTH, "device": "cpu"}
+
+
 @pytest.mark.parametrize(
     "mask_function",
     [
@@ -347,9 +361,24 @@ def test_what_has_no_place_in_muse_is_refused_in_one_line(
     ids=["bidirectional", "prefix", "one-key-less", "a-window-nobody-named"],
 )
 def test_other_masks_are_refused(mask_function: Callable[..., Tensor]) -> None:
-    sizes = {"batch_size": 1, "q_length": LENGTH, "kv_length": LENGTH, "q_offset": 0, "device": "cpu"}
     with pytest.raises(ValueError, match="the model asks for another mask"):
-        AttentionMaskInterface()["muse"](**sizes, mask_function=mask_function)
+        AttentionMaskInterface()["muse"](**MASK_SIZES, mask_function=mask_function)
+
+
+def test_functions_that_a_model_adds_to_its_mask_are_refused() -> None:
+    with pytest.raises(ValueError, match="the model asks for another mask"):
+        AttentionMaskInterface()["muse"](**MASK_SIZES, mask_function=causal_mask_function, use_vmap=True)
+
+
+def test_chunked_attention_is_attention_within_documents() -> None:
+    """As in Llama 4: a token sees the tokens of its own chunk."""
+    mask = AttentionMaskInterface()["muse"](
+        **MASK_SIZES,
+        mask_function=lambda batch, head, query, key: (key <= query) & (key // 32 == query // 32),
+        local_size=32,
+    )
+    assert mask.dtype == torch.int32
+    assert mask.flatten().tolist() == [0, 32, 64] + [LENGTH] * 62
 
 
 @pytest.mark.parametrize(
@@ -393,6 +422,15 @@ def test_wrong_registrations_are_refused(name: str, options: dict[str, Any], mes
     assert AttentionInterface._global_mapping == before
 
 
+def test_the_same_name_again_replaces_the_options() -> None:
+    model = make_model("llama")
+    expected = run(model, "sdpa", {})
+    register_with_transformers("twice", **APPROXIMATE)
+    assert relative_error(run(model, "twice", {})[0], expected[0]) > 1e-2
+    register_with_transformers("twice", **(APPROXIMATE | {"exact_below": LENGTH}))
+    assert_same(run(model, "twice", {}), expected)
+
+
 # -------------------------------------------------------------------------------------------------------- in use
 
 
@@ -427,6 +465,24 @@ def test_a_compiled_layer_is_one_graph(mask: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(actual, qkv, dout), torch.autograd.grad(expected, qkv, dout))
 
 
+@pytest.mark.slow
+def test_a_compiled_decoding_step_is_one_graph() -> None:
+    model, input_ids = make_model("llama"), torch.randint(64, (2, LENGTH))
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + 1)
+    prefilled(model, "muse", input_ids, cache)
+    caches = [cache, copy.deepcopy(cache)]
+    steps = [model.forward, torch.compile(model.forward, backend="aot_eager", fullgraph=True)]
+    # transformers 4 needs to be told the place, for a compiled step.
+    batch = {"use_cache": True, "cache_position": torch.tensor([LENGTH])}
+    with torch.no_grad():
+        logits = [
+            step(input_ids[:, :1], past_key_values=cache, **batch).logits
+            for step, cache in zip(steps, caches, strict=True)
+        ]
+    torch.testing.assert_close(*logits, **TOLERANCE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [BATCHES["left"], BATCHES["packed"]], ids=["left", "packed"])
 def test_a_compiled_model_gives_the_same(batch: dict[str, Any]) -> None:
     model, input_ids = make_model("llama"), torch.randint(64, (len(next(iter(batch.values()))), LENGTH))
@@ -481,17 +537,10 @@ LONG = 8192
 ON_GPU: dict[str, Any] = {"chunk": 1024, "top_k": 4}
 
 
-@pytest.fixture
-def gpu_attention() -> Iterator[Callable[..., Any]]:
-    """The attention function of these options by kernels, for layers of 8 heads of 64 and 2 of keys, and its masks."""
-
-    def attention(**options: Any) -> tuple[Any, Any]:
-        register_with_transformers("muse_gpu", **(ON_GPU | options), implementation="triton")
-        return AttentionInterface()["muse_gpu"], AttentionMaskInterface()["muse_gpu"]
-
-    yield attention
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        interface._global_mapping.pop("muse_gpu", None)
+def gpu_attention(**options: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Attention by kernels, registered as "muse_gpu": the function of layers and the function of masks."""
+    register_with_transformers("muse_gpu", **(ON_GPU | options), implementation="triton")
+    return AttentionInterface()["muse_gpu"], AttentionMaskInterface()["muse_gpu"]
 
 
 def gpu_inputs(rows: int) -> list[Tensor]:
@@ -509,7 +558,7 @@ def gpu_model() -> PreTrainedModel:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("text", [[(0, LONG)], [(1000, LONG), (0, 5000)]], ids=["plain", "padded"])
-def test_kernels_are_called_as_the_operator_is(text: list[tuple[int, int]], gpu_attention: Callable[..., Any]) -> None:
+def test_kernels_are_called_as_the_operator_is(text: list[tuple[int, int]]) -> None:
     attend, make_mask = gpu_attention(exact_below=2048)
     place = torch.arange(LONG, device="cuda")
     is_text = torch.stack([(place >= start) & (place < end) for start, end in text])
@@ -517,7 +566,7 @@ def test_kernels_are_called_as_the_operator_is(text: list[tuple[int, int]], gpu_
         batch_size=len(text),
         q_length=LONG,
         kv_length=LONG,
-        mask_function=transformers.masking_utils.causal_mask_function,
+        mask_function=causal_mask_function,
         attention_mask=is_text,
         device="cuda",
     )
@@ -533,13 +582,13 @@ def test_kernels_are_called_as_the_operator_is(text: list[tuple[int, int]], gpu_
         expected_gradients = torch.autograd.grad(expected, document, dout[row, None, start:end].transpose(1, 2))
         assert relative_error(out[row, start:end], expected[0].transpose(0, 1)) < 0.01
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-            assert relative_error(gradient[row, :, start:end], expected_gradient[0]) < 0.01
+            assert relative_error(gradient[row, :, start:end], expected_gradient[0]) < 0.02
         assert not out[row, ~is_text[row]].any()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", ["plain", "left", "packed"])
-def test_exact_by_kernels_is_as_accurate_as_sdpa(batch: str, gpu_attention: Callable[..., Any]) -> None:
+def test_exact_by_kernels_is_as_accurate_as_sdpa(batch: str) -> None:
     gpu_attention(exact_below=LONG)
     model, input_ids = gpu_model(), torch.randint(64, (1, LONG), device="cuda")
     place = torch.arange(LONG, device="cuda")[None]
@@ -561,7 +610,7 @@ def test_exact_by_kernels_is_as_accurate_as_sdpa(batch: str, gpu_attention: Call
 
 
 @pytest.mark.gpu
-def test_layers_do_not_wait_for_the_device(gpu_attention: Callable[..., Any]) -> None:
+def test_layers_do_not_wait_for_the_device() -> None:
     attend, make_mask = gpu_attention(exact_below=2048)
     is_text = torch.ones(2, LONG, dtype=torch.bool, device="cuda")
     is_text[0, :1000] = False
@@ -569,7 +618,7 @@ def test_layers_do_not_wait_for_the_device(gpu_attention: Callable[..., Any]) ->
         batch_size=2,
         q_length=LONG,
         kv_length=LONG,
-        mask_function=transformers.masking_utils.causal_mask_function,
+        mask_function=causal_mask_function,
         attention_mask=is_text,
         device="cuda",
     )

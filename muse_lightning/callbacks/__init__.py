@@ -1,10 +1,13 @@
 """One concern each: what is watched, and what is written, while a Trainer runs."""
 
 from muse_lightning.callbacks.attention_error import AttentionError
+from muse_lightning.callbacks.context_gain import ContextGain
 from muse_lightning.callbacks.gradient_norm import GradientNorm
+from muse_lightning.callbacks.identifier_recall import IdentifierRecall
 from muse_lightning.callbacks.ledger import Ledger
 from muse_lightning.callbacks.loss_by_position import LossByPosition
 from muse_lightning.callbacks.memory_use import MemoryUse
+from muse_lightning.callbacks.needle_retrieval import NeedleRetrieval
 from muse_lightning.callbacks.ngram_baseline import NgramBaseline
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import ProgressLines
@@ -14,14 +17,21 @@ from muse_lightning.callbacks.throughput import DeviceThroughput
 DEFAULT_CALLBACKS = (DeviceThroughput, StepTime, MemoryUse, GradientNorm, LossByPosition, AttentionError)
 """What every fit has: the tags in docs/training.md."""
 
+LONG_CONTEXT_CALLBACKS = (ContextGain, NeedleRetrieval, IdentifierRecall)
+"""What `muse validate` has too: the tags in docs/evaluation.md. They take forward passes of their own."""
+
 __all__ = [
     "DEFAULT_CALLBACKS",
+    "LONG_CONTEXT_CALLBACKS",
     "AttentionError",
+    "ContextGain",
     "DeviceThroughput",
     "GradientNorm",
+    "IdentifierRecall",
     "Ledger",
     "LossByPosition",
     "MemoryUse",
+    "NeedleRetrieval",
     "NgramBaseline",
     "PredictionFiles",
     "ProgressLines",

@@ -5,26 +5,34 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from muse_lightning.callbacks.figures import draw_curve, write_figure
+from muse_lightning.errors import UserError
 from muse_lightning.model.rope import document_positions
 from muse_lightning.training.loss import IGNORED_LABEL
 from muse_lightning.training.totals import Totals
 
 
 class LossByPosition(L.Callback):
-    """Draws the figure `val/loss_by_position` at each validation.
+    """Draws the figure `val/loss_by_position` at each validation, and logs `val/loss_short` and `val/loss_long`.
 
     A prediction at position i of its document sees i + 1 tokens; losses are averaged over 1, 2-3, 4-7, 8-15, ... tokens
-    in sight, over all batches and ranks.
+    in sight, over all batches and ranks. `val/loss_short` is the mean over predictions that see at most `short_context`
+    tokens, which a long context must not spoil; `val/loss_long` that over those that see more than half the context;
+    each is left out where there are none.
+
+    Args:
+        short_context: tokens.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[LossByPosition()])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, short_context: int = 2048) -> None:
+        if short_context < 1:
+            raise UserError(f"LossByPosition: short_context is {short_context}; it must be at least 1 token")
+        self.short_context = short_context
         self._totals = Totals()
         self._buckets = 0
 
@@ -40,20 +48,42 @@ class LossByPosition(L.Callback):
         """Add the losses of a batch, which the validation step returns as `nats`."""
         nats, counts = sums_by_context(outputs["nats"], batch)
         self._buckets = len(nats)
-        self._totals.add(*nats, *counts)
+        in_sight, is_label = tokens_in_sight(batch), batch["labels"] != IGNORED_LABEL
+        short = is_label & (in_sight <= self.short_context)
+        long = is_label & (in_sight > in_sight.shape[1] // 2)
+        ends = [value for mask in (short, long) for value in ((outputs["nats"] * mask).sum(), mask.sum())]
+        self._totals.add(*nats, *counts, *ends)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw it."""
+        """Draw and log."""
         if not self._totals:
             return
         sums = self._totals.collect(trainer)
-        nats, counts = sums[: self._buckets], sums[self._buckets :]
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        nats, counts = sums[: self._buckets], sums[self._buckets : 2 * self._buckets]
+        short_nats, short_count, long_nats, long_count = sums[2 * self._buckets :]
+        if trainer.sanity_checking:
             return
-        points = [(2**i, total / count) for i, (total, count) in enumerate(zip(nats, counts, strict=True)) if count]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and points:
-                logger.experiment.add_figure("val/loss_by_position", draw(points), trainer.global_step)
+        means = {"val/loss_short": (short_nats, short_count), "val/loss_long": (long_nats, long_count)}
+        pl_module.log_dict({tag: total / count for tag, (total, count) in means.items() if count}, sync_dist=True)
+        points = [
+            (float(2**i), total / count) for i, (total, count) in enumerate(zip(nats, counts, strict=True)) if count
+        ]
+        if points:
+            figure = draw_curve(
+                points,
+                "tokens in sight, from this power of two to the next",
+                "validation loss, nats per token",
+                log_x=True,
+            )
+            write_figure(trainer, "val/loss_by_position", figure)
+
+
+def tokens_in_sight(batch: dict[str, Tensor]) -> Tensor:
+    """How many tokens each prediction sees, itself included: int64 [B, N], 1 at each document's start."""
+    rows, seq_len = batch["labels"].shape
+    if "cu_seqlens" in batch:
+        return document_positions(batch["cu_seqlens"], rows, seq_len) + 1
+    return torch.arange(1, seq_len + 1, device=batch["labels"].device).expand(rows, -1)
 
 
 def sums_by_context(nats: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -66,26 +96,10 @@ def sums_by_context(nats: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
         The sum of nats and the number of labels, each [log2(N) + 1], of predictions that see at least 2^i and less than
         2^(i + 1) tokens.
     """
-    rows, seq_len = nats.shape
-    if "cu_seqlens" in batch:
-        positions = document_positions(batch["cu_seqlens"], rows, seq_len)
-    else:
-        positions = torch.arange(seq_len, device=nats.device).expand(rows, -1)
+    in_sight = tokens_in_sight(batch)
     is_label = batch["labels"] != IGNORED_LABEL
     # One pass per bucket and not a histogram: bincount and scatter are not deterministic on a GPU.
     masks = [
-        is_label & (positions + 1 >= 2**i) & (positions + 1 < 2 ** (i + 1)) for i in range(int(math.log2(seq_len)) + 1)
+        is_label & (in_sight >= 2**i) & (in_sight < 2 ** (i + 1)) for i in range(int(math.log2(nats.shape[1])) + 1)
     ]
     return torch.stack([(nats * mask).sum() for mask in masks]), torch.stack([mask.sum() for mask in masks])
-
-
-def draw(points: list[tuple[int, float]]) -> Figure:
-    """The curve through (tokens in sight, mean nats)."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(*zip(*points, strict=True), marker="o")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens in sight, from this power of two to the next")
-    axes.set_ylabel("validation loss, nats per token")
-    axes.grid(alpha=0.3)
-    return figure

@@ -61,7 +61,8 @@ class Grid:
                 raise UserError(f"grid.{name}: at least one value expected, found none")
         for combination in itertools.product(*values.values()):
             try:
-                yield replace(base, **dict(zip(values, combination, strict=True)))
+                changes: dict[str, Any] = dict(zip(values, combination, strict=True))
+                yield replace(base, **changes)
             except ValueError as error:
                 raise UserError(f"grid: {error}") from None
 

@@ -24,8 +24,9 @@ _WINDOW_HEAD = """\
 
 
 def import_model(source: str, *, output: Path, revision: str | None = None, dtype: DtypeName | None = None) -> None:
-    """Bring a model of the Llama family (Llama, Mistral, Qwen2, Qwen3) from Hugging Face's format into a folder with a
-    recipe overlay.
+    """Bring a pretrained model into a folder, with an overlay for recipes that trains on from it.
+
+    Llama, Mistral, Qwen2 and Qwen3 in Hugging Face's format are understood (docs/pretrained.md).
 
     Args:
         source: A folder, or the name of a model on the Hugging Face hub.

@@ -112,6 +112,16 @@ def open_weights(path: Path, key: str) -> TensorStore:
     return open_checkpoint(_checkpoint(path, key))
 
 
+def known_config(path: Path) -> LlamaConfig | None:
+    """The architecture that weights were trained with, where something beside them says so and is understood."""
+    try:
+        if (path / HF_CONFIG_FILE).is_file():
+            return read_hf_config(path)
+        return run_architecture(run_of(_checkpoint(path, "model")))
+    except UserError:
+        return None
+
+
 def _checkpoint(path: Path, key: str) -> Path:
     """The checkpoint that a run folder or a .ckpt stands for."""
     if path.is_dir():

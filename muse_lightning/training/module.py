@@ -139,7 +139,8 @@ class LanguageModel(L.LightningModule):
         """Load `weights`, unless they have been loaded or a checkpoint has brought others."""
         if self._are_weights_due:
             assert self.weights is not None
-            load_weights(self.llama, self.weights)
+            for difference in load_weights(self.llama, self.weights):
+                rank_zero_info(difference)
             self._are_weights_due = False
 
     # Training

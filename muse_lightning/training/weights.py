@@ -5,9 +5,10 @@ from typing import Any
 
 from muse_lightning.errors import UserError, shown_url
 from muse_lightning.model.llama import Llama
-from muse_lightning.pretrained.reference import copy_weights, open_weights
+from muse_lightning.pretrained.reference import copy_weights, known_config, open_weights
 from muse_lightning.pretrained.tensors import check_shapes, load_pickle
 
+_SHAPELESS = ("rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window")
 _SHARDED_CHECKPOINT_FILE = "meta.pt"  # Lightning's, beside the shards
 
 
@@ -71,11 +72,13 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
         )
 
 
-def load_weights(llama: Llama, path: Path) -> None:
+def load_weights(llama: Llama, path: Path) -> list[str]:
     """Replace every parameter of `llama`, tensor by tensor, by the weights at `path`.
 
     Args:
         path: a model reference (pretrained/reference.py), a .safetensors file or a folder of them.
+    Returns:
+        One line for each number of the architecture that differs and that no shape shows.
     Raises:
         UserError: nothing readable there, or it belongs to a model of another shape; no parameter has changed.
     """
@@ -84,3 +87,9 @@ def load_weights(llama: Llama, path: Path) -> None:
         tensors = tensors.tied(str(path))
     check_shapes({name: tensor.shape for name, tensor in llama.state_dict().items()}, tensors.shapes(), str(path))
     copy_weights(llama, tensors)
+    trained, recipe = known_config(path.expanduser()), llama.config
+    return [
+        f"model.config.{name}: {getattr(trained, name)} at {path}, {getattr(recipe, name)} in this recipe, which wins"
+        for name in _SHAPELESS
+        if trained is not None and getattr(trained, name) != getattr(recipe, name)
+    ]

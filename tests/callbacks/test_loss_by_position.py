@@ -5,8 +5,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from muse_lightning.callbacks import LossByPosition
-from muse_lightning.callbacks.loss_by_position import draw, sums_by_context
-from tests.tiny import SEQ_LEN, TinyData, batches, tiny_model, tiny_trainer
+from muse_lightning.callbacks.figures import draw_curve
+from muse_lightning.callbacks.loss_by_position import sums_by_context
+from muse_lightning.errors import UserError
+from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_trainer
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole-rows"])
@@ -37,8 +39,49 @@ def test_a_figure_per_validation(tmp_path):
     assert [event.step for event in events.Images("val/loss_by_position")] == [1, 2]
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole-rows"])
+@pytest.mark.parametrize("short", [1, 7, 2048])
+def test_short_and_long_contexts(tmp_path, packed, short):
+    model, val = tiny_model(), batches(3, packed=packed)
+    trainer = tiny_trainer(tmp_path, callbacks=[LossByPosition(short_context=short)])
+    trainer.validate(model, TinyData([], val), verbose=False)
+    losses = {"val/loss_short": [], "val/loss_long": []}
+    for batch in val:
+        nats = model.token_nats(batch)
+        starts = set(batch["cu_seqlens"].tolist()) if packed else {0, SEQ_LEN}
+        in_sight = 0
+        for index in range(2 * SEQ_LEN):
+            in_sight = 1 if index in starts else in_sight + 1
+            if batch["labels"].view(-1)[index] != -100:
+                losses["val/loss_short"] += [nats.view(-1)[index].item()] if in_sight <= short else []
+                losses["val/loss_long"] += [nats.view(-1)[index].item()] if in_sight > SEQ_LEN / 2 else []
+    logged = scalars(trainer)
+    for tag, values in losses.items():
+        assert logged[tag][0][1] == pytest.approx(sum(values) / len(values), rel=1e-5), tag
+
+
+def test_no_long_document_no_loss_of_one(tmp_path):
+    [batch] = batches(1, packed=False)
+    batch["cu_seqlens"] = torch.tensor([*range(0, 2 * SEQ_LEN, 8), *[2 * SEQ_LEN] * 52], dtype=torch.int32)
+    trainer = tiny_trainer(tmp_path, callbacks=[LossByPosition()])
+    trainer.validate(tiny_model(), TinyData([], [batch]), verbose=False)
+    assert "val/loss_short" in scalars(trainer)
+    assert "val/loss_long" not in scalars(trainer)
+
+
+def test_mistakes():
+    with pytest.raises(UserError, match="LossByPosition: short_context is 0; it must be at least 1 token"):
+        LossByPosition(short_context=0)
+
+
 def test_the_curve():
-    [axes] = draw([(1, 3.0), (2, 2.5), (8, 2.0)]).axes
+    [axes] = draw_curve([(1, 3.0), (2, 2.5), (8, 2.0)], "x", "y", log_x=True).axes
     [line] = axes.lines
     assert line.get_xydata().tolist() == [[1, 3.0], [2, 2.5], [8, 2.0]]
     assert axes.get_xscale() == "log"
+
+
+def test_a_curve_with_its_control():
+    [axes] = draw_curve([(0.1, 1.0)], "depth", "accuracy", control=0.25).axes
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == ("linear", "depth", "accuracy")
+    assert axes.lines[1].get_ydata() == [0.25, 0.25]

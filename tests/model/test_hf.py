@@ -186,6 +186,14 @@ PUBLISHED = {
         },
         {"rope_scaling": YARN},
     ),
+    "original-length-beside": (
+        {
+            "model_type": "llama",
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        },
+        {"rope_scaling": YARN},
+    ),
     "qwen2-all-windowed": (
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0},
         {"sliding_window": 512},

@@ -168,13 +168,14 @@ def test_the_overlay_trains(muse: Muse, name: str) -> None:
             ["<s>", "<unk>", "</s>"],
         ),
         (
-            ["<e>", "<r>", "<f>"],
+            ["<e>", "<r>", "<f>", "<|endoftext|>"],
             320,
-            {"eos_token": "<e>", "additional_special_tokens": ["<r>", {"content": "<f>"}]},
+            {"eos_token": "x", "document_special_tokens": {"repo_name": "<r>", "file_sep": "<f>", "end": "<e>"}},
             ["<r>", "<f>", "<e>"],
         ),
+        (["<|im_start|>"], 320, {"eos_token": "<|im_start|>"}, ["<|repo_name|>", "<|file_sep|>", "<|im_start|>"]),
     ],
-    ids=["none-but-room", "qwen", "llama3", "mistral", "own-export"],
+    ids=["none-but-room", "qwen", "llama3", "mistral", "own-export", "chat"],
 )
 def test_special_tokens_of_documents(
     tmp_path: Path, own: list[str], vocab_size: int | None, settings: dict[str, Any], expected: list[str]
@@ -232,6 +233,11 @@ def pickled_object(folder: Path) -> None:
     torch.save({"w": Path("x")}, folder / "pytorch_model.bin")
 
 
+def broken_settings(folder: Path) -> None:
+    bpe_tokenizer("<e>").save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("[]")
+
+
 def broken_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
@@ -250,11 +256,16 @@ def broken_tokenizer(folder: Path) -> None:
     ],
     ids=["missing-shard", "truncated", "architecture", "rope", "shape", "vocabulary", "tokenizer", "pickle"],
 )
-def test_what_cannot_be_imported(muse: Muse, damage: Any, message: str) -> None:
+def test_what_cannot_be_imported_nor_exported(muse: Muse, damage: Any, message: str) -> None:
     source = write_hf(muse.folder / "bad", tiny_llama(), form="shards")
     damage(source)
     for verb in ("import", "export"):
         assert message in muse.error(verb, "bad", "--output", "out/of/reach")
+
+
+def test_damaged_settings_of_a_tokenizer(muse: Muse) -> None:
+    broken_settings(write_hf(muse.folder / "bad", tiny_llama()))
+    assert "tokenizer_config.json holds no settings; expected keys" in muse.error("import", "bad", "--output", "out")
 
 
 def test_where_it_may_go_and_where_from(muse: Muse) -> None:
@@ -268,7 +279,7 @@ def test_where_it_may_go_and_where_from(muse: Muse) -> None:
     assert "revision: main found, but good is a folder" in muse.error(
         "import", "good", "--output", "x", "--revision", "main"
     )
-    assert "--output" in muse.error("import", "good")
+    assert "required, but not given: output" in muse.error("import", "good")
     assert "dtype" in muse.error("import", "good", "--output", "x", "--dtype=int8")
 
 

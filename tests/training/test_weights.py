@@ -8,6 +8,7 @@ from muse_lightning.attention import Dense
 from muse_lightning.errors import UserError
 from muse_lightning.model import Llama, LlamaConfig
 from muse_lightning.training.weights import check_checkpoint, load_weights, read_checkpoint
+from tests.pretrained.checkpoints import write_hf, write_run
 from tests.tiny import CONFIG
 
 
@@ -126,3 +127,15 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "hostile.ckpt", weights_only=False)  # the file does what it is feared for
     assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("form", ["hf", "run", "ckpt"])
+def test_what_no_shape_shows_is_told(tmp_path, form):
+    trained = llama(rope_theta=1e6, sliding_window=8)
+    path = write_hf(tmp_path / "model", trained) if form == "hf" else write_run(tmp_path / "model", trained)
+    path = path / "checkpoints" / "step=2.ckpt" if form == "ckpt" else path
+    assert load_weights(llama(), path) == [
+        f"model.config.rope_theta: 1000000.0 at {path}, 500000.0 in this recipe, which wins",
+        f"model.config.sliding_window: 8 at {path}, None in this recipe, which wins",
+    ]
+    assert load_weights(llama(rope_theta=1e6, sliding_window=8), path) == []

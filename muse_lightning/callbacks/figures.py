@@ -1,0 +1,35 @@
+"""Figures of evaluations, and where they are written."""
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+
+
+def draw_curve(
+    points: list[tuple[float, float]], x_label: str, y_label: str, *, log_x: bool = False, control: float | None = None
+) -> Figure:
+    """A curve through points (x, y).
+
+    Args:
+        log_x: powers of two at equal distances.
+        control: drawn as a dashed line at this height.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*points, strict=True), marker="o")
+    if control is not None:
+        axes.axhline(control, linestyle="dashed", color="gray", label="control")
+        axes.legend()
+    if log_x:
+        axes.set_xscale("log", base=2)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def write_figure(trainer: L.Trainer, tag: str, figure: Figure) -> None:
+    """Write a figure to TensorBoard, on the first rank."""
+    for logger in trainer.loggers:
+        if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(tag, figure, trainer.global_step)

@@ -1,0 +1,110 @@
+"""`muse validate` writes every tag that docs/evaluation.md lists, and no other; two ranks add up to one."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.recipe import Muse
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTATION = ROOT / "docs" / "evaluation.md"
+LONGER = (
+    "--data.seq_len=512",
+    "--model.config.max_position_embeddings=512",
+    "--data.val_fraction=0.5",
+    "--data.test_fraction=0",
+)
+"""The recipe with contexts in which there is something to find."""
+
+
+@pytest.fixture
+def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Muse:
+    """Eight repositories of three files, each of which uses what the two others define."""
+    monkeypatch.chdir(tmp_path)
+    muse = Muse(tmp_path, capsys)
+    for repository in [*(tmp_path / "source").iterdir(), *(tmp_path / "source" / f"more_{i}" for i in range(4))]:
+        repository.mkdir(exist_ok=True)
+        for number in range(3):
+            others = "".join(
+                f"    {repository.name}_function_{i}(only_here_{number})\n" for i in range(3) if i != number
+            )
+            lines = "".join(f"    {chr(97 + line)} = {line * number}\n" for line in range(20))
+            text = f"def {repository.name}_function_{number}():\n{others}{lines}"
+            (repository / f"module_{number}.py").write_text(text)
+    return muse
+
+
+def documented_tags() -> set[str]:
+    """The first column of the table of tags, with {a,b} written out."""
+    tags = set()
+    for cell in re.findall(r"^\| `(val/[^`]*)`", DOCUMENTATION.read_text(), flags=re.MULTILINE):
+        before, _, rest = cell.partition("{")
+        names, _, after = rest.partition("}")
+        tags |= {before + name + after for name in names.split(",")}
+    return tags
+
+
+@pytest.mark.parametrize("document_mask", ["true", "false"])
+def test_muse_validate_writes_every_tag(muse: Muse, document_mask: str) -> None:
+    code, out, err = muse.with_recipe("validate", *LONGER, f"--data.document_mask={document_mask}")
+    assert code == 0, err
+    events = EventAccumulator("runs/tiny/version_0")
+    events.Reload()
+    found = {*events.Tags()["scalars"], *events.Tags()["images"]}
+    long_context = {
+        re.sub(r"((depth|count|accuracy|nats)_)\d+$", r"\1*", tag)
+        for tag in found
+        if re.match("val/(loss_short|loss_long|context_gain|needle|identifier)", tag)
+    }
+    assert len(documented_tags()) == 18
+    assert long_context == documented_tags()
+    assert "val/needle_gain" in out
+    assert "val/identifier_count_256" in out
+
+
+def test_fit_has_them_by_name(muse: Muse) -> None:
+    names = ("ContextGain", "NeedleRetrieval", "IdentifierRecall")
+    flags = [*(f"--trainer.callbacks+={name}" for name in names), "--trainer.callbacks.min_distance=8"]
+    code, out, err = muse.with_recipe("fit", *LONGER, *flags, "--trainer.max_steps=1", "--trainer.val_check_interval=1")
+    assert code == 0, err
+    assert "val/context_gain" in out
+    assert "val/needle_gain" in out
+    assert "val/identifier_accuracy " in out
+
+
+@pytest.mark.multi_process
+def test_two_ranks_add_up(tmp_path: Path) -> None:
+    def logged(devices: int) -> dict[str, list[tuple[int, float]]]:
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        command = [sys.executable, "-m", "tests.distributed.validate_tiny", str(folder), str(devices)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = torch.load(folder / "result.pt")
+        return found
+
+    one, two = logged(1), logged(2)
+    assert one.keys() == two.keys()
+    assert {
+        "val/context_gain",
+        "val/needle_gain",
+        "val/identifier_nats",
+        "val/loss_short",
+        "val/loss_long",
+    } <= one.keys()
+    for tag, points in one.items():
+        (_, value), (_, other) = *points, *two[tag]
+        # The same sums in another order, in float64.
+        assert other == pytest.approx(value, rel=1e-6, abs=1e-9), tag
+    assert dict(one["val/needle_rows"])[0] == 3.0
+    assert dict(one["val/identifier_count"])[0] == 4.0
