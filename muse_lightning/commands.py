@@ -78,6 +78,7 @@ class MuseCLI(LightningCLI):
         allowed: modules of --allow_module.
         builds: what the verb needs: a "trainer" with a run folder, data module and model; the latter two, "data"; or
             the "model" alone.
+        options: A dataclass of options that the verb has besides a recipe's, under the key `bench`.
     """
 
     run_folder: RunFolder
@@ -91,10 +92,12 @@ class MuseCLI(LightningCLI):
         args: Sequence[str],
         allowed: Sequence[str],
         builds: Literal["trainer", "data", "model"],
+        options: type | None = None,
     ) -> None:
         self.verb = verb
         self.builds = builds
         self.allowed = allowed
+        self.options = options
         super().__init__(
             LanguageModel,
             TokenDataModule,
@@ -132,7 +135,9 @@ class MuseCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Tie together values that must agree."""
+        """Tie together values that must agree; the verb's own options."""
+        if self.options is not None:
+            parser.add_class_arguments(self.options, "bench")
         for target, source in LINKS_AT_PARSE.items():
             parser.link_arguments(source, target)
         for target, source in LINKS_AT_INSTANTIATION.items():
@@ -164,7 +169,7 @@ class MuseCLI(LightningCLI):
         """Build what the verb needs."""
         try:
             if self.builds == "model":
-                self.model = self.instantiate_model()
+                self.model = self.instantiate_model(self.config.model)
                 return
             self.config_init = self.parser.instantiate(self.config)
         except Exception as error:
@@ -176,11 +181,11 @@ class MuseCLI(LightningCLI):
         if self.builds == "trainer":
             self.trainer = self.instantiate_trainer()
 
-    def instantiate_model(self) -> LanguageModel:
-        """The model alone, from the same configuration: it does not depend on data, which may not exist yet."""
+    def instantiate_model(self, config: Namespace) -> LanguageModel:
+        """A model alone, from `model` of a configuration: it does not depend on data, which may not exist yet."""
         parser = ArgumentParser()
         parser.add_class_arguments(LanguageModel, "model")
-        return parser.instantiate(Namespace(model=self.config.model)).model
+        return parser.instantiate(Namespace(model=config)).model
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Create the run's folder, and a trainer that writes to it."""
