@@ -88,7 +88,6 @@ def _mask(
     cache_position: Tensor | None = None,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
     **others: Any,
 ) -> Tensor | None:
     """The mask of a forward pass, as the module's docstring describes it.
@@ -108,8 +107,6 @@ def _mask(
             kv_offset=kv_offset,
             attention_mask=attention_mask,
             local_size=local_size,
-            # None is kept for rows from the start; for one query it means that it sees every key.
-            allow_is_causal_skip=allow_is_causal_skip and q_length == 1,
             **places,
             **others,
         )

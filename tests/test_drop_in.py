@@ -240,6 +240,14 @@ def test_every_layer_is_the_operator_on_each_document(
         assert relative_error(out, exact) > 1e-3  # the approximation has been at work
 
 
+@pytest.mark.parametrize(("scaling", "softmax_scale"), [(0.7, 0.7), (None, 8**-0.5)])
+def test_the_layers_scale_is_used(scaling: float | None, softmax_scale: float) -> None:
+    layer = make_model("llama").model.layers[0].self_attn
+    q, k, v = (torch.randn(1, heads, LENGTH, 8) for heads in (4, 2, 2))
+    out, _ = AttentionInterface()["muse"](layer, q, k, v, None, scaling=scaling)
+    torch.testing.assert_close(out.transpose(1, 2), muse_attention(q, k, v, **APPROXIMATE, softmax_scale=softmax_scale))
+
+
 @pytest.mark.parametrize("mask", [padding_mask((9, 70)), padding_mask((0, 61)), padding_mask((0, 0))], ids=str)
 def test_padding_gives_zeros_and_gets_zero_gradients(mask: Tensor, recorder: Recorder) -> None:
     model = make_model("llama")
@@ -280,10 +288,30 @@ def test_greedy_generation_is_that_of_exact_attention(name: str, is_padded: bool
     assert generated[0].shape == (2, LENGTH + 12)
 
 
+def test_generation_from_one_token() -> None:
+    model, input_ids, generated = make_model("llama"), torch.tensor([[7]]), []
+    for attention, cache in (("sdpa", None), ("muse", None), ("muse", "static")):
+        model.set_attn_implementation(attention)
+        options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        generated.append(model.generate(input_ids, cache_implementation=cache, **options))
+    assert torch.equal(generated[0], generated[1])
+    assert torch.equal(generated[0], generated[2])
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_there_is_no_mask_where_nothing_is_hidden(has_mask: bool, recorder: Recorder) -> None:
+    """A row without documents takes the faster kernels, and stays exact for longer."""
+    model, cache = make_model("llama"), DynamicCache()
+    for start, end in ((0, 60), (60, 61)):
+        batch = {"attention_mask": torch.ones(1, end, dtype=torch.long)} if has_mask else {}
+        prefilled(model, "muse", torch.randint(64, (1, end - start)), cache, **batch)
+    assert [call.mask for call in recorder] == [None] * 4
+
+
 def prefilled(model: PreTrainedModel, attention: str, input_ids: Tensor, cache: Any, **batch: Any) -> Tensor:
     model.set_attn_implementation(attention)
     with torch.no_grad():
-        return model(input_ids, past_key_values=cache, use_cache=True, **batch).logits
+        return model(input_ids, past_key_values=cache, **({"use_cache": True} | batch)).logits
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-windows", "mistral-window"])
@@ -468,17 +496,15 @@ def test_a_compiled_layer_is_one_graph(mask: str) -> None:
 @pytest.mark.slow
 def test_a_compiled_decoding_step_is_one_graph() -> None:
     model, input_ids = make_model("llama"), torch.randint(64, (2, LENGTH))
-    cache = StaticCache(config=model.config, max_cache_len=LENGTH + 1)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + 10)
     prefilled(model, "muse", input_ids, cache)
-    caches = [cache, copy.deepcopy(cache)]
-    steps = [model.forward, torch.compile(model.forward, backend="aot_eager", fullgraph=True)]
     # transformers 4 needs to be told the place, for a compiled step.
     batch = {"use_cache": True, "cache_position": torch.tensor([LENGTH])}
+    logits = [prefilled(model, "sdpa", input_ids[:, :1], copy.deepcopy(cache), **batch)]
+    model.set_attn_implementation("muse")
+    step = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        logits = [
-            step(input_ids[:, :1], past_key_values=cache, **batch).logits
-            for step, cache in zip(steps, caches, strict=True)
-        ]
+        logits.append(step(input_ids[:, :1], past_key_values=cache, **batch).logits)
     torch.testing.assert_close(*logits, **TOLERANCE)
 
 
@@ -489,11 +515,14 @@ def test_a_compiled_model_gives_the_same(batch: dict[str, Any]) -> None:
     model.set_attn_implementation("muse")
     batch = batch | {"use_cache": False}
     torch._dynamo.reset()
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
     with torch.no_grad():
         expected = model(input_ids, **batch).logits
-        torch.testing.assert_close(
-            torch.compile(model, backend="aot_eager")(input_ids, **batch).logits, expected, **TOLERANCE
-        )
+        actual = torch.compile(model, backend="aot_eager")(input_ids, **batch).logits
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+    assert breaks, "nothing was compiled"
+    assert all("disable" in reason for reason in breaks), "breaks elsewhere than where the mask is made"
 
 
 def test_nothing_but_torch_and_transformers_is_needed() -> None:

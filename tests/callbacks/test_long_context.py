@@ -11,7 +11,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from muse_lightning.attention import Dense
+from muse_lightning.callbacks import ContextGain, IdentifierRecall, NeedleRetrieval
+from tests.distributed.validate_tiny import Data, N, batch, repository
 from tests.recipe import Muse
+from tests.tiny import scalars, tiny_model, tiny_muse, tiny_trainer
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTATION = ROOT / "docs" / "evaluation.md"
@@ -29,15 +33,15 @@ def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     """Eight repositories of three files, each of which uses what the two others define."""
     monkeypatch.chdir(tmp_path)
     muse = Muse(tmp_path, capsys)
-    for repository in [*(tmp_path / "source").iterdir(), *(tmp_path / "source" / f"more_{i}" for i in range(4))]:
-        repository.mkdir(exist_ok=True)
+    for folder in [*(tmp_path / "source").iterdir(), *(tmp_path / "source" / f"more_{i}" for i in range(4))]:
+        folder.mkdir(exist_ok=True)
         for number in range(3):
             others = "".join(
                 f"    {repository.name}_function_{i}(only_here_{number})\n" for i in range(3) if i != number
             )
             lines = "".join(f"    {chr(97 + line)} = {line * number}\n" for line in range(20))
             text = f"def {repository.name}_function_{number}():\n{others}{lines}"
-            (repository / f"module_{number}.py").write_text(text)
+            (folder / f"module_{number}.py").write_text(text)
     return muse
 
 
@@ -77,6 +81,34 @@ def test_fit_has_them_by_name(muse: Muse) -> None:
     assert "val/context_gain" in out
     assert "val/needle_gain" in out
     assert "val/identifier_accuracy " in out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-mixed"])
+@pytest.mark.parametrize("attention", [Dense, tiny_muse], ids=["dense", "muse"])
+def test_on_a_gpu(tmp_path: Path, attention: Any, precision: str) -> None:
+    """Against the same weights on a processor, in float32."""
+
+    def logged(accelerator: str, precision: Any) -> dict[str, float]:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 259, "max_position_embeddings": N, "head_dim": 16}
+        model = tiny_model(config=sizes, attention=attention, seq_len=N)
+        model.configure_model()  # on the CPU, so that both have the same weights
+        callbacks = [ContextGain(), NeedleRetrieval(needle_tokens=16, min_share=0.6), IdentifierRecall(min_distance=8)]
+        trainer = tiny_trainer(
+            tmp_path / accelerator, accelerator=accelerator, precision=precision, callbacks=callbacks
+        )
+        val = [batch(repository("load_all", 3), repository("save", 2))]
+        trainer.validate(model, Data([], val), verbose=False)
+        return {tag: points[0][1] for tag, points in scalars(trainer).items() if tag.startswith("val/")}
+
+    expected, found = logged("cpu", "32-true"), logged("gpu", precision)
+    assert found.keys() == expected.keys()
+    for tag in ("val/needle_rows", "val/identifier_count", "val/identifier_count_control"):
+        assert found[tag] == expected[tag] > 0, tag
+    tolerance = 1e-3 if precision == "32-true" else 0.1
+    for tag in ("val/context_gain", "val/needle_gain", "val/identifier_nats", "val/identifier_nats_control"):
+        assert found[tag] == pytest.approx(expected[tag], abs=tolerance), tag
 
 
 @pytest.mark.multi_process

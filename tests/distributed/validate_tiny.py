@@ -47,9 +47,10 @@ def batch(*rows: str) -> dict[str, Tensor]:
 
 
 def repository(name: str, uses: int) -> str:
-    """Two files, of which the second uses some names of the first."""
+    """Two files, of which the second uses some names of the first, and a new one."""
     defined = "".join(f"def {name}_{i}(x): {i}\n" for i in range(3))
-    return "\x01a.py\n" + defined + "\x01b.py\n" + "".join(f"y = {name}_{i}\n" for i in range(uses))
+    used = "".join(f"y = {name}_{i}\n" for i in range(uses))
+    return f"\x01a.py\n{defined}\x01b.py\n{used}z = new_{name}\n"
 
 
 def main(folder: Path, devices: int) -> None:

@@ -148,7 +148,7 @@ def test_the_overlay_trains(muse: Muse, name: str) -> None:
 @pytest.mark.parametrize(
     ("own", "vocab_size", "settings", "expected"),
     [
-        ([], 320, {}, ["<|repo_name|>", "<|file_sep|>", "<|endoftext|>"]),
+        (["<reserved_0>", "<reserved_1>"], 320, {}, ["<|repo_name|>", "<|file_sep|>", "<|endoftext|>"]),
         (
             ["<|file_sep|>", "<|repo_name|>", "<|endoftext|>", "<eos>"],
             320,

@@ -1,6 +1,7 @@
 """Import and export hold a shard of the output in memory, never the model: a child process measures its own peak."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -83,5 +84,8 @@ def test_8b_within_4_gb(tmp_path: Path) -> None:
     """Llama 3.1 8B's shapes, 16 GB: needs room for as much on the disk."""
     size = write_zeros(tmp_path / "zeros", load_preset("8b"), 5 * 10**9)
     assert size == 2 * 8_030_261_248
-    peak = peak_of([["import", str(tmp_path / "zeros"), "--output", str(tmp_path / "imported")]], 1 << 30)
+    try:
+        peak = peak_of([["import", str(tmp_path / "zeros"), "--output", str(tmp_path / "imported")]], 1 << 30)
+    finally:
+        shutil.rmtree(tmp_path / "imported", ignore_errors=True)  # pytest keeps what tests leave
     assert peak < 3 * 10**9  # the process itself takes less than 1 GB before
