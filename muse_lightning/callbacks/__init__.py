@@ -2,6 +2,7 @@
 
 from muse_lightning.callbacks.attention_error import AttentionError
 from muse_lightning.callbacks.context_gain import ContextGain
+from muse_lightning.callbacks.exact_tail import ExactTail
 from muse_lightning.callbacks.gradient_norm import GradientNorm
 from muse_lightning.callbacks.identifier_recall import IdentifierRecall
 from muse_lightning.callbacks.ledger import Ledger
@@ -26,6 +27,7 @@ __all__ = [
     "AttentionError",
     "ContextGain",
     "DeviceThroughput",
+    "ExactTail",
     "GradientNorm",
     "IdentifierRecall",
     "Ledger",
