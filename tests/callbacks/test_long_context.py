@@ -36,11 +36,9 @@ def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     for folder in [*(tmp_path / "source").iterdir(), *(tmp_path / "source" / f"more_{i}" for i in range(4))]:
         folder.mkdir(exist_ok=True)
         for number in range(3):
-            others = "".join(
-                f"    {repository.name}_function_{i}(only_here_{number})\n" for i in range(3) if i != number
-            )
+            others = "".join(f"    {folder.name}_function_{i}(only_here_{number})\n" for i in range(3) if i != number)
             lines = "".join(f"    {chr(97 + line)} = {line * number}\n" for line in range(20))
-            text = f"def {repository.name}_function_{number}():\n{others}{lines}"
+            text = f"def {folder.name}_function_{number}():\n{others}{lines}"
             (folder / f"module_{number}.py").write_text(text)
     return muse
 

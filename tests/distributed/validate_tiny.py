@@ -73,7 +73,7 @@ def main(folder: Path, devices: int) -> None:
         callbacks=callbacks,
     )
     val = [
-        batch(repository("load_all", 3), repository("save", 0) + "\x02" + "another text of some length 0123456789"),
+        batch(repository("load_all", 3), "another text\n\x02" + repository("save", 0)),
         batch(repository("parse", 1), "a = 1\n" * 13 + "\x02" + "bcdefghij = 2\n" * 5 + "klm = 3\n" * 5),
     ]
     trainer.validate(model, Data([], val), verbose=False)
