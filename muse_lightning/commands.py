@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 # A class is known by its bare name once it has been imported.
 import muse_lightning.attention
 import muse_lightning.data.sources  # noqa: F401
-from muse_lightning.callbacks import DEFAULT_CALLBACKS, LONG_CONTEXT_CALLBACKS
+from muse_lightning.callbacks import DEFAULT_CALLBACKS, LONG_CONTEXT_CALLBACKS, Banner
 from muse_lightning.callbacks.ledger import Ledger
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import progress_bar
@@ -228,6 +228,7 @@ class MuseCLI(LightningCLI):
             (trainer["enable_progress_bar"] is not False, ProgressBar, progress_bar),
             (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
             (trainer["enable_checkpointing"] is not False, Checkpoint, self._checkpoint_callback),
+            (self.verb == "fit" and trainer["enable_progress_bar"] is not False, Banner, Banner),
             (self.verb == "fit", Ledger, lambda: Ledger(self.run_folder.path / FOLDER_NAME)),
             (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),
             *((self.verb in ("fit", "validate"), kind, kind) for kind in DEFAULT_CALLBACKS),

@@ -1,6 +1,7 @@
 """One concern each: what is watched, and what is written, while a Trainer runs."""
 
 from muse_lightning.callbacks.attention_error import AttentionError
+from muse_lightning.callbacks.banner import Banner
 from muse_lightning.callbacks.context_gain import ContextGain
 from muse_lightning.callbacks.exact_tail import ExactTail
 from muse_lightning.callbacks.gradient_norm import GradientNorm
@@ -25,6 +26,7 @@ __all__ = [
     "DEFAULT_CALLBACKS",
     "LONG_CONTEXT_CALLBACKS",
     "AttentionError",
+    "Banner",
     "ContextGain",
     "DeviceThroughput",
     "ExactTail",

@@ -88,7 +88,8 @@ class LanguageModel(L.LightningModule):
     ) -> None:
         super().__init__()
         self.config = config
-        self.recompute = recompute
+        self.recompute: Recompute = recompute
+        self.compiled = compiled
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
