@@ -208,7 +208,7 @@ def test_new_directory_replaces_nothing(tmp_path, when):
 
     if when == "before":
         fill()
-    with pytest.raises(files.UserError, match="out: .*found exists already; give a new folder"):
+    with pytest.raises(files.UserError, match=r"out: .*found exists already; give a new folder"):
         make()
     assert names(tmp_path) == ["found"]
     assert names(target) == ["precious"]
