@@ -2,7 +2,6 @@
 
 import enum
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,7 @@ from muse_lightning.errors import UserError, find_cause, reason_of
 from muse_lightning.measure.info import environment, machine_report, recipe_report
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.run_folder import RunFolder
-from muse_lightning.training.weights import check_checkpoint
+from muse_lightning.training.weights import check_checkpoint, check_weights
 
 # Some of Lightning's defaults are enumerations that are strings too, which PyYAML does not know how to write.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_str(member.name))
@@ -252,7 +251,7 @@ class MuseCLI(LightningCLI):
         """Save where a fit ended, unless a validation there has: Lightning saves after validations alone."""
         path = self.run_folder.checkpoints / f"step={self.trainer.global_step}.ckpt"
         if self.has_own_checkpoints and not self.trainer.strategy.broadcast(path.exists()):
-            self.trainer.save_checkpoint(path)
+            self.trainer.save_checkpoint(path, weights_only=False)
 
 
 def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
@@ -264,20 +263,26 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
     """
     cli = MuseCLI(verb, description, args, allowed, builds="trainer")
     options: dict[str, Any] = {"return_predictions": False} if verb == "predict" else {}
-    if verb != "fit" and cli.config.ckpt_path is None and cli.model.weights is None:
-        warnings.warn(f"muse {verb}: fresh random weights; give --ckpt_path or --model.weights", stacklevel=1)
     with cli.run_folder as folder:
         try:
+            if cli.config.ckpt_path is None and cli.model.weights is not None:
+                # Before data is prepared, which may take hours.
+                check_weights(cli.model.llama, cli.model.weights)
+            elif verb != "fit" and cli.config.ckpt_path is None:
+                said = f"muse {verb}: warning: fresh random weights; give --ckpt_path or --model.weights"
+                print(said, file=sys.stderr)
             getattr(cli.trainer, verb)(
                 cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **options
             )
             if verb == "fit":
                 cli.save_end_of_fit()
+            if cli.trainer.is_global_zero:
+                print(f"run: {folder.path}", file=sys.stderr)
         except Exception as error:
             mistake = as_user_error(error, cli.config)
             if mistake is None:
                 raise
-            if cli.trainer.global_step == 0:
+            if not cli.model.has_trained:
                 folder.discard()
             raise mistake from error
 
@@ -334,6 +339,12 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
         )
     if isinstance(error, MisconfigurationException):
         return UserError(f"trainer: {reason_of(error)}")
+    if isinstance(error, ValueError) and "`val_check_interval`" in message:
+        batches = message.partition("training batches (")[2].partition(")")[0]
+        return UserError(
+            f"trainer.val_check_interval: {config.trainer.val_check_interval} found, an epoch has {batches} batches; "
+            "give at most that, or trainer.check_val_every_n_epoch=null to count over epochs"
+        )
     return None
 
 

@@ -544,7 +544,7 @@ def test_the_documentations_lines_train(tmp_path: Path) -> None:
     for old, new in {
         '"Qwen/Qwen3-0.6B-Base"': repr(str(tmp_path / "model")),
         '"out"': f"{str(tmp_path / 'out')!r}, use_cpu=True, disable_tqdm=True, report_to=[], logging_steps=1",
-        "max_steps=1000": "max_steps=3",
+        "per_device_train_batch_size=1": "per_device_train_batch_size=1, max_steps=3",
         "chunk=2048": "chunk=16, query_cluster=4, key_cluster=4, exact_below=0",
         "top_k=12": "top_k=1",
     }.items():

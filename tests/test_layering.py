@@ -28,7 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"attention.base"} | OPEN_TO_ALL,
     "data": OPEN_TO_ALL,
     "drop_in": {"attention", *OPERATORS} | OPEN_TO_ALL,
-    "pretrained": {"model", "attention", "data.tokenizer", "data.filesystems"} | OPEN_TO_ALL,
+    # What a run's data says of its tokenizer.
+    "pretrained": {
+        "model",
+        "attention",
+        *(f"data.{module}" for module in ("card", "filesystems", "ledger", "token_bytes", "tokenizer")),
+    }
+    | OPEN_TO_ALL,
     "parallelize": {"model", "attention", *OPERATORS} | OPEN_TO_ALL,
     # What a recipe takes depends on what is recomputed.
     "measure": {"parallelize", "model", "attention", "pretrained", *OPERATORS} | OPEN_TO_ALL,

@@ -1,10 +1,17 @@
 """The table and the page of a comparison."""
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from muse_lightning.compare.results import Found
+import torch
+
+from muse_lightning.compare.results import Found, is_muse
 from muse_lightning.measure.bench.report import NONE, Row, machine_line, markdown
+from muse_lightning.measure.info import environment
 
 
 def table(found: Sequence[Found]) -> list[Row]:
@@ -36,7 +43,7 @@ LEGEND = (
 )
 
 
-def page(header: Mapping[str, Any], found: Sequence[Found], advice: str | None) -> str:
+def page(header: Mapping[str, Any], found: Sequence[Found], said: Sequence[str]) -> str:
     """The Markdown file of a comparison."""
     swept = [each for each in found if each.setting.is_swept]
     main = [each for each in found if not each.setting.is_swept]
@@ -53,8 +60,7 @@ def page(header: Mapping[str, Any], found: Sequence[Found], advice: str | None) 
     ]
     if swept:
         sections += ["## Sweep", markdown(table([main[0], *swept]))]
-    if advice:
-        sections.append(advice)
+    sections += said
     return "\n\n".join(sections) + "\n"
 
 
@@ -73,3 +79,57 @@ def _ratio(value: float | None, exact: float | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form)
+
+
+def make_header(device: str) -> dict[str, Any]:
+    """Machine, versions and command.
+
+    Args:
+        device: "cuda" or "cpu", where the model ran.
+    """
+    found = environment()
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        name = found["devices"][torch.cuda.current_device()]
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(["muse", *sys.argv[1:]]),
+        **found,
+        "device": name,
+    }
+
+
+def advice(
+    found: Sequence[Found], recommended: Found | None, max_loss_increase: float, path: Path, *, is_sweep: bool
+) -> list[str]:
+    """What to make of it, in words.
+
+    Args:
+        path: of the overlay that trains with the recommended setting.
+    """
+    said = []
+    muse = [each for each in found if is_muse(each)]
+    if any(each.is_exact for each in muse):
+        are_all = all(each.is_exact for each in muse)
+        which = "Every MuSe setting" if are_all else "Those MuSe settings with 100.0% of pairs"
+        said.append(
+            f"{which} attended these blocks exactly (muse.exact_below): a longer seq_len, --document_mask false or a "
+            "smaller chunk would tell more."
+        )
+    candidates = [each for each in muse if not each.is_exact]
+    if not is_sweep or not candidates:
+        return said
+    has_error = found[0].rise[1] is not None
+    how = "two standard errors included" if has_error else "from one block, so without a standard error"
+    if recommended is None:
+        nearest = min(candidates, key=lambda each: each.highest_rise)
+        said.append(
+            f"No MuSe setting keeps the rise of the loss, {how}, under {max_loss_increase}; the least is "
+            f"{nearest.highest_rise:.4f}, of {nearest.setting.name}."
+        )
+    else:
+        said.append(
+            f"The cheapest MuSe setting under a rise of {max_loss_increase}, {how}: {recommended.setting.name} "
+            f"({recommended.rise[0]:+.4f}). Train with it: muse fit --config RECIPE --config {path}"
+        )
+    return said

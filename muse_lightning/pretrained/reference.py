@@ -20,8 +20,9 @@ from muse_lightning.pretrained.run_folder import (
     run_architecture,
     run_of,
 )
+from muse_lightning.pretrained.run_tokenizer import run_tokenizer
 from muse_lightning.pretrained.tensors import EMBEDDING, TensorStore, check_shapes, open_folder, open_safetensors
-from muse_lightning.pretrained.tokenizer_files import folder_tokenizer, run_tokenizer
+from muse_lightning.pretrained.tokenizer_files import folder_tokenizer
 
 HF_CONFIG_FILE = "config.json"
 ACCEPTED = "a Hugging Face folder, a run folder or a .ckpt of one"

@@ -177,8 +177,12 @@ def _read_pickled(file: Path, wanted: str, key: str, name: str) -> Tensor:
     return (found[key] if key else found)[name]
 
 
-def _open_shards(index: Path, open_file: Callable[[Path], TensorStore]) -> TensorStore:
-    """Tensors that an index lists, in files of its own folder."""
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index of shards names them; all in its own folder.
+
+    Raises:
+        UserError: it is not an index, or names files elsewhere.
+    """
     try:
         files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         outside = [name for name in sorted(set(files.values())) if Path(name).name != name]
@@ -186,6 +190,12 @@ def _open_shards(index: Path, open_file: Callable[[Path], TensorStore]) -> Tenso
         raise UserError(f"{index} is not an index of weights: {type(error).__name__}: {_first_line(error)}") from None
     if outside:
         raise UserError(f"{index} names the file {outside[0]!r}; accepted: names of files in its own folder")
+    return files
+
+
+def _open_shards(index: Path, open_file: Callable[[Path], TensorStore]) -> TensorStore:
+    """Tensors that an index lists."""
+    files = read_index(index)
     shards: dict[str, TensorStore] = {}
     for name in sorted(set(files.values())):
         if not (index.parent / name).is_file():

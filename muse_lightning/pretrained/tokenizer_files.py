@@ -1,4 +1,4 @@
-"""Tokenizers of models: those of Hugging Face folders and of run folders."""
+"""Tokenizers of Hugging Face folders: reading them, and writing ours as transformers reads them."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -8,11 +8,10 @@ from typing import Any
 
 import tokenizers
 
-from muse_lightning.data.filesystems import is_url
+from muse_lightning.data.token_bytes import byte_level_alphabet
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, Tokenizer, load_tokenizer
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
-from muse_lightning.pretrained.run_folder import CONFIG_FILE, run_configuration
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -43,33 +42,6 @@ def folder_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer | None:
         return None
     check_vocabulary(path, config)
     return load_tokenizer(str(path), choose_special_tokens(folder, config))
-
-
-def run_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
-    """The tokenizer of a run: where its configuration names it, else the copy in its dataset.
-
-    Raises:
-        UserError: it is in neither place, or has ids that the model lacks.
-    """
-    data: dict[str, Any] = run_configuration(folder).get("data") or {}
-    name, dataset = str(data.get("tokenizer") or "bytes"), data.get("dataset")
-    try:
-        special = SpecialTokens(**(data.get("special_tokens") or {}))
-    except TypeError as error:
-        raise UserError(f"{folder / CONFIG_FILE}: data.special_tokens are not understood: {error}") from None
-    if name != "bytes" and (is_url(name) or not Path(name).expanduser().exists()):
-        copy = None if dataset is None or is_url(str(dataset)) else Path(str(dataset)).expanduser() / TOKENIZER_FILE
-        if copy is None or not copy.is_file():
-            raise UserError(
-                f"{folder / CONFIG_FILE}: data.tokenizer {name} is not on this machine; expected a path of it"
-            )
-        name = str(copy)
-    tokenizer = load_tokenizer(name, special)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, config.vocab_size is {config.vocab_size}"
-        )
-    return tokenizer
 
 
 def check_vocabulary(path: Path, config: LlamaConfig) -> None:
@@ -197,10 +169,7 @@ def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> tuple[dict[str
 
 def byte_level_json(tokenizer: Tokenizer) -> str:
     """tokenizer.json of the built-in tokenizer: byte-level BPE without a merge, in which byte b has the id b."""
-    # Byte-level BPE writes bytes that are no printable Latin-1 character as the characters from 256 on (GPT-2).
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    vocab = {char: byte[0] for char, byte in byte_level_alphabet().items()}
     built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     built.decoder = tokenizers.decoders.ByteLevel()

@@ -3,18 +3,15 @@ write."""
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from muse_lightning.errors import UserError, reason_of
-from muse_lightning.files import atomic_directory, atomic_write, exclusive_lock
+from muse_lightning.errors import UserError
+from muse_lightning.files import atomic_write
 from muse_lightning.model.hf import config_to_hf
 from muse_lightning.pretrained.reference import HF_CONFIG_FILE, ModelReference
 from muse_lightning.pretrained.tensors import EMBEDDING, HEAD, INDEX_SUFFIX, SAFETENSORS_FILE
@@ -31,22 +28,6 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 SHARD_BYTES = 1 << 30
 """Of a file of weights, which is held in memory when it is written."""
 _GENERATION_FILE = "generation_config.json"
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder that appears as `output` when it is whole.
-
-    Raises:
-        UserError: there is something already, or it cannot be written.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output: {output} exists already; give a new folder")
-    try:
-        with exclusive_lock(output), atomic_directory(output) as folder:
-            yield folder
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"output: cannot write {output}: {reason_of(error)}") from error
 
 
 def write_model(model: ModelReference, folder: Path, dtype: DtypeName | None = None) -> None:
@@ -69,7 +50,7 @@ def write_model(model: ModelReference, folder: Path, dtype: DtypeName | None = N
         "eos_token_id": ids.get("eos_token_id"),
         "pad_token_id": None,
     }
-    _check_room(model, folder, dtype)
+    check_room(sum(_sizes(model, dtype).values()), folder)
     _write_json(folder / HF_CONFIG_FILE, described)
     for name, content in files.items():
         atomic_write(folder / name, content)
@@ -106,8 +87,13 @@ def _sizes(model: ModelReference, dtype: DtypeName | None) -> dict[str, int]:
     }
 
 
-def _check_room(model: ModelReference, folder: Path, dtype: DtypeName | None) -> None:
-    needed, free = sum(_sizes(model, dtype).values()), shutil.disk_usage(folder).free
+def check_room(needed: int, folder: Path) -> None:
+    """Refuse to write so many bytes where they do not fit.
+
+    Raises:
+        UserError: they do not.
+    """
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"output: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; give a folder with room"

@@ -112,6 +112,8 @@ class LanguageModel(L.LightningModule):
             compile_around_attention(self.llama)
         recompute_in_backward(self.llama, recompute)
         self._check_sizes()
+        self.has_trained = False
+        """Whether a training step was begun in this process."""
         self.tokens_seen = 0
         """Tokens trained on by all ranks, over the whole life of the run."""
         self._train_totals = Totals()
@@ -157,6 +159,7 @@ class LanguageModel(L.LightningModule):
             rank_zero_info(difference)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.has_trained = True
         nats = self.token_nats(batch).sum()
         labels = batch["labels"]
         self._train_totals.add(nats, (labels != IGNORED_LABEL).sum())

@@ -80,6 +80,7 @@ def test_import_and_export_hold_one_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_8b_within_4_gb(tmp_path: Path) -> None:
     """Llama 3.1 8B's shapes, 16 GB: needs room for as much on the disk."""
     size = write_zeros(tmp_path / "zeros", load_preset("8b"), 5 * 10**9)
