@@ -15,7 +15,7 @@ import torch
 from muse_lightning.commands import MuseCLI
 from muse_lightning.compare.losses import to_device
 from muse_lightning.errors import UserError
-from muse_lightning.files import atomic_directory, atomic_write
+from muse_lightning.files import atomic_write, new_directory
 from muse_lightning.measure.bench.parts import Part as Kernels
 from muse_lightning.measure.bench.parts import split_into_parts
 from muse_lightning.measure.bench.report import NONE, Row, aligned, machine_line, markdown
@@ -25,7 +25,6 @@ from muse_lightning.speed.batches import check_documents, random_batch
 from muse_lightning.speed.parts import Part, attention_pass, time_parts
 from muse_lightning.speed.recorder import SNAPSHOT_NAME, TRACE_NAME, Recorder
 from muse_lightning.speed.steps import Steps, time_steps
-from muse_lightning.speed.training_bench import new_folder
 
 GIB = 1024**3
 
@@ -89,14 +88,14 @@ def profile_recipe(verb: str, description: str, args: Sequence[str], allowed: Se
     options = ProfileOptions(**cli.config.bench.as_dict())
     if not torch.cuda.is_available():
         raise UserError("muse profile needs an NVIDIA GPU; muse info --config counts a recipe's work on any machine")
-    folder = new_folder(options.out, "profile")
+    folder = options.out or Path("runs/profile") / f"{datetime.now().astimezone():%Y-%m-%d_%H%M%S}"
     header = {
         **environment(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["muse", *sys.argv[1:]]),
     }
     header["device"] = header["devices"][torch.cuda.current_device()]
-    with atomic_directory(folder) as temporary:
+    with new_directory(folder, "bench.out") as temporary:
         found = profile(cli, options, CudaInstruments(options.repeats, seconds=0.5), temporary)
         records = [{"record": "header", **header}, *_records(found)]
         atomic_write(temporary / "results.jsonl", "".join(json.dumps(each, default=str) + "\n" for each in records))

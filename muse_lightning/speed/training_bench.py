@@ -18,7 +18,7 @@ from muse_lightning.attention import Dense
 from muse_lightning.callbacks.throughput import document_lengths
 from muse_lightning.commands import MuseCLI
 from muse_lightning.errors import UserError
-from muse_lightning.files import atomic_directory, atomic_write
+from muse_lightning.files import atomic_write, new_directory
 from muse_lightning.measure.bench.report import NONE, Row, aligned, machine_line, markdown
 from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.measure.flops import training_flops_per_token
@@ -101,7 +101,7 @@ def bench_training(verb: str, description: str, args: Sequence[str], allowed: Se
     """`muse bench training --config RECIPE [--bench.KEY=VALUE ...]`."""
     cli = MuseCLI(verb, description, args, allowed, builds="model", options=TrainingBench)
     bench = TrainingBench(**cli.config.bench.as_dict())
-    folder = new_folder(bench.out, "bench")
+    folder = bench.out or Path("runs/bench") / f"{datetime.now().astimezone():%Y-%m-%d_%H%M%S}_training"
     header = {
         **environment(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -112,11 +112,11 @@ def bench_training(verb: str, description: str, args: Sequence[str], allowed: Se
     header["device"] = header["devices"][torch.cuda.current_device() if torch.cuda.is_available() else 0]
     peak = half_precision_peak(header["device"])
     found = []
-    for timed in time_variants(cli, bench):
-        found.append(timed)
-        print("\n".join(aligned(table(found, peak)).splitlines()[-1:]), file=sys.stderr, flush=True)
-    records = [{"record": "header", **header}, *(timed.record(peak) for timed in found)]
-    with atomic_directory(folder) as temporary:
+    with new_directory(folder, "bench.out") as temporary:
+        for timed in time_variants(cli, bench):
+            found.append(timed)
+            print("\n".join(aligned(table(found, peak)).splitlines()[-1:]), file=sys.stderr, flush=True)
+        records = [{"record": "header", **header}, *(timed.record(peak) for timed in found)]
         atomic_write(temporary / "results.jsonl", "".join(json.dumps(each, default=str) + "\n" for each in records))
         atomic_write(temporary / "results.md", _page(header, found, peak))
     print(aligned(table(found, peak)))
@@ -196,20 +196,3 @@ def _page(header: dict[str, Any], found: Sequence[Timed], peak: float | None) ->
         "Model and trainer options, and every step's time, are in results.jsonl.",
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def new_folder(out: Path | None, kind: str) -> Path:
-    """A folder that does not exist yet: `out`, or a new one in runs/KIND.
-
-    Raises:
-        UserError: it exists, or its parent cannot be made.
-    """
-    if out is None:
-        out = Path("runs") / kind / f"{datetime.now().astimezone():%Y-%m-%d_%H%M%S}_training"
-    if out.exists():
-        raise UserError(f"bench.out: {out} exists; give a folder that does not")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"bench.out: cannot write in {out.parent}: {error.strerror}") from None
-    return out

@@ -72,7 +72,7 @@ def test_a_recipe_beside_its_twin(muse: Muse) -> None:
         (("bench", "training", "--bench.documents=[0]"), "documents: lengths of at least 1 expected"),
         (("bench", "training", "--bench.recompute=[all]"), "bench.recompute"),
         (("bench", "training", "--bench.stepz=1"), "stepz"),
-        (("bench", "training", "--bench.out=source"), "bench.out: source exists"),
+        (("bench", "training", "--bench.out=source"), "bench.out: source exists already"),
         (("profile", "--bench.repeats=0"), "bench.repeats: 0 found, at least 1 expected"),
         (("profile",), "muse profile needs an NVIDIA GPU"),
     ],
