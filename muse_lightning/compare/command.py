@@ -10,13 +10,14 @@ from muse_kernels.attention.options import MuseOptions
 from muse_lightning.compare.blocks import check_tokenizer, read_blocks
 from muse_lightning.compare.figure import draw
 from muse_lightning.compare.measuring import measure
-from muse_lightning.compare.report import advice, make_header, page, table
+from muse_lightning.compare.report import advice, page, table
 from muse_lightning.compare.results import cheapest, overlay, to_json
 from muse_lightning.compare.settings import Grid, make_settings
 from muse_lightning.errors import UserError
 from muse_lightning.files import atomic_write, new_directory
 from muse_lightning.measure.bench.report import aligned
 from muse_lightning.measure.bench.timing import CudaInstruments
+from muse_lightning.measure.info import result_header
 from muse_lightning.pretrained.reference import ModelReference, open_model
 from muse_lightning.pretrained.run_folder import run_configuration
 
@@ -90,7 +91,7 @@ def compare(
     )
     place = _device(device)
     precision = _dtype(dtype, place)
-    header = make_header(place) | {
+    header = result_header(place) | {
         "model": str(model),
         "data": str(data),
         "split": split,

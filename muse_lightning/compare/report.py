@@ -1,17 +1,11 @@
 """The table and the page of a comparison."""
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from muse_lightning.compare.results import Found, is_muse
 from muse_lightning.measure.bench.report import NONE, Row, machine_line, markdown
-from muse_lightning.measure.info import environment
 
 
 def table(found: Sequence[Found]) -> list[Row]:
@@ -79,24 +73,6 @@ def _ratio(value: float | None, exact: float | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form)
-
-
-def make_header(device: str) -> dict[str, Any]:
-    """Machine, versions and command.
-
-    Args:
-        device: "cuda" or "cpu", where the model ran.
-    """
-    found = environment()
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        name = found["devices"][torch.cuda.current_device()]
-    return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["muse", *sys.argv[1:]]),
-        **found,
-        "device": name,
-    }
 
 
 def advice(

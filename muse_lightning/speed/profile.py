@@ -1,8 +1,6 @@
 """`muse profile`: where the time and the memory of a recipe's training step go."""
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -20,7 +18,7 @@ from muse_lightning.measure.bench.parts import Part as Kernels
 from muse_lightning.measure.bench.parts import split_into_parts
 from muse_lightning.measure.bench.report import NONE, Row, aligned, machine_line, markdown
 from muse_lightning.measure.bench.timing import Ceilings, CudaInstruments, Instruments, measure_ceilings
-from muse_lightning.measure.info import MIXED_DTYPES, TRUE_DTYPES, environment
+from muse_lightning.measure.info import MIXED_DTYPES, TRUE_DTYPES, result_header
 from muse_lightning.speed.batches import check_documents, random_batch
 from muse_lightning.speed.parts import Part, attention_pass, time_parts
 from muse_lightning.speed.recorder import SNAPSHOT_NAME, TRACE_NAME, Recorder
@@ -89,12 +87,7 @@ def profile_recipe(verb: str, description: str, args: Sequence[str], allowed: Se
     if not torch.cuda.is_available():
         raise UserError("muse profile needs an NVIDIA GPU; muse info --config counts a recipe's work on any machine")
     folder = options.out or Path("runs/profile") / f"{datetime.now().astimezone():%Y-%m-%d_%H%M%S}"
-    header = {
-        **environment(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["muse", *sys.argv[1:]]),
-    }
-    header["device"] = header["devices"][torch.cuda.current_device()]
+    header = result_header("cuda")
     with new_directory(folder, "bench.out") as temporary:
         found = profile(cli, options, CudaInstruments(options.repeats, seconds=0.5), temporary)
         records = [{"record": "header", **header}, *_records(found)]

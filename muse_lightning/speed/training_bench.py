@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from muse_lightning.files import atomic_write, new_directory
 from muse_lightning.measure.bench.report import NONE, Row, aligned, machine_line, markdown
 from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.measure.flops import training_flops_per_token
-from muse_lightning.measure.info import environment
+from muse_lightning.measure.info import result_header
 from muse_lightning.parallelize import Recompute
 from muse_lightning.speed.batches import check_documents, random_batch
 from muse_lightning.speed.steps import Steps, time_steps
@@ -102,14 +101,10 @@ def bench_training(verb: str, description: str, args: Sequence[str], allowed: Se
     cli = MuseCLI(verb, description, args, allowed, builds="model", options=TrainingBench)
     bench = TrainingBench(**cli.config.bench.as_dict())
     folder = bench.out or Path("runs/bench") / f"{datetime.now().astimezone():%Y-%m-%d_%H%M%S}_training"
-    header = {
-        **environment(),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["muse", *sys.argv[1:]]),
+    header = result_header("cuda" if torch.cuda.is_available() else "cpu") | {
         "model": cli.config.model.as_dict(),
         "trainer": cli.config.trainer.as_dict(),
     }
-    header["device"] = header["devices"][torch.cuda.current_device() if torch.cuda.is_available() else 0]
     peak = half_precision_peak(header["device"])
     found = []
     with new_directory(folder, "bench.out") as temporary:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from muse_lightning.measure.bench.report import (
 )
 from muse_lightning.measure.bench.timing import Ceilings, CudaInstruments, Instruments, Timing, measure_ceilings
 from muse_lightning.measure.bench.variants import Peer, Problem, UnavailableError, Variant, make_variant
-from muse_lightning.measure.info import environment
+from muse_lightning.measure.info import result_header
 
 BACKWARD_SUFFIX = " backward"
 EXACT = ("cudnn", "flash")
@@ -281,12 +280,8 @@ def _flops_fractions(work: dict[str, Work], timings: dict[str, Timing], ceilings
 
 def _header(settings: Settings, ceilings: Ceilings) -> dict[str, Any]:
     heads = settings.heads
-    found = environment()
     return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["muse", *sys.argv[1:]]),
-        "device": found["devices"][torch.cuda.current_device() if torch.cuda.is_available() else 0],
-        **found,
+        **result_header("cuda" if torch.cuda.is_available() else "cpu"),
         "options": {
             "heads": heads.num_heads,
             "kv_heads": heads.num_kv_heads,
