@@ -1,6 +1,7 @@
 """MuSe attention inside transformers, against transformers' own exact attention and against the operator itself."""
 
 import copy
+import itertools
 import re
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from muse_kernels import muse_attention
+from muse_lightning.attention import Muse
 from muse_lightning.drop_in import register_with_transformers
 from tests.assertions import assert_as_accurate, relative_error
 
@@ -188,6 +191,100 @@ def test_positions_written_into_the_same_tensor_are_seen() -> None:
         batch = {"position_ids": position_ids, "use_cache": True}
         assert_same(run(model, "muse_exact", batch), run(model, "sdpa", batch | {"use_cache": False}))
         position_ids.copy_(restarting())
+
+
+PADDED: dict[str, tuple[int, int, int]] = {
+    "right": (0, 60, 0),
+    "right-of-ones": (0, 60, 1),
+    "left-of-ones": (8, 70, 1),
+    "left-of-zeros": (8, 70, 0),
+    "both": (5, 62, 1),
+}
+"""Where the text of the second row is, and what position padding has."""
+
+
+def padded_documents(start: int, end: int, position_of_padding: int) -> dict[str, Any]:
+    """Rows of three documents: one without padding, and one between `start` and `end`."""
+    mask, positions = padding_mask((0, LENGTH), (start, end)), restarting().repeat(2, 1)
+    positions[1, start:end] = restarting()[0, : end - start]
+    return {"attention_mask": mask, "position_ids": positions.masked_fill(mask == 0, position_of_padding)}
+
+
+@pytest.mark.parametrize("use_cache", [False, True], ids=["without-a-cache", "with-a-cache"])
+@pytest.mark.parametrize("padded", PADDED.values(), ids=PADDED)
+@pytest.mark.parametrize("name", ["llama", "qwen3-windows"])
+def test_packed_documents_between_padding(name: str, padded: tuple[int, int, int], use_cache: bool) -> None:
+    model, batch = make_model(name), padded_documents(*padded) | {"use_cache": use_cache}
+    is_text, positions = batch["attention_mask"].bool(), batch["position_ids"]
+    document = (positions == 0).cumsum(1)
+    place = torch.arange(LENGTH)
+    sees = (document[:, :, None] == document[:, None]) & (place[:, None] >= place) & is_text[:, None]
+    # Padding sees itself: rows without a key are undefined in transformers.
+    pairs = (sees | torch.eye(LENGTH, dtype=torch.bool))[:, None]
+    exact: dict[str, Any] = {"attention_mask": pairs}
+    if "windows" in name:
+        in_window = (place[:, None] - place < 24)[None, None]
+        exact = {"attention_mask": {"full_attention": pairs, "sliding_attention": pairs & in_window}}
+    torch.manual_seed(1)
+    input_ids = torch.randint(SIZES["vocab_size"], (2, LENGTH))
+    results = []
+    for attention, given in (("muse_exact", batch), ("sdpa", batch | exact)):
+        model.set_attn_implementation(attention)
+        model.zero_grad()
+        logits = model(input_ids, **given).logits[is_text]
+        logits.square().mean().backward()
+        results.append((logits.detach(), {name: x.grad.clone() for name, x in model.named_parameters()}))
+    assert_same(*results)
+
+
+def test_padding_is_one_document_whatever_its_positions(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one for each of its tokens, whose positions are all alike."""
+    model, documents = make_model("llama"), []
+    attend = Muse.forward
+
+    def counted(self: Muse, *qkv: Tensor, cu_seqlens: Tensor, **others: Any) -> Tensor:
+        documents.append(int((cu_seqlens.diff() > 0).sum()))
+        return attend(self, *qkv, cu_seqlens=cu_seqlens, **others)
+
+    monkeypatch.setattr(Muse, "forward", counted)
+    run(model, "muse", padded_documents(40, 70, 1))
+    assert documents == [3 + 1 + 2] * 2
+
+
+def test_boundaries_between_padding_are_refused() -> None:
+    model = make_model("llama")
+    model.set_attn_implementation("muse")
+    batch = {"attention_mask": padding_mask((0, 60)), "cu_seq_lens_q": torch.tensor([0, 30, 70])}
+    with pytest.raises(ValueError, match="cu_seq_lens_q without padding, got both"):
+        model(torch.randint(64, (1, LENGTH)), **batch)
+
+
+@pytest.mark.parametrize("how", ["cu_seq_lens_q", "position_ids"])
+def test_documents_of_a_mask_are_kept_beside_others(how: str) -> None:
+    """A mask may be given twice, as by chunked attention, with other documents."""
+    layer, chunks = make_model("llama").model.layers[0].self_attn, torch.tensor([0, 32, 64] + [LENGTH] * 62)
+    mask = chunks.to(torch.int32)[None, None, None]
+    qkv = [torch.randn(1, heads, LENGTH, 8) for heads in (4, 2, 2)]
+    for cut in (20, 50):
+        given = torch.cat([torch.arange(cut), torch.arange(LENGTH - cut)])[None]
+        if how == "cu_seq_lens_q":
+            given = torch.tensor([0, cut, LENGTH])
+        out, _ = AttentionInterface()["muse_exact"](layer, *qkv, mask, **{how: given})
+        ends = sorted({0, 32, 64, LENGTH, cut})
+        for start, end in itertools.pairwise(ends):
+            expected = F.scaled_dot_product_attention(
+                *(x[:, :, start:end] for x in qkv), is_causal=True, enable_gqa=True
+            )
+            torch.testing.assert_close(out[:, start:end].transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("use_cache", [False, True], ids=["without-a-cache", "with-a-cache"])
+def test_boundaries_and_positions_together(use_cache: bool) -> None:
+    """As `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` gives them."""
+    model, batch = make_model("llama"), BATCHES["packed"]
+    boundaries = torch.tensor([0, *DOCUMENTS]).cumsum(0)
+    both = batch | {"cu_seq_lens_q": boundaries, "use_cache": use_cache}
+    assert_same(run(model, "muse_exact", both), run(model, "sdpa", batch))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-windows", "mistral-window"])
@@ -473,8 +570,10 @@ def test_a_saved_model_is_loaded_with_it(tmp_path: Path) -> None:
     assert_same(run(loaded, "muse", BATCHES["left"]), run(model, "muse", BATCHES["left"]))
 
 
-@pytest.mark.parametrize("mask", ["none", "documents", "padding"])
-def test_a_compiled_layer_is_one_graph(mask: str) -> None:
+def compiled_layer(
+    mask: str, position_ids: Tensor
+) -> tuple[list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    """q, k, v of two rows, the attention of a layer, and the same as one graph."""
     model = make_model("llama")
     attend, layer = AttentionInterface()["muse"], model.model.layers[0].self_attn
     documents = torch.tensor([0, 9, 70, 140] + [140] * 61, dtype=torch.int32)[None, None, None]
@@ -484,13 +583,39 @@ def test_a_compiled_layer_is_one_graph(mask: str) -> None:
     qkv = [torch.randn(2, heads, LENGTH, 8, requires_grad=True) for heads in (4, 2, 2)]
 
     def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(layer, q, k, v, given, scaling=0.3)[0] * 2
+        return attend(layer, q, k, v, given, scaling=0.3, position_ids=position_ids)[0] * 2
 
-    expected = attended(*qkv)
-    actual = torch.compile(attended, backend="aot_eager", fullgraph=True)(*qkv)
+    torch._dynamo.reset()
+    return qkv, attended, torch.compile(attended, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("mask", ["none", "documents", "padding"])
+def test_a_compiled_layer_is_one_graph(mask: str) -> None:
+    position_ids = torch.arange(LENGTH).repeat(2, 1)
+    if mask != "none":  # where the mask has it, too
+        position_ids[0, 9:] -= 9
+    qkv, attended, compiled = compiled_layer(mask, position_ids)
+    expected, actual = attended(*qkv), compiled(*qkv)
     torch.testing.assert_close(actual, expected)
     dout = torch.randn_like(expected)
     torch.testing.assert_close(torch.autograd.grad(actual, qkv, dout), torch.autograd.grad(expected, qkv, dout))
+
+
+@pytest.mark.parametrize("mask", ["none", "documents", "padding"])
+def test_a_compiled_layer_refuses_documents_that_the_mask_does_not_have(mask: str) -> None:
+    position_ids = torch.arange(LENGTH).repeat(2, 1)
+    position_ids[1, 30:] -= 30
+    qkv, attended, compiled = compiled_layer(mask, position_ids)
+    before = attended(*qkv)
+    with torch.no_grad():
+        qkv[2][1, :, :30] += 1
+    torch.testing.assert_close(attended(*qkv)[1, 30:], before[1, 30:], rtol=0, atol=0)
+    message = (
+        r'^attn_implementation="muse" under torch\.compile accepts position_ids that start again only with '
+        r"use_cache=False and without attention_mask$"
+    )
+    with pytest.raises(ValueError, match=message):
+        compiled(*qkv)
 
 
 @pytest.mark.slow
@@ -523,6 +648,38 @@ def test_a_compiled_model_gives_the_same(batch: dict[str, Any]) -> None:
     torch.testing.assert_close(actual, expected, **TOLERANCE)
     assert breaks, "nothing was compiled"
     assert all("disable" in reason for reason in breaks), "breaks elsewhere than where the mask is made"
+
+
+COMPILED: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({}, True),
+    "all-ones": ({"attention_mask": padding_mask((0, 70))}, True),
+    "left": ({"attention_mask": padding_mask((9, 70))}, True),
+    "packed": ({"position_ids": restarting()}, False),
+    "packed-padded": (padded_documents(0, 60, 0), False),
+}
+"""Batches of a model with a cache, and whether they are accepted under torch.compile."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("batch", "is_accepted"), COMPILED.values(), ids=COMPILED)
+def test_a_compiled_model_mixes_no_documents(batch: dict[str, Any], is_accepted: bool, backend: str) -> None:
+    model = make_model("llama", num_hidden_layers=1).train()
+    model.set_attn_implementation("muse")
+    input_ids = torch.randint(64, (max([1, *map(len, batch.values())]), LENGTH))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    if not is_accepted:
+        with pytest.raises(ValueError, match="accepts position_ids that start again only with use_cache=False"):
+            compiled(input_ids, **batch)
+        return
+    is_text, gradients = batch.get("attention_mask", torch.ones_like(input_ids)).bool(), []
+    for call in (model, compiled):
+        model.zero_grad()
+        call(input_ids, labels=input_ids.masked_fill(~is_text, -100), **batch).loss.backward()
+        gradients.append(torch.cat([x.grad.flatten() for x in model.parameters()]))
+    # Inductor computes the sines of RoPE, which are float32, in its own way.
+    assert relative_error(gradients[1], gradients[0]) < 1e-4
 
 
 def test_nothing_but_torch_and_transformers_is_needed() -> None:
