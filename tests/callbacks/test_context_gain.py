@@ -9,6 +9,7 @@ from torch import Tensor
 
 from muse_lightning.callbacks import ContextGain
 from muse_lightning.callbacks.context_gain import cut_documents
+from muse_lightning.callbacks.loss_by_position import tokens_in_sight
 from muse_lightning.errors import UserError
 from tests.oracle import copies, nats_of, oracle_model
 from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_trainer
@@ -54,6 +55,20 @@ def test_a_model_that_copies_from_afar_gains(tmp_path: Path) -> None:
         trainer.validate(oracle_model(200, copies(1, memory)), TinyData([], [batch]), verbose=False)
         gains.append(scalars(trainer)["val/context_gain"][0][1])
     assert gains == pytest.approx([nats_of(200, False) - nats_of(200, True), 0.0])
+
+
+def test_both_are_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    model, [batch] = tiny_model(), batches(1)
+    trainer = tiny_trainer(tmp_path, callbacks=[ContextGain()], precision="bf16-mixed")
+    trainer.validate(model, TinyData([], [batch]), verbose=False)
+    cut = {**batch, "cu_seqlens": cut_documents(batch, SEQ_LEN // 8)}
+    compared = (batch["labels"] != -100) & (tokens_in_sight(batch) > SEQ_LEN // 2)
+    compared &= tokens_in_sight(cut) > SEQ_LEN // 16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        saved = model.token_nats(cut) - model.token_nats(batch)
+    expected = saved[compared].mean().item()
+    assert expected != 0
+    assert scalars(trainer)["val/context_gain"][0][1] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", ["short-documents", "short-rows"])
