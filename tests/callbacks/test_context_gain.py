@@ -72,14 +72,17 @@ def test_both_are_in_the_precision_of_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["short-documents", "short-rows"])
-def test_no_far_context_no_gain(tmp_path: Path, case: str) -> None:
+def test_no_far_context_no_gain(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
     [batch] = batches(1, packed=False)
     batch["cu_seqlens"] = torch.tensor([*range(0, 2 * SEQ_LEN, 8), *[2 * SEQ_LEN] * 52], dtype=torch.int32)
     if case == "short-rows":
         batch = {name: tensor[:, :15] for name, tensor in batch.items() if name != "cu_seqlens"}
     trainer = tiny_trainer(tmp_path, callbacks=[ContextGain()])
-    trainer.validate(tiny_model(), TinyData([], [batch]), verbose=False)
+    with caplog.at_level("INFO"):
+        trainer.validate(tiny_model(), TinyData([], [batch]), verbose=False)
     assert "val/context_gain" not in scalars(trainer)
+    line = "context gain: left out, no prediction sees more than half of the context and of its piece"
+    assert caplog.messages.count(line) == 1
 
 
 @pytest.mark.parametrize("length", [1, 3, 6, 48])
