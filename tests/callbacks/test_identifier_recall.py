@@ -88,6 +88,16 @@ def test_documents_are_told_apart(tmp_path: Path) -> None:
     assert scalars(trainer)["val/identifier_accuracy"] == [(0, 1.0)]
 
 
+def test_names_are_asked_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    in_bfloat16: list[bool] = []
+    trainer = tiny_trainer(tmp_path, callbacks=[IdentifierRecall(min_distance=10)], precision="bf16-mixed")
+    data = TinyData([], [batch_of(tokens(), True)])
+    data.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
+    model = oracle_model(VOCAB, lambda document: in_bfloat16.append(torch.is_autocast_enabled("cpu")))
+    trainer.validate(model, data, verbose=False)
+    assert in_bfloat16 == [True] * 2 * len(tokens())
+
+
 def test_batches_and_distance(tmp_path: Path) -> None:
     logged = validate(tmp_path, knows(), min_distance=128, batches=1)
     assert (logged["count"], logged["count_control"]) == (1, 2)
