@@ -4,8 +4,10 @@ transformers asks a registered attention for a mask once per forward pass, then 
 mask is None for plain causal rows, or says where documents begin, which is all that MuSe has to know of padding and of
 packed sequences: an int32 tensor [1, 1, 1 or 2, S + 1], of four dimensions because transformers passes such a mask on
 untouched. Its first row is `cu_seqlens` over the flattened batch; runs of padding are documents of their own, which the
-second row, there if anything is padded, marks with ones. Where queries continue a cache, mask and attention are those
-of "sdpa". User's page: docs/transformers.md.
+second row, there if anything is padded, marks with ones. Layers, which alone are given positions, add the documents
+that these begin. Where queries continue a cache, mask and attention are those of "sdpa".
+
+User's page: docs/transformers.md.
 """
 
 import inspect
