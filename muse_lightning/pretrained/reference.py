@@ -15,6 +15,7 @@ from muse_lightning.model.hf import config_from_hf
 from muse_lightning.model.llama import AttentionFactory, Llama
 from muse_lightning.pretrained.run_folder import (
     CONFIG_FILE,
+    is_sharded,
     newest_checkpoint,
     open_checkpoint,
     run_architecture,
@@ -108,7 +109,7 @@ def open_weights(path: Path, key: str) -> TensorStore:
     """
     if path.suffix == ".safetensors" and path.is_file():
         return open_safetensors(path)
-    if path.is_dir() and not (path / CONFIG_FILE).is_file():
+    if path.is_dir() and not (path / CONFIG_FILE).is_file() and not is_sharded(path):
         return open_folder(path)
     return open_checkpoint(_checkpoint(path, key))
 
@@ -125,6 +126,8 @@ def known_config(path: Path) -> LlamaConfig | None:
 
 def _checkpoint(path: Path, key: str) -> Path:
     """The checkpoint that a run folder or a .ckpt stands for."""
+    if is_sharded(path):
+        raise UserError(f"{key}: {path} is a checkpoint in shards; accepted: one in a file, or a Hugging Face folder")
     if path.is_dir():
         if (path / CONFIG_FILE).is_file():
             return newest_checkpoint(path)

@@ -67,6 +67,16 @@ def test_it_takes_a_pass_for_each_depth_and_the_control(tmp_path: Path) -> None:
     assert len(events.Images("val/needle_accuracy")) == 1
 
 
+def test_needles_are_asked_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    in_bfloat16: list[bool] = []
+    model = oracle_model(VOCAB, lambda document: in_bfloat16.append(torch.is_autocast_enabled("cpu")))
+    trainer = tiny_trainer(
+        tmp_path, callbacks=[NeedleRetrieval(needle_tokens=16, depths=(0.5,))], precision="bf16-mixed"
+    )
+    trainer.validate(model, TinyData([], [random_batch()]), verbose=False)
+    assert in_bfloat16 == [True] * 2 * N * 3  # a pass of the validation, two of the callback
+
+
 def test_rows_alone_take_needles_from_the_batch_before(tmp_path: Path) -> None:
     logged = validate(tmp_path, [random_batch(1, seed=seed) for seed in range(4)], batches=2)
     assert (logged["val/needle_rows"], logged["val/needle_accuracy_depth_50"]) == (2.0, 1.0)
