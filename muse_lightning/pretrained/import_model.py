@@ -12,7 +12,7 @@ from muse_lightning.files import atomic_write, new_directory
 from muse_lightning.pretrained.hub import download_descriptions, download_weights, is_hub_id
 from muse_lightning.pretrained.reference import ModelReference, model_shapes, open_model, read_hf_config
 from muse_lightning.pretrained.tensors import HEAD
-from muse_lightning.pretrained.tokenizer_files import TOKENIZER_FILE, check_vocabulary
+from muse_lightning.pretrained.tokenizer_files import TOKENIZER_FILE, check_vocabulary, folder_tokenizer
 from muse_lightning.pretrained.write_model import DTYPES, DtypeName, check_room, write_model
 
 RECIPE_FILE = "recipe.yaml"
@@ -44,7 +44,7 @@ def import_model(source: str, *, output: Path, revision: str | None = None, dtyp
     with new_directory(output, "output") as folder:
         model = open_model(origin if is_here else _download(source, revision, folder, dtype))
         write_model(model, folder, dtype)
-        atomic_write(folder / RECIPE_FILE, recipe_overlay(model, source, output.resolve()))
+        atomic_write(folder / RECIPE_FILE, recipe_overlay(model, source, folder, output.resolve()))
     print(f"{output}: written from {source}; train with: muse fit -c RECIPE -c {output / RECIPE_FILE}", file=sys.stderr)
 
 
@@ -64,19 +64,20 @@ def _download(source: str, revision: str | None, output: Path, dtype: DtypeName 
     return found
 
 
-def recipe_overlay(model: ModelReference, source: str, output: Path) -> str:
+def recipe_overlay(model: ModelReference, source: str, copy: Path, output: Path) -> str:
     """YAML that makes a recipe train on from a model.
 
     Args:
         model: as it was opened.
         source: its name, for the head comment.
-        output: where the copy will be.
+        copy: the folder that was made of it.
+        output: where that will be.
     """
     values: dict[str, Any] = {"model": {"config": asdict(model.config), "weights": str(output)}}
     window = model.config.sliding_window
     if window is not None:
         values["model"]["attention"] = {"class_path": "SlidingWindow", "init_args": {"window": window}}
-    tokenizer = model.load_tokenizer()
+    tokenizer = folder_tokenizer(copy, model.config)
     if tokenizer is None:
         print(f"{source} has no {TOKENIZER_FILE}: give data.tokenizer in the recipe", file=sys.stderr)
     else:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,11 @@ def test_what_was_not_checked_is_said(
         f"{RUN}/config.yaml: data.tokenizer tok.json: not checked, the dataset that the run began with is not on this "
         "machine\n"
     )
+    capsys.readouterr()
+    assert main(["import", str(RUN), "--output", "imported"]) == 0
+    assert capsys.readouterr().err.count("not checked") == 1
+    overlay = yaml.safe_load(Path("imported/recipe.yaml").read_text())["data"]
+    assert overlay["special_tokens"] == asdict(tokenizer.special_tokens)
+    again = load_tokenizer(overlay["tokenizer"])
+    assert again.special_ids == tokenizer.special_ids
+    assert list(again.token_texts) == list(tokenizer.token_texts)
