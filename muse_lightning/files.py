@@ -106,9 +106,11 @@ def new_directory(path: Path, key: str) -> Iterator[Path]:
     """
     _check_free(path, key)
     try:
-        with exclusive_lock(path), atomic_directory(path) as temporary:
-            yield temporary
-            _check_free(path, key)
+        with exclusive_lock(path):
+            _check_free(path, key)  # Who held the lock before may have made it.
+            with atomic_directory(path) as temporary:
+                yield temporary
+                _check_free(path, key)
     except OSError as error:
         raise UserError(f"{key}: cannot write {path}: {reason_of(error)}") from error
 
