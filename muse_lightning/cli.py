@@ -45,6 +45,8 @@ VERBS = {
         "time the preparation of data beside the tokenizer alone", "muse_lightning.function_commands.run_function"
     ),
     "generate": Verb("continue a prompt with text from a model", "muse_lightning.function_commands.run_function"),
+    "bench training": Verb("time a recipe beside its dense twin", "muse_lightning.speed.training_bench.bench_training"),
+    "profile": Verb("where the time of a recipe's training step goes", "muse_lightning.speed.profile.profile_recipe"),
     "compare": Verb("evaluate a model under other attention", "muse_lightning.function_commands.run_function"),
     "info": Verb("versions, devices and kernels; with --config, what a recipe takes", "muse_lightning.commands.info"),
 }

@@ -2,7 +2,6 @@
 
 import enum
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 # A class is known by its bare name once it has been imported.
 import muse_lightning.attention
 import muse_lightning.data.sources  # noqa: F401
-from muse_lightning.callbacks import DEFAULT_CALLBACKS, LONG_CONTEXT_CALLBACKS
+from muse_lightning.callbacks import DEFAULT_CALLBACKS, LONG_CONTEXT_CALLBACKS, Banner
 from muse_lightning.callbacks.ledger import Ledger
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import progress_bar
@@ -33,7 +32,7 @@ from muse_lightning.errors import UserError, find_cause, reason_of
 from muse_lightning.measure.info import environment, machine_report, recipe_report
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.run_folder import RunFolder
-from muse_lightning.training.weights import check_checkpoint
+from muse_lightning.training.weights import check_checkpoint, check_weights
 
 # Some of Lightning's defaults are enumerations that are strings too, which PyYAML does not know how to write.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_str(member.name))
@@ -78,6 +77,7 @@ class MuseCLI(LightningCLI):
         allowed: modules of --allow_module.
         builds: what the verb needs: a "trainer" with a run folder, data module and model; the latter two, "data"; or
             the "model" alone.
+        options: A dataclass of options that the verb has besides a recipe's, under the key `bench`.
     """
 
     run_folder: RunFolder
@@ -91,10 +91,12 @@ class MuseCLI(LightningCLI):
         args: Sequence[str],
         allowed: Sequence[str],
         builds: Literal["trainer", "data", "model"],
+        options: type | None = None,
     ) -> None:
         self.verb = verb
         self.builds = builds
         self.allowed = allowed
+        self.options = options
         super().__init__(
             LanguageModel,
             TokenDataModule,
@@ -132,7 +134,9 @@ class MuseCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Tie together values that must agree."""
+        """Tie together values that must agree; the verb's own options."""
+        if self.options is not None:
+            parser.add_class_arguments(self.options, "bench")
         for target, source in LINKS_AT_PARSE.items():
             parser.link_arguments(source, target)
         for target, source in LINKS_AT_INSTANTIATION.items():
@@ -164,7 +168,7 @@ class MuseCLI(LightningCLI):
         """Build what the verb needs."""
         try:
             if self.builds == "model":
-                self.model = self.instantiate_model()
+                self.model = self.instantiate_model(self.config.model)
                 return
             self.config_init = self.parser.instantiate(self.config)
         except Exception as error:
@@ -176,11 +180,11 @@ class MuseCLI(LightningCLI):
         if self.builds == "trainer":
             self.trainer = self.instantiate_trainer()
 
-    def instantiate_model(self) -> LanguageModel:
-        """The model alone, from the same configuration: it does not depend on data, which may not exist yet."""
+    def instantiate_model(self, config: Namespace) -> LanguageModel:
+        """A model alone, from `model` of a configuration: it does not depend on data, which may not exist yet."""
         parser = ArgumentParser()
         parser.add_class_arguments(LanguageModel, "model")
-        return parser.instantiate(Namespace(model=self.config.model)).model
+        return parser.instantiate(Namespace(model=config)).model
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Create the run's folder, and a trainer that writes to it."""
@@ -223,6 +227,7 @@ class MuseCLI(LightningCLI):
             (trainer["enable_progress_bar"] is not False, ProgressBar, progress_bar),
             (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
             (trainer["enable_checkpointing"] is not False, Checkpoint, self._checkpoint_callback),
+            (self.verb == "fit" and trainer["enable_progress_bar"] is not False, Banner, Banner),
             (self.verb == "fit", Ledger, lambda: Ledger(self.run_folder.path / FOLDER_NAME)),
             (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),
             *((self.verb in ("fit", "validate"), kind, kind) for kind in DEFAULT_CALLBACKS),
@@ -246,7 +251,7 @@ class MuseCLI(LightningCLI):
         """Save where a fit ended, unless a validation there has: Lightning saves after validations alone."""
         path = self.run_folder.checkpoints / f"step={self.trainer.global_step}.ckpt"
         if self.has_own_checkpoints and not self.trainer.strategy.broadcast(path.exists()):
-            self.trainer.save_checkpoint(path)
+            self.trainer.save_checkpoint(path, weights_only=False)
 
 
 def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
@@ -258,20 +263,26 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
     """
     cli = MuseCLI(verb, description, args, allowed, builds="trainer")
     options: dict[str, Any] = {"return_predictions": False} if verb == "predict" else {}
-    if verb != "fit" and cli.config.ckpt_path is None and cli.model.weights is None:
-        warnings.warn(f"muse {verb}: fresh random weights; give --ckpt_path or --model.weights", stacklevel=1)
     with cli.run_folder as folder:
         try:
+            if cli.config.ckpt_path is None and cli.model.weights is not None:
+                # Before data is prepared, which may take hours.
+                check_weights(cli.model.llama, cli.model.weights)
+            elif verb != "fit" and cli.config.ckpt_path is None:
+                said = f"muse {verb}: warning: fresh random weights; give --ckpt_path or --model.weights"
+                print(said, file=sys.stderr)
             getattr(cli.trainer, verb)(
                 cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **options
             )
             if verb == "fit":
                 cli.save_end_of_fit()
+            if cli.trainer.is_global_zero:
+                print(f"run: {folder.path}", file=sys.stderr)
         except Exception as error:
             mistake = as_user_error(error, cli.config)
             if mistake is None:
                 raise
-            if cli.trainer.global_step == 0:
+            if not cli.model.has_trained:
                 folder.discard()
             raise mistake from error
 
@@ -328,6 +339,12 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
         )
     if isinstance(error, MisconfigurationException):
         return UserError(f"trainer: {reason_of(error)}")
+    if isinstance(error, ValueError) and "`val_check_interval`" in message:
+        batches = message.partition("training batches (")[2].partition(")")[0]
+        return UserError(
+            f"trainer.val_check_interval: {config.trainer.val_check_interval} found, an epoch has {batches} batches; "
+            "give at most that, or trainer.check_val_every_n_epoch=null to count over epochs"
+        )
     return None
 
 

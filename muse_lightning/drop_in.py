@@ -4,8 +4,10 @@ transformers asks a registered attention for a mask once per forward pass, then 
 mask is None for plain causal rows, or says where documents begin, which is all that MuSe has to know of padding and of
 packed sequences: an int32 tensor [1, 1, 1 or 2, S + 1], of four dimensions because transformers passes such a mask on
 untouched. Its first row is `cu_seqlens` over the flattened batch; runs of padding are documents of their own, which the
-second row, there if anything is padded, marks with ones. Where queries continue a cache, mask and attention are those
-of "sdpa". User's page: docs/transformers.md.
+second row, there if anything is padded, marks with ones. Layers, which alone are given positions, add the documents
+that these begin. Where queries continue a cache, mask and attention are those of "sdpa".
+
+User's page: docs/transformers.md.
 """
 
 import inspect
@@ -28,7 +30,14 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 """What some models give to an attention function beside q, k and v, and MuSe has no place for."""
 
 _DOCUMENTS_OF_POSITIONS = WeakTensorKeyDictionary()
-"""position_ids, which all layers of a forward pass share: their version, and their `cu_seqlens` or None."""
+"""A mask, or position_ids where there is none: what `_documents_of_positions` found for the layers that share it."""
+
+
+class _Found(NamedTuple):
+    position_ids: Tensor | None
+    """None where they are the key themselves."""
+    version: int
+    cu_seqlens: Tensor | None
 
 
 class _Registered(NamedTuple):
@@ -88,7 +97,6 @@ def _mask(
     cache_position: Tensor | None = None,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
     **others: Any,
 ) -> Tensor | None:
     """The mask of a forward pass, as the module's docstring describes it.
@@ -108,8 +116,6 @@ def _mask(
             kv_offset=kv_offset,
             attention_mask=attention_mask,
             local_size=local_size,
-            # None is kept for rows from the start; for one query it means that it sees every key.
-            allow_is_causal_skip=allow_is_causal_skip and q_length == 1,
             **places,
             **others,
         )
@@ -186,7 +192,7 @@ def _documents(
                 f"{_shown(registered)} accepts an attention_mask with padding on the left, the right or both, "
                 "got padding between the tokens of a row"
             )
-        starts = starts | (F.pad(is_text[:, 1:] != is_text[:, :-1], (1, 0)))
+        starts = starts | F.pad(is_text[:, 1:] != is_text[:, :-1], (1, 0))
     elif not bool(starts[:, 1:].any()):
         return None
     return _mask_of_documents(starts, is_text)
@@ -242,22 +248,28 @@ def _attend(
         return registered.sdpa(module, query, key, value, attention_mask, scaling=scaling)
     # A static cache holds places for later tokens, too.
     key, value = key[:, :, :num_tokens], value[:, :, :num_tokens]
-    cu_seqlens, is_padding = None, None
+    cu_seqlens, is_hidden = None, None
     if attention_mask is not None:
-        cu_seqlens = attention_mask[0, 0, 0]
-        if attention_mask.shape[2] == 2:
-            is_padding = _by_token(attention_mask[0, 0, 1], cu_seqlens, query.shape[0], num_tokens)
-    elif cu_seq_lens_q is not None:
-        cu_seqlens = cu_seq_lens_q.to(torch.int32)
-    elif position_ids is not None and not torch.compiler.is_compiling():
-        cu_seqlens = _documents_of_positions(position_ids, query.shape[0], num_tokens)
+        cu_seqlens, is_hidden = attention_mask[0, 0, 0], _padding(attention_mask, query.shape[0], num_tokens)
+    if cu_seq_lens_q is not None:
+        if is_hidden is not None:
+            raise ValueError(f"{_shown(registered)} accepts cu_seq_lens_q without padding, got both")
+        given = cu_seq_lens_q.to(torch.int32)
+        # An offset that is there twice is an empty document.
+        cu_seqlens = given if cu_seqlens is None else torch.cat([cu_seqlens, given]).sort().values
+    elif position_ids is not None and torch.compiler.is_compiling():
+        no_token = _no_documents_of_positions(position_ids, attention_mask, query.shape[0], num_tokens, registered.name)
+        is_hidden = no_token if is_hidden is None else is_hidden | no_token
+    elif position_ids is not None:
+        found = _documents_of_positions(position_ids, attention_mask, query.shape[0], num_tokens)
+        cu_seqlens = cu_seqlens if found is None else found
     # A window that reaches over the whole row is none.
     has_window = sliding_window is not None and sliding_window < num_tokens
     strategy = SlidingWindow(0, cast(int, sliding_window)) if has_window else registered.muse
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = strategy(query, key, value, softmax_scale=softmax_scale, cu_seqlens=cu_seqlens)
-    if is_padding is not None:
-        out = out.masked_fill(is_padding[:, None, :, None], 0)
+    if is_hidden is not None:
+        out = out.masked_fill(is_hidden[:, None, :, None], 0)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -276,28 +288,68 @@ def _shown(registered: _Registered) -> str:
     return f'attn_implementation="{registered.name}"'
 
 
-def _by_token(flags: Tensor, cu_seqlens: Tensor, batch_size: int, num_tokens: int) -> Tensor:
-    """A flag of each document, int32 [S + 1] with one to spare, for each of its tokens: bool [B, N]."""
-    repeated = torch.repeat_interleave(flags[:-1], cu_seqlens.diff(), output_size=batch_size * num_tokens)
-    return repeated.bool().view(batch_size, num_tokens)
+def _padding(mask: Tensor, batch_size: int, num_tokens: int) -> Tensor | None:
+    """bool [B, N], which tokens a mask says are padding; None if there is none."""
+    if mask.shape[2] == 1:
+        return None
+    # Its row of flags has one to spare.
+    size = batch_size * num_tokens
+    return (
+        torch.repeat_interleave(mask[0, 0, 1, :-1], mask[0, 0, 0].diff(), output_size=size).bool().view(batch_size, -1)
+    )
 
 
-def _documents_of_positions(position_ids: Tensor, batch_size: int, num_tokens: int) -> Tensor | None:
-    """`cu_seqlens` where positions start again within a row, else None.
+def _documents_of_positions(
+    position_ids: Tensor, mask: Tensor | None, batch_size: int, num_tokens: int
+) -> Tensor | None:
+    """`cu_seqlens` of a mask and of positions that start again within its documents; None if none does.
 
-    transformers looks at positions only without a cache, and models make a cache in training, too, unless they are told
-    otherwise. Read on the host, by the first layer for all.
+    transformers looks at positions only without a mask and without a cache, and models make a cache in training, too,
+    unless they are told otherwise. Read on the host, by the first layer for all that share a mask.
     """
     if position_ids.shape not in ((1, num_tokens), (batch_size, num_tokens)):
         return None
-    # Somebody may write other positions into the same tensor.
+    key, others = (position_ids, None) if mask is None else (mask, position_ids)
+    # Somebody may write other positions into the same tensor, which in inference mode nobody counts.
     version = None if position_ids.is_inference() else position_ids._version
-    known = _DOCUMENTS_OF_POSITIONS.get(position_ids)
-    if known is None or known[0] != version or version is None:
-        steps, is_first = position_ids.diff(dim=1), position_ids[:, 1:] == position_ids[:, :1]
-        # A position that repeats is no start: models of images give one position to many tokens.
-        starts = F.pad((steps < 0) | ((steps == 0) & is_first), (1, 0), value=True).expand(batch_size, -1)
-        is_packed = bool(starts[:, 1:].any())
-        known = version, _mask_of_documents(starts, None)[0, 0, 0] if is_packed else None
-        _DOCUMENTS_OF_POSITIONS[position_ids] = known
-    return known[1]
+    known = _DOCUMENTS_OF_POSITIONS.get(key)
+    if known is not None and known.position_ids is others and known.version == version:
+        return known.cu_seqlens
+    steps, is_first = position_ids.diff(dim=1), position_ids[:, 1:] == position_ids[:, :1]
+    # A position that repeats is no start: models of images give one position to many tokens.
+    starts = F.pad((steps < 0) | ((steps == 0) & is_first), (1, 0), value=True).expand(batch_size, -1)
+    in_mask = torch.zeros(batch_size * num_tokens + 1, dtype=torch.bool, device=starts.device)
+    if mask is not None:
+        in_mask[mask[0, 0, 0].long()] = True
+    in_mask = in_mask[:-1].view(batch_size, num_tokens)
+    in_mask[:, 0] = True
+    is_padding = None if mask is None else _padding(mask, batch_size, num_tokens)
+    if is_padding is not None:
+        starts = starts & ~is_padding
+    cu_seqlens = _mask_of_documents(starts | in_mask, None)[0, 0, 0] if bool((starts & ~in_mask).any()) else None
+    if version is not None:
+        _DOCUMENTS_OF_POSITIONS[key] = _Found(others, version, cu_seqlens)
+    return cu_seqlens
+
+
+# A graph cannot depend on values; that they are of no consequence is seen to while it runs, without breaking it.
+@torch.library.custom_op("muse_lightning::no_documents_of_positions", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _no_documents_of_positions(
+    position_ids: Tensor, mask: Tensor | None, batch_size: int, num_tokens: int, name: str
+) -> Tensor:
+    """False, bool [1, 1], where `_documents_of_positions` finds None.
+
+    Raises:
+        ValueError: it finds documents.
+    """
+    if _documents_of_positions(position_ids, mask, batch_size, num_tokens) is not None:
+        raise ValueError(
+            f'attn_implementation="{name}" under torch.compile accepts position_ids that start again only with '
+            "use_cache=False and without attention_mask"
+        )
+    return torch.zeros(1, 1, dtype=torch.bool, device=position_ids.device)
+
+
+@_no_documents_of_positions.register_fake
+def _(position_ids: Tensor, mask: Tensor | None, batch_size: int, num_tokens: int, name: str) -> Tensor:
+    return position_ids.new_empty((1, 1), dtype=torch.bool)

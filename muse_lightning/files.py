@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, reason_of
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -90,6 +90,34 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_path(path.parent)
+
+
+@contextmanager
+def new_directory(path: Path, key: str) -> Iterator[Path]:
+    """A folder that appears under its name only when the `with` block ends without an error, and replaces nothing.
+
+    Args:
+        path: a name that is free, or an empty folder. Held by a lock until the block ends.
+        key: the option that names it, for messages.
+    Yields:
+        An empty temporary folder, as `atomic_directory`.
+    Raises:
+        UserError: there is something under that name, now or when the block ends, or it cannot be written.
+    """
+    _check_free(path, key)
+    try:
+        with exclusive_lock(path):
+            _check_free(path, key)  # Who held the lock before may have made it.
+            with atomic_directory(path) as temporary:
+                yield temporary
+                _check_free(path, key)
+    except OSError as error:
+        raise UserError(f"{key}: cannot write {path}: {reason_of(error)}") from error
+
+
+def _check_free(path: Path, key: str) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{key}: {path} exists already; give a new folder")
 
 
 @contextmanager

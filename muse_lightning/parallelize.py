@@ -1,13 +1,17 @@
-"""What is applied to a model from outside: so far, what is computed again in the backward pass."""
+"""What is applied to a model from outside: what is computed again in the backward pass, and compilation."""
 
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from muse_lightning.model.llama import Llama
 
-Recompute = Literal["none", "block"]
+Recompute = Literal["none", "keep_attention", "block"]
+"""From the least to the most that is computed again."""
+
+_AROUND_ATTENTION = ("before_attention", "after_attention")
 
 
 def recompute_in_backward(llama: Llama, policy: Recompute) -> None:
@@ -15,10 +19,25 @@ def recompute_in_backward(llama: Llama, policy: Recompute) -> None:
 
     Args:
         llama: changed in place; its state dict is not.
-        policy: "none" keeps every activation; "block" keeps the input of each block, for about a third more work.
+        policy: "none" keeps every activation; "keep_attention" keeps the input of each block and what goes into and
+            comes out of attention, so that all but attention is computed again, for about a quarter more work; "block"
+            keeps the input alone, for about a third more work.
     """
-    if policy == "none":
-        return
     for block in llama.blocks:
-        forward: Any = partial(checkpoint, block.forward, use_reentrant=False)
-        block.forward = forward  # type: ignore[method-assign]
+        for name in {"none": (), "keep_attention": _AROUND_ATTENTION, "block": ("forward",)}[policy]:
+            setattr(block, name, partial(checkpoint, getattr(block, name), use_reentrant=False))
+
+
+def compile_around_attention(llama: Llama, **options: Any) -> None:
+    """Compile what lies before and after attention in each block: what is between matrix products becomes few kernels.
+
+    One compilation serves all blocks, any number of documents, and every strategy, for attention is not part of it. To
+    be called before `recompute_in_backward`.
+
+    Args:
+        llama: changed in place; its state dict is not.
+        options: of torch.compile.
+    """
+    for block in llama.blocks:
+        for name in _AROUND_ATTENTION:
+            setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, dynamic=False, **options))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from muse_lightning import __version__
@@ -58,7 +58,7 @@ class TestWithoutTorch:
     def test_help_lists_every_verb(self, muse: Muse) -> None:
         code, out, _ = muse("--help")
         assert code == 0
-        assert len(VERBS) == 12
+        assert len(VERBS) == 18
         for name, verb in VERBS.items():
             assert f"  {name} " in out
             assert verb.description in out
@@ -185,8 +185,38 @@ class TestRunFolder:
 
     @pytest.mark.parametrize("verb", ["validate", "predict"])
     def test_an_evaluation_of_random_weights_says_so(self, muse: Muse, verb: str) -> None:
-        with pytest.warns(UserWarning, match=f"muse {verb}: fresh random weights; give --ckpt_path or --model.weights"):
-            assert muse.with_recipe(verb)[0] == 0
+        code, _, err = muse.with_recipe(verb)
+        assert code == 0
+        assert f"muse {verb}: warning: fresh random weights; give --ckpt_path or --model.weights" in err
+
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            ("nowhere", "model.weights: nowhere does not exist"),
+            ("other.safetensors", "other.safetensors has no tensor model.embed_tokens.weight"),
+        ],
+    )
+    def test_weights_are_refused_before_data_is_prepared(self, muse: Muse, weights: str, message: str) -> None:
+        save_file({"other": torch.zeros(1)}, muse.folder / "other.safetensors")
+        assert message in muse.error("fit", "--config", "recipe.yaml", f"--model.weights={weights}")
+        assert not Path("dataset").exists()
+
+    def test_fewer_batches_than_an_interval_of_validation(self, muse: Muse) -> None:
+        muse.with_recipe("prepare")
+        message = muse.error("fit", "--config", "recipe.yaml", "--trainer.val_check_interval=1000")
+        assert message.startswith("trainer.val_check_interval: 1000 found, an epoch has ")
+        assert message.endswith("trainer.check_val_every_n_epoch=null to count over epochs")
+
+    def test_a_resume_that_is_refused_leaves_no_run(self, muse: Muse) -> None:
+        assert muse.with_recipe("fit")[0] == 0
+        (muse.folder / "source" / "one" / "module_0.py").write_text("other = 1\n" * 200)
+        muse.with_recipe("prepare")
+        checkpoint = "--ckpt_path=runs/tiny/version_0/checkpoints/step=2.ckpt"
+        assert "fingerprint" in muse.error("fit", "--config", "recipe.yaml", checkpoint, "--trainer.max_steps=4")
+
+    @pytest.mark.parametrize("verb", ["fit", "validate"])
+    def test_the_run_is_named_at_the_end(self, muse: Muse, verb: str) -> None:
+        assert muse.with_recipe(verb)[2].splitlines()[-1] == "run: runs/tiny/version_0"
 
     def test_a_second_run_gets_the_next_version(self, muse: Muse) -> None:
         for _ in range(2):

@@ -32,7 +32,10 @@ SMALL = {
     "recipe:demo": "recipe:demo --config recipes/overlays/smoke.yaml",
     "--trainer.max_steps=20": "--trainer.max_steps=2",
     "runs/demo/version_0/checkpoints/step=240.ckpt": "runs/smoke/version_0/checkpoints/step=2.ckpt",
+    "runs/demo/version_0": "runs/smoke/version_0",
     "--trainer.max_steps=300": "--trainer.max_steps=3",
+    "--data data/demo --seq_len 2048": "--data data/smoke --seq_len 256 --blocks 1",
+    "--max_new_tokens 100": "--max_new_tokens 3",
     "--vocab_size=4096": "--vocab_size=300",
     # Little data is prepared sooner than more processes start.
     "--data.dataset=data/mine": "--data.dataset=data/mine --data.prepare_workers=1",

@@ -178,3 +178,43 @@ def test_exclusive_lock_names_a_folder_that_cannot_be_made(tmp_path):
         files.exclusive_lock(tmp_path / "file" / "sub" / "data"),
     ):
         pass
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_new_directory_appears_at_the_end(tmp_path, exists):
+    target = tmp_path / "found"
+    if exists:
+        target.mkdir()
+    with files.new_directory(target, "out") as folder:
+        (folder / "a").write_text("1")
+        assert not (target / "a").exists()
+    assert names(tmp_path) == ["found"]
+    assert names(target) == ["a"]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_new_directory_replaces_nothing(tmp_path, when):
+    target = tmp_path / "found"
+
+    def fill():
+        target.mkdir()
+        (target / "precious").write_text("1")
+
+    def make():
+        with files.new_directory(target, "out") as folder:
+            (folder / "a").write_text("1")
+            if when == "meanwhile":
+                fill()
+
+    if when == "before":
+        fill()
+    with pytest.raises(files.UserError, match=r"out: .*found exists already; give a new folder"):
+        make()
+    assert names(tmp_path) == ["found"]
+    assert names(target) == ["precious"]
+
+
+def test_new_directory_names_what_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(files.UserError, match="file"), files.new_directory(tmp_path / "file" / "found", "out"):
+        pass

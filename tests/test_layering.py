@@ -28,13 +28,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"attention.base"} | OPEN_TO_ALL,
     "data": OPEN_TO_ALL,
     "drop_in": {"attention", *OPERATORS} | OPEN_TO_ALL,
-    "pretrained": {"model", "attention", "data.tokenizer", "data.filesystems"} | OPEN_TO_ALL,
+    # What a run's data says of its tokenizer.
+    "pretrained": {
+        "model",
+        "attention",
+        *(f"data.{module}" for module in ("card", "filesystems", "ledger", "token_bytes", "tokenizer")),
+    }
+    | OPEN_TO_ALL,
     "parallelize": {"model", "attention", *OPERATORS} | OPEN_TO_ALL,
     # What a recipe takes depends on what is recomputed.
     "measure": {"parallelize", "model", "attention", "pretrained", *OPERATORS} | OPEN_TO_ALL,
     "training": TRAINING | OPEN_TO_ALL,
     "callbacks": TRAINING | OPEN_TO_ALL,
     "compare": TRAINING | {"callbacks"} | OPEN_TO_ALL,
+    "speed": TRAINING | {"callbacks", "compare", "commands"} | OPEN_TO_ALL,
     **{unit: CLI | TRAINING | {"callbacks", "compare"} | OPEN_TO_ALL for unit in CLI},
 }
 # Units that must do with the standard library and these.

@@ -100,25 +100,18 @@ def attend_to_the_end(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, win
         in_sight = num_queries + window - 1
         k, v = k[:, :, -in_sight:], v[:, :, -in_sight:]
     num_keys = k.shape[2]
-    if num_queries > 1 and has_varlen_kernel(q):
+    is_grouped = num_heads != k.shape[1]
+    if num_queries == 1:  # It sees all that is left: without a mask faster kernels take it.
+        return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=is_grouped)
+    if has_varlen_kernel(q):
         return varlen_attention(q, k, v, row_starts(q), softmax_scale, window, cu_seqlens_k=row_starts(k))
     piece = max(1, _LARGEST_LOGITS // (batch_size * num_heads * num_keys))
     key_index = torch.arange(num_keys, device=q.device)
     parts = []
-    for start in range(0, num_queries, piece):
-        queries = q[:, :, start : start + piece]
-        age = key_index.new_tensor(num_keys - num_queries) + start - key_index
-        age = age + torch.arange(queries.shape[2], device=q.device)[:, None]  # [piece, L]
+    for queries, positions in zip(q.split(piece, dim=2), key_index[-num_queries:].split(piece), strict=True):
+        age = positions[:, None] - key_index  # [piece, L]
         sees = age >= 0 if window is None else (age >= 0) & (age < window)
         parts.append(
-            F.scaled_dot_product_attention(
-                queries,
-                k,
-                v,
-                # One query sees all that is left: without a mask faster kernels take it.
-                attn_mask=sees if num_queries > 1 else None,
-                scale=softmax_scale,
-                enable_gqa=num_heads != k.shape[1],
-            )
+            F.scaled_dot_product_attention(queries, k, v, attn_mask=sees, scale=softmax_scale, enable_gqa=is_grouped)
         )
     return torch.cat(parts, dim=2)

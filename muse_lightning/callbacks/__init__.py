@@ -1,7 +1,9 @@
 """One concern each: what is watched, and what is written, while a Trainer runs."""
 
 from muse_lightning.callbacks.attention_error import AttentionError
+from muse_lightning.callbacks.banner import Banner
 from muse_lightning.callbacks.context_gain import ContextGain
+from muse_lightning.callbacks.exact_tail import ExactTail
 from muse_lightning.callbacks.gradient_norm import GradientNorm
 from muse_lightning.callbacks.identifier_recall import IdentifierRecall
 from muse_lightning.callbacks.ledger import Ledger
@@ -24,8 +26,10 @@ __all__ = [
     "DEFAULT_CALLBACKS",
     "LONG_CONTEXT_CALLBACKS",
     "AttentionError",
+    "Banner",
     "ContextGain",
     "DeviceThroughput",
+    "ExactTail",
     "GradientNorm",
     "IdentifierRecall",
     "Ledger",

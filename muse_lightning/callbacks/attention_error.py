@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from muse_lightning.attention import Dense
+from muse_lightning.attention import Dense, SlidingWindow
 from muse_lightning.measure.attention_error import attention_errors
 from muse_lightning.training.module import LanguageModel
 
@@ -13,8 +13,8 @@ from muse_lightning.training.module import LanguageModel
 class AttentionError(L.Callback):
     """Logs `muse/relative_error`, the mean over layers, and each layer's, on the first batch of each validation.
 
-    The relative squared error of attention outputs is that of docs/attention.md, "Error measured". Exact attention has
-    none, and nothing is logged for it.
+    The relative squared error of attention outputs is that of docs/attention.md, "Error measured". Exact attention, to
+    `config.sliding_window` where there is one, has none, and nothing is logged for it.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[AttentionError()])
@@ -31,7 +31,10 @@ class AttentionError(L.Callback):
     ) -> None:
         """Run the model once more on the first batch, and compare."""
         assert isinstance(pl_module, LanguageModel)
-        if batch_idx > 0 or all(isinstance(block.self_attn.attention, Dense) for block in pl_module.llama.blocks):
+        window = pl_module.config.sliding_window
+        exact = Dense if window is None else SlidingWindow
+        strategies = [block.self_attn.attention for block in pl_module.llama.blocks]
+        if batch_idx > 0 or all(isinstance(s, exact) and getattr(s, "window", None) == window for s in strategies):
             return
         # Callbacks run outside the precision that the step ran in.
         with trainer.precision_plugin.forward_context():

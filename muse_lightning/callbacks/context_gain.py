@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from muse_lightning.callbacks.loss_by_position import tokens_in_sight
@@ -21,7 +22,8 @@ class ContextGain(L.Callback):
     The mean is over labels that see more than N / 2 tokens of their document, N the context length; for the first term
     the same rows are cut into pieces of N / pieces tokens that do not see each other, and of their labels only those
     count that still see more than half a piece. Losses at early and at late positions are of different texts; here
-    texts are the same. Above 0, the far context helps. Nothing is logged where no document is that long.
+    texts are the same. Above 0, the far context helps. Nothing is logged where no document is that long,
+    and a line says so.
 
     Args:
         batches: first batches of each rank to do it on; each takes one forward pass more.
@@ -73,7 +75,11 @@ class ContextGain(L.Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log it."""
         saved, count = self._totals.collect(trainer)
-        if count and not trainer.sanity_checking:
+        if trainer.sanity_checking:
+            return
+        if not count:
+            rank_zero_info("context gain: left out, no prediction sees more than half of the context and of its piece")
+        else:
             pl_module.log("val/context_gain", saved / count, sync_dist=True)
 
 

@@ -35,6 +35,8 @@ class IdentifierRecall(L.Callback):
         ..._control                 the same of the control
         val/identifier_recall       a figure: accuracy over distance
 
+    Where no name counts, nothing is logged, the control neither, and a line says so.
+
     Args:
         min_distance: tokens.
         batches: first batches of each rank to do it on; each takes one forward pass more.
@@ -104,9 +106,15 @@ class IdentifierRecall(L.Callback):
         if _tokenizer(trainer) is None:
             rank_zero_info("identifier recall: left out, the data has no tokenizer")
             return
+        if not names[:_BUCKETS].any():
+            rank_zero_info(
+                f"identifier recall: left out, no file mentions a name, at a distance of at least {self.min_distance} "
+                "tokens, that an earlier file of its document defines"
+            )
+            return
         groups = {"": slice(0, _BUCKETS), "_control": slice(_BUCKETS, _BUCKETS + 1)}
         groups |= {f"_{2**i}": slice(i, i + 1) for i in range(_BUCKETS)}
-        tags = {"val/identifier_count": names[:_BUCKETS].sum()}
+        tags = {}
         for name, group in groups.items():
             if count := tokens[group].sum():
                 tags[f"val/identifier_accuracy{name}"] = hits[group].sum() / count
@@ -114,16 +122,15 @@ class IdentifierRecall(L.Callback):
                 tags[f"val/identifier_count{name}"] = names[group].sum()
         pl_module.log_dict({tag: float(value) for tag, value in tags.items()}, sync_dist=True)
         points = [(float(2**i), float(hits[i] / tokens[i])) for i in range(_BUCKETS) if tokens[i]]
-        if points:
-            control = tags.get("val/identifier_accuracy_control")
-            figure = draw_curve(
-                points,
-                "tokens since the defining file's last mention, from this power of two to the next",
-                "accuracy of the name's tokens",
-                log_x=True,
-                control=None if control is None else float(control),
-            )
-            write_figure(trainer, "val/identifier_recall", figure)
+        control = tags.get("val/identifier_accuracy_control")
+        figure = draw_curve(
+            points,
+            "tokens since the defining file's last mention, from this power of two to the next",
+            "accuracy of the name's tokens",
+            log_x=True,
+            control=None if control is None else float(control),
+        )
+        write_figure(trainer, "val/identifier_recall", figure)
 
 
 def _tokenizer(trainer: L.Trainer) -> Tokenizer | None:

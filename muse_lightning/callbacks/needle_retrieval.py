@@ -134,7 +134,9 @@ class NeedleRetrieval(L.Callback):
         self._before = []
         if trainer.sanity_checking:
             return
-        if left_out or not rows:
+        if not rows and not left_out:
+            rank_zero_info("needle retrieval: left out, the validation has no second document to take needles from")
+        if left_out:
             rank_zero_info(
                 f"needle retrieval: {left_out:.0f} of {rows + left_out:.0f} rows left out: no document of "
                 f"{self.min_share:g} of the context and {4 * self.needle_tokens} tokens, or no other text to hide in it"

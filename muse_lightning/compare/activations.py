@@ -26,6 +26,7 @@ class Activations:
     options: Mapping[str, Any]
     """softmax_scale and cu_seqlens."""
     out: Tensor
+    layer: int
 
 
 @dataclass
@@ -106,7 +107,7 @@ def _attention_recorded(strategy: AttentionStrategy) -> Iterator[list[Activation
 
     def record(_: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any], out: Tensor) -> None:
         q, k, v = inputs
-        found.append(Activations(q, k, v, options, out))
+        found.append(Activations(q, k, v, options, out, strategy.layer_idx))
 
     hook = strategy.register_forward_hook(record, with_kwargs=True)
     try:

@@ -1,5 +1,6 @@
 """The blocks of a prepared dataset that a model is evaluated on."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from muse_lightning.data.batches import IGNORED_LABEL, Batch, Collate
 from muse_lightning.data.block_reader import read_block
-from muse_lightning.data.card import DatasetCard, check_index, count_blocks, largest_seq_len, read_card
+from muse_lightning.data.card import (
+    TOKENIZER_NAME,
+    DatasetCard,
+    check_index,
+    count_blocks,
+    largest_seq_len,
+    read_card,
+)
+from muse_lightning.data.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
 from muse_lightning.errors import UserError
 
 
@@ -74,3 +83,31 @@ def read_blocks(dataset: Path, split: str, seq_len: int, count: int, document_ma
     collate = Collate(document_mask)
     batches = [collate([read_block(dataset / split, entry, card.dtype, seq_len, index)]) for index in indices]
     return Blocks(card, batches, indices, torch.tensor(card.token_bytes))
+
+
+def check_tokenizer(dataset: Path, model: Tokenizer | None, source: str) -> None:
+    """Refuse data whose ids mean something else to the model.
+
+    Ids are compared by their text: a tokenizer that was exported and read again is another file with the same ids.
+
+    Args:
+        dataset: a prepared dataset.
+        model: the model's tokenizer; None where it has none, which is said on standard error.
+        source: the model, for messages.
+    Raises:
+        UserError: an id stands for another text.
+    """
+    if model is None:
+        print(f"compare: {source} has no tokenizer: whether the data is of its ids is not checked", file=sys.stderr)
+        return
+    card = read_card(dataset)
+    is_built_in = not (dataset / TOKENIZER_NAME).is_file()
+    name = "bytes" if is_built_in else str(dataset / TOKENIZER_NAME)
+    texts = load_tokenizer(name, SpecialTokens(**card.tokenizer["special_tokens"])).token_texts
+    for i, (of_data, of_model) in enumerate(zip(texts, model.token_texts, strict=False)):
+        # What is special to one may be text to the other, which documents do not hold.
+        if of_data and of_model and of_data != of_model:
+            raise UserError(
+                f"data: {dataset} was prepared with another tokenizer than {source} has: id {i} stands for {of_data!r} "
+                f"there, for {of_model!r} here; prepare it with the model's"
+            )

@@ -1,32 +1,25 @@
 """`muse compare`: its options, the order of its work, and the files that it writes."""
 
-import shlex
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from muse_kernels.attention.options import MuseOptions
-from muse_lightning.compare import costs
-from muse_lightning.compare.activations import OnActivations, middle_layer, on_activations
-from muse_lightning.compare.blocks import Blocks, read_blocks
+from muse_lightning.compare.blocks import check_tokenizer, read_blocks
 from muse_lightning.compare.figure import draw
-from muse_lightning.compare.gradients import gradient_cosines
-from muse_lightning.compare.losses import losses
-from muse_lightning.compare.report import page, table
-from muse_lightning.compare.results import Found, cheapest, least_rising, overlay, to_json
-from muse_lightning.compare.settings import Grid, Setting, make_settings
+from muse_lightning.compare.measuring import measure
+from muse_lightning.compare.report import advice, page, table
+from muse_lightning.compare.results import cheapest, overlay, to_json
+from muse_lightning.compare.settings import Grid, make_settings
 from muse_lightning.errors import UserError
-from muse_lightning.files import atomic_directory, atomic_write
+from muse_lightning.files import atomic_write, new_directory
 from muse_lightning.measure.bench.report import aligned
-from muse_lightning.measure.bench.timing import CudaInstruments, Instruments
-from muse_lightning.measure.info import environment
-from muse_lightning.model.llama import Llama
+from muse_lightning.measure.bench.timing import CudaInstruments
+from muse_lightning.measure.info import result_header
 from muse_lightning.pretrained.reference import ModelReference, open_model
+from muse_lightning.pretrained.run_folder import run_configuration
 
 OVERLAY_NAME = "recommended.yaml"
 DEFAULT_MUSE = MuseOptions()
@@ -40,7 +33,7 @@ def compare(
     split: str = "val",
     seq_len: int = 32768,
     blocks: int = 8,
-    document_mask: bool = True,
+    document_mask: bool | None = None,
     muse: MuseOptions = DEFAULT_MUSE,
     window: int | None = None,
     detailed_blocks: int = 1,
@@ -55,7 +48,7 @@ def compare(
 ) -> None:
     """Evaluate one model with exact attention, MuSe, spatial blocks and a sliding window, without training it.
 
-    Writes compare.json, compare.md and compare.png; after a sweep also recommended.yaml, the second --config of a
+    Writes compare.json, compare.md and compare.png; after a sweep also recommended.yaml, the last --config of a
     recipe.
 
     Args:
@@ -64,7 +57,7 @@ def compare(
         split: Its split.
         seq_len: Tokens of a block.
         blocks: Blocks, spread evenly over the split.
-        document_mask: Whether documents in a block are told apart; false for a model that was trained without.
+        document_mask: Whether documents in a block are told apart; null is as a run was trained, and false for others.
         muse: Options of MuSe; the spatial blocks have the same sizes and retrieve as many keys.
         window: Tokens that the sliding window sees; null is MuSe's chunk.
         detailed_blocks: Blocks on which the error of each head and the mass are measured, at least 1.
@@ -81,135 +74,67 @@ def compare(
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name}: {value} found, at least 1 expected")
+    if grid != DEFAULT_GRID and not sweep:
+        raise UserError("grid: it is used by a sweep alone; give --sweep true too")
     reference = open_model(model)
-    if seq_len > reference.config.max_position_embeddings:
+    config = reference.config
+    if seq_len > config.max_position_embeddings:
         raise UserError(
-            f"seq_len: {seq_len} found; {model} is meant for at most {reference.config.max_position_embeddings} tokens"
+            f"seq_len: {seq_len} found; {model} is meant for at most {config.max_position_embeddings} tokens"
         )
-    vocab_size = reference.config.vocab_size
-    read = read_blocks(data, split, seq_len, blocks, document_mask, vocab_size)
+    if document_mask is None:
+        document_mask = _was_trained_with_documents(reference)
+    read = read_blocks(data, split, seq_len, blocks, document_mask, config.vocab_size)
+    check_tokenizer(data, reference.load_tokenizer(), str(model))
     settings = make_settings(
-        muse, muse.chunk if window is None else window, reference.config.sliding_window, grid if sweep else None
+        muse, muse.chunk if window is None else window, config.sliding_window, grid if sweep else None
     )
     place = _device(device)
-    folder = _new_folder(out)
-    header = _header(reference, data, read, split, seq_len, document_mask, _dtype(dtype, place))
-    llama = reference.load(device=place, dtype=getattr(torch, header["dtype"]))
-    instruments = CudaInstruments(_TIMED_RUNS, _TIMED_SECONDS) if place == "cuda" else None
-    found = measure(llama, read, settings, detailed_blocks, gradients, loss_chunk, instruments)
-    recommended = cheapest(found, max_loss_increase) if sweep else None
-    advice = _advice(found, recommended, max_loss_increase, folder) if sweep else None
-    with atomic_directory(folder) as temporary:
+    precision = _dtype(dtype, place)
+    header = result_header(place) | {
+        "model": str(model),
+        "data": str(data),
+        "split": split,
+        "fingerprint": read.card.fingerprint,
+        "blocks": list(read.indices),
+        "labels": sum(read.labels()),
+        "seq_len": seq_len,
+        "document_mask": document_mask,
+        "dtype": precision,
+    }
+    folder = out or Path("runs/compare") / f"{datetime.now().astimezone():%Y-%m-%d_%H%M%S}"
+    with new_directory(folder, "out") as temporary:
+        try:
+            found = measure(
+                reference.load(device=place, dtype=getattr(torch, precision)),
+                read,
+                settings,
+                detailed_blocks=detailed_blocks,
+                gradients=gradients,
+                loss_chunk=loss_chunk,
+                instruments=CudaInstruments(_TIMED_RUNS, _TIMED_SECONDS) if place == "cuda" else None,
+            )
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of GPU memory; next: lower loss_chunk (now {loss_chunk}) or seq_len (now {seq_len}), or "
+                "--device cpu"
+            ) from None
+        recommended = cheapest(found, max_loss_increase) if sweep else None
+        said = advice(found, recommended, max_loss_increase, folder / OVERLAY_NAME, is_sweep=sweep)
         atomic_write(temporary / "compare.json", to_json(header, found, recommended))
-        atomic_write(temporary / "compare.md", page(header, found, advice))
+        atomic_write(temporary / "compare.md", page(header, found, said))
         atomic_write(temporary / "compare.png", draw(found, f"{model}, {seq_len:,} tokens, {header['device']}"))
         if recommended is not None:
             atomic_write(temporary / OVERLAY_NAME, overlay(recommended, header))
-    print(aligned(table(found)))
-    if advice:
-        print(advice)
+    print("\n".join([aligned(table(found)), *said]))
     print(f"{folder}: compare.json, compare.md, compare.png{f', {OVERLAY_NAME}' if recommended else ''}")
 
 
-def measure(
-    llama: Llama,
-    blocks: Blocks,
-    settings: Sequence[Setting],
-    detailed_blocks: int,
-    gradients: bool,
-    loss_chunk: int,
-    instruments: Instruments | None,
-) -> list[Found]:
-    """Measure every setting, exact attention, which comes first, before the others.
-
-    Args:
-        llama: with exact attention, where it shall run.
-        instruments: None: nothing is timed.
-    """
-    exact, main = settings[0], [setting for setting in settings if not setting.is_swept]
-    by_name = {}
-    for setting in settings:
-        with llama.attention_as(setting.attention):
-            by_name[setting.name] = losses(llama, blocks, loss_chunk)
-        _say(f"{setting.name}: loss {by_name[setting.name].mean:.4f}")
-    _say("error and mass of each head")
-    with_mass = [setting.name for setting in main if setting.muse is not None]
-    detailed = on_activations(llama, blocks.batches[:detailed_blocks], settings[1:], with_mass)
-    attention_ms: dict[str, float] = {}
-    forward_ms: dict[str, float] = {}
-    if instruments is not None:
-        _say("times")
-        layer = llama.config.num_hidden_layers // 2
-        times = costs.attention_times(settings, middle_layer(llama, blocks.batches[0]), layer, instruments)
-        attention_ms = {name: timing.median_ms for name, timing in times.items()}
-        times = costs.forward_times(llama, main, blocks.batches[0], instruments)
-        forward_ms = {name: timing.median_ms for name, timing in times.items()}
-    cosines: dict[str, float] = {}
-    if gradients:
-        _say("gradients")
-        cosines = gradient_cosines(llama, blocks.batches[0], exact, main[1:], loss_chunk)
-    exact_pairs = costs.pairs(exact, blocks.batches)
-    found = []
-    for setting in settings:
-        own = by_name[setting.name]
-        result = Found(setting, own, own.rise(by_name[exact.name]), costs.pairs(setting, blocks.batches) / exact_pairs)
-        result = replace(
-            result,
-            gradient_cosine=cosines.get(setting.name),
-            attention_ms=attention_ms.get(setting.name),
-            forward_ms=forward_ms.get(setting.name),
-            **_as_lists(detailed.get(setting.name)),
-        )
-        found.append(result)
-    return found
-
-
-def _as_lists(found: OnActivations | None) -> dict[str, Any]:
-    if found is None:
-        return {}
-    return {"errors": found.errors.tolist(), "mass": None if found.mass is None else found.mass.tolist()}
-
-
-def _advice(found: Sequence[Found], recommended: Found | None, max_loss_increase: float, folder: Path) -> str:
-    if recommended is None:
-        nearest = least_rising(found)
-        return (
-            f"No MuSe setting keeps the rise of the loss, two standard errors included, under {max_loss_increase}; the "
-            f"least is {nearest.highest_rise:.4f}, of {nearest.setting.name}."
-        )
-    rise, _ = recommended.rise
-    return (
-        f"The cheapest MuSe setting under a rise of {max_loss_increase}, two standard errors included: "
-        f"{recommended.setting.name} ({rise:+.4f}). "
-        f"Train with it: muse fit --config RECIPE --config {folder / OVERLAY_NAME}"
-    )
-
-
-def _header(
-    reference: ModelReference,
-    data: Path,
-    blocks: Blocks,
-    split: str,
-    seq_len: int,
-    document_mask: bool,
-    dtype: str,
-) -> dict[str, Any]:
-    found = environment()
-    return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["muse", *sys.argv[1:]]),
-        "device": found["devices"][torch.cuda.current_device() if torch.cuda.is_available() else 0],
-        **found,
-        "model": str(reference.path),
-        "data": str(data),
-        "split": split,
-        "fingerprint": blocks.card.fingerprint,
-        "blocks": list(blocks.indices),
-        "labels": sum(blocks.labels()),
-        "seq_len": seq_len,
-        "document_mask": document_mask,
-        "dtype": dtype,
-    }
+def _was_trained_with_documents(reference: ModelReference) -> bool:
+    """What a run's configuration says; others are seldom."""
+    if not reference.is_run:
+        return False
+    return bool((run_configuration(reference.folder).get("data") or {}).get("document_mask", True))
 
 
 def _device(name: str) -> str:
@@ -224,24 +149,3 @@ def _dtype(name: str, device: str) -> str:
     if name == "auto":
         return "bfloat16" if device == "cuda" else "float32"
     return name
-
-
-def _new_folder(out: Path | None) -> Path:
-    """A folder that does not exist yet.
-
-    Raises:
-        UserError: it exists, or its parent cannot be made.
-    """
-    if out is None:
-        out = Path("runs/compare") / f"{datetime.now().astimezone():%Y-%m-%d_%H%M%S}"
-    if out.exists():
-        raise UserError(f"out: {out} exists; give a folder that does not")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: cannot write in {out.parent}: {error.strerror}") from None
-    return out
-
-
-def _say(what: str) -> None:
-    print(f"compare: {what}", file=sys.stderr, flush=True)

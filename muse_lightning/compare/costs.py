@@ -19,15 +19,13 @@ def pairs(setting: Setting, batches: Sequence[Batch]) -> float:
     return sum(strategy.pairs(lengths, has_documents=is_packed) for lengths, is_packed in described)
 
 
-def attention_times(
-    settings: Sequence[Setting], found: Activations, layer: int, instruments: Instruments
-) -> dict[str, Timing]:
+def attention_times(settings: Sequence[Setting], found: Activations, instruments: Instruments) -> dict[str, Timing]:
     """Forward and backward pass of one layer's attention on its q, k and v, by setting."""
     dout = torch.randn_like(found.out)
     leaves = [x.detach().requires_grad_() for x in (found.q, found.k, found.v)]
 
     def run_of(setting: Setting) -> Callable[[], object]:
-        strategy = setting.attention(layer)
+        strategy = setting.attention(found.layer)
         return lambda: torch.autograd.grad(strategy(*leaves, **found.options), leaves, dout)
 
     with torch.enable_grad():

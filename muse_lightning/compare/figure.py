@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from muse_lightning.compare.results import Found
 
+_LEAST_LABELS = 100
 _MASS = {"own chunk": "tab:blue", "retrieved": "tab:orange", "summaries": "tab:green"}
 
 
@@ -28,10 +29,13 @@ def draw(found: Sequence[Found], title: str) -> bytes:
 
 
 def _draw_positions(axes: Any, main: Sequence[Found]) -> None:
-    exact = main[0].losses.by_context
+    exact = main[0].losses
+    # Means of few tokens would set the scale.
+    least = min(_LEAST_LABELS, sum(exact.counts) / 100)
+    shown = [i for i, count in enumerate(exact.counts) if count >= least]
     for each in main[1:]:
-        rises = [own - other for own, other in zip(each.losses.by_context, exact, strict=True)]
-        axes.plot([2**i for i in range(len(rises))], rises, marker="o", markersize=3, label=each.setting.name)
+        rises = [each.losses.by_context[i] - exact.by_context[i] for i in shown]
+        axes.plot([2**i for i in shown], rises, marker="o", markersize=3, label=each.setting.name)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens in sight, from this power of two to the next", ylabel="rise of the loss, nats per token")

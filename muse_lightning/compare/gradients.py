@@ -12,6 +12,8 @@ from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.model.llama import Llama
 from muse_lightning.parallelize import recompute_in_backward
 
+_PART = 2**24
+
 
 def gradient_cosines(
     llama: Llama, batch: Batch, exact: Setting, others: Sequence[Setting], loss_chunk: int
@@ -40,8 +42,14 @@ def _gradient(llama: Llama, batch: Batch, setting: Setting, loss_chunk: int) -> 
 
 
 def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    dot, norm_a, norm_b = (
-        sum((x.double() * y.double()).sum().item() for x, y in zip(left, right, strict=True))
-        for left, right in ((a, b), (a, a), (b, b))
-    )
+    dot, norm_a, norm_b = (_dot(left, right) for left, right in ((a, b), (a, a), (b, b)))
     return dot / math.sqrt(norm_a * norm_b) if norm_a and norm_b else math.nan
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Sum of products in float64, a part of a tensor at a time: an embedding is large."""
+    return sum(
+        torch.dot(x.double(), y.double()).item()
+        for left, right in zip(a, b, strict=True)
+        for x, y in zip(left.flatten().split(_PART), right.flatten().split(_PART), strict=True)
+    )

@@ -11,6 +11,7 @@ import torch
 from muse_lightning.callbacks.loss_by_position import sums_by_context
 from muse_lightning.compare.blocks import Blocks
 from muse_lightning.data.batches import Batch
+from muse_lightning.errors import UserError
 from muse_lightning.model.llama import Llama
 from muse_lightning.training.loss import next_token_nats
 
@@ -24,12 +25,14 @@ class Losses:
         labels: Of each block.
         text_bytes: That the labels of each block stand for.
         by_context: Mean over labels that see at least 2^i and less than 2^(i + 1) tokens, nan where there is none.
+        counts: Of those labels.
     """
 
     nats: Sequence[float]
     labels: Sequence[int]
     text_bytes: Sequence[int]
     by_context: Sequence[float]
+    counts: Sequence[int]
 
     @property
     def mean(self) -> float:
@@ -58,6 +61,8 @@ def losses(llama: Llama, blocks: Blocks, loss_chunk: int) -> Losses:
     Args:
         llama: in evaluation mode, on the device that it shall run on.
         loss_chunk: tokens whose logits exist at once.
+    Raises:
+        UserError: the loss is not finite.
     """
     nats, sums, counts = [], [], []
     with torch.no_grad():
@@ -68,8 +73,12 @@ def losses(llama: Llama, blocks: Blocks, loss_chunk: int) -> Losses:
             nats.append(of_tokens.double().sum().item())
             sums.append(total.double().cpu())
             counts.append(count.double().cpu())
-    by_context = (torch.stack(sums).sum(0) / torch.stack(counts).sum(0)).tolist()
-    return Losses(nats, blocks.labels(), blocks.text_bytes(), by_context)
+    if not math.isfinite(sum(nats)):
+        raise UserError(f"the loss is {sum(nats)} in {llama.lm_head.weight.dtype}; give another --dtype, as float32")
+    total, count = torch.stack(sums).sum(0), torch.stack(counts).sum(0)
+    return Losses(
+        nats, blocks.labels(), blocks.text_bytes(), (total / count).tolist(), [int(each) for each in count.tolist()]
+    )
 
 
 def token_nats(llama: Llama, batch: Batch, loss_chunk: int) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """The table and the page of a comparison."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from muse_lightning.compare.results import Found
+from muse_lightning.compare.results import Found, is_muse
 from muse_lightning.measure.bench.report import NONE, Row, machine_line, markdown
 
 
@@ -36,7 +37,7 @@ LEGEND = (
 )
 
 
-def page(header: Mapping[str, Any], found: Sequence[Found], advice: str | None) -> str:
+def page(header: Mapping[str, Any], found: Sequence[Found], said: Sequence[str]) -> str:
     """The Markdown file of a comparison."""
     swept = [each for each in found if each.setting.is_swept]
     main = [each for each in found if not each.setting.is_swept]
@@ -53,8 +54,7 @@ def page(header: Mapping[str, Any], found: Sequence[Found], advice: str | None) 
     ]
     if swept:
         sections += ["## Sweep", markdown(table([main[0], *swept]))]
-    if advice:
-        sections.append(advice)
+    sections += said
     return "\n\n".join(sections) + "\n"
 
 
@@ -73,3 +73,39 @@ def _ratio(value: float | None, exact: float | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form)
+
+
+def advice(
+    found: Sequence[Found], recommended: Found | None, max_loss_increase: float, path: Path, *, is_sweep: bool
+) -> list[str]:
+    """What to make of it, in words.
+
+    Args:
+        path: of the overlay that trains with the recommended setting.
+    """
+    said = []
+    muse = [each for each in found if is_muse(each)]
+    if any(each.is_exact for each in muse):
+        are_all = all(each.is_exact for each in muse)
+        which = "Every MuSe setting" if are_all else "Those MuSe settings with 100.0% of pairs"
+        said.append(
+            f"{which} attended these blocks exactly (muse.exact_below): a longer seq_len, --document_mask false or a "
+            "smaller chunk would tell more."
+        )
+    candidates = [each for each in muse if not each.is_exact]
+    if not is_sweep or not candidates:
+        return said
+    has_error = found[0].rise[1] is not None
+    how = "two standard errors included" if has_error else "from one block, so without a standard error"
+    if recommended is None:
+        nearest = min(candidates, key=lambda each: each.highest_rise)
+        said.append(
+            f"No MuSe setting keeps the rise of the loss, {how}, under {max_loss_increase}; the least is "
+            f"{nearest.highest_rise:.4f}, of {nearest.setting.name}."
+        )
+    else:
+        said.append(
+            f"The cheapest MuSe setting under a rise of {max_loss_increase}, {how}: {recommended.setting.name} "
+            f"({recommended.rise[0]:+.4f}). Train with it: muse fit --config RECIPE --config {path}"
+        )
+    return said

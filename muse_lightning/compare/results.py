@@ -64,6 +64,11 @@ class Found:
         """Milliseconds where they were measured, else pairs."""
         return self.pairs if self.attention_ms is None else self.attention_ms
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether it did nothing but exact attention on these blocks."""
+        return self.pairs == 1.0
+
     def record(self) -> dict[str, Any]:
         """For JSON."""
         rise, error = self.rise
@@ -79,11 +84,11 @@ class Found:
                 str(2**i): loss for i, loss in enumerate(self.losses.by_context) if not math.isnan(loss)
             },
             "nats_of_blocks": list(self.losses.nats),
-            "relative_squared_error": self.mean_error,
-            "relative_squared_error_by_layer_and_head": self.errors,
+            "relative_squared_error": _finite(self.mean_error),
+            "relative_squared_error_by_layer_and_head": self.errors and [list(map(_finite, e)) for e in self.errors],
             "mass_near_retrieved_summaries": self.mean_mass,
             "mass_by_layer_and_head": self.mass,
-            "gradient_cosine": self.gradient_cosine,
+            "gradient_cosine": _finite(self.gradient_cosine),
             "pairs_over_exact": self.pairs,
             "attention_forward_backward_ms": self.attention_ms,
             "model_forward_ms": self.forward_ms,
@@ -91,15 +96,10 @@ class Found:
 
 
 def cheapest(found: Sequence[Found], max_loss_increase: float) -> Found | None:
-    """The cheapest setting of MuSe whose loss, two standard errors included, rises by no more; None if each rises
-    more. Of two equally cheap ones the one that rises less."""
-    fitting = [each for each in found if _is_muse(each) and each.highest_rise <= max_loss_increase]
+    """The cheapest setting of MuSe, of those that were not exact attention on these blocks, whose loss, two standard
+    errors included, rises by no more; None if each rises more. Of two equally cheap ones the one that rises less."""
+    fitting = [each for each in found if is_muse(each) and not each.is_exact and each.highest_rise <= max_loss_increase]
     return min(fitting, key=lambda each: (each.cost, each.rise[0]), default=None)
-
-
-def least_rising(found: Sequence[Found]) -> Found:
-    """The setting of MuSe whose loss rises least."""
-    return min(filter(_is_muse, found), key=lambda each: each.highest_rise)
 
 
 def overlay(chosen: Found, header: Mapping[str, Any]) -> str:
@@ -107,7 +107,7 @@ def overlay(chosen: Found, header: Mapping[str, Any]) -> str:
     rise, error = chosen.rise
     spread = "" if error is None else f" (standard error {error:.4f})"
     lines = [
-        "# The cheapest MuSe setting found for this model; the second --config of a recipe.",
+        "# The cheapest MuSe setting found for this model; the last --config of a recipe.",
         f"#   {header['command']}",
         f"# Loss {chosen.losses.mean:.4f}, {rise:+.4f}{spread} against exact attention, at {header['seq_len']} tokens.",
     ]
@@ -124,8 +124,14 @@ def to_json(header: Mapping[str, Any], found: Sequence[Found], recommended: Foun
     return json.dumps(content, indent=1, default=str) + "\n"
 
 
-def _is_muse(found: Found) -> bool:
+def is_muse(found: Found) -> bool:
+    """Whether it is a setting of MuSe, not of one of its baselines."""
     return isinstance(found.setting.recipe, dict) and found.setting.recipe["class_path"] == "Muse"
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no nan."""
+    return value if value is None or math.isfinite(value) else None
 
 
 def _mean(rows: Sequence[Sequence[float]] | None) -> float | None:

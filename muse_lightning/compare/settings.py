@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from muse_kernels.attention.options import MuseOptions
 from muse_lightning.attention import Muse, SlidingWindow, SpatialBlocks, exact_attention
@@ -90,11 +90,12 @@ def make_settings(muse: MuseOptions, window: int, exact_window: int | None, grid
             raise UserError(f"muse.{name}: {getattr(muse, name)} found; it is the model's, expected none")
     shared = ("chunk", "query_cluster", "key_cluster", "top_k", "exact_below", "workspace_mib")
     blocks = {name: getattr(muse, name) for name in shared}
-    exact: Any = EXACT
+    name, exact = EXACT, cast(Any, EXACT)
     if exact_window is not None:
+        name = f"exact, window {exact_window:,}"
         exact = {"class_path": "SlidingWindow", "init_args": {"window": exact_window}}
     settings = [
-        Setting(EXACT, exact_attention(exact_window), None, exact),
+        Setting(name, exact_attention(exact_window), None, exact),
         _muse_setting(MUSE, muse),
         Setting(
             "SpatialBlocks",
@@ -109,6 +110,8 @@ def make_settings(muse: MuseOptions, window: int, exact_window: int | None, grid
             {"class_path": "SlidingWindow", "init_args": {"window": window}},
         ),
     ]
+    for setting in settings:
+        setting.attention(0)  # A value that is not accepted shows here, not when its turn comes.
     if grid is None:
         return settings
     for point in grid.points(muse):

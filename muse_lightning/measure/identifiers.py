@@ -9,6 +9,22 @@ from itertools import accumulate
 MIN_LENGTH = 6
 """Letters, digits and underscores: shorter names are guessed, or are words of every program."""
 
+KEYWORDS = frozenset(
+    b"""
+    abstract alignas alignof assert associatedtype boolean callable checked companion concept consteval constexpr
+    constinit const_cast continue co_await co_return co_yield debugger decimal declare decltype default define defined
+    deinit delegate delete double dynamic_cast endforeach endwhile ensure except explicit export extends extension
+    extern fallthrough fileprivate finally foreach friend function global ifndef implements implicit import include
+    include_once inline instanceof insteadof interface internal lambda lateinit module mutable mutating namespace native
+    noexcept nonlocal nullptr number object operator override package params pragma private protected protocol public
+    readonly register reinterpret_cast require require_once requires rescue return sealed select signed sizeof static
+    static_assert static_cast strictfp string struct subscript suspend switch synchronized template thread_local throws
+    transient typealias typedef typename typeof unchecked undefined unless unsafe unsigned vararg virtual volatile
+    """.split()
+)
+"""Words of C, C++, C#, Go, Java, JavaScript, Kotlin, PHP, Python, Ruby, Rust, Swift and TypeScript of at least that
+length: a program has them whatever its names are."""
+
 _NAME = rb"[A-Za-z_][A-Za-z0-9_]*"
 _WORD = re.compile(rb"(?<![A-Za-z0-9_])" + _NAME)
 # Only where a keyword opens a line, but for modifiers, and what follows the name is not another word: "class" and
@@ -62,7 +78,8 @@ def find_mentions(
     document that defines it (`def name`, `class Name`, `const NAME =`, ... at the start of a line), and is not being
     defined. Its distance is counted from its last mention, which lies in the file of the definition: from nowhere
     nearer can it be copied. A name is of the **control** where the document has not mentioned it before, in any file
-    but the first, again without being defined there. Paths of files are mentions, but neither.
+    but the first, again without being defined there, and it is no word of a language. Paths of files are mentions, but
+    neither.
 
     Args:
         ids: tokens of one context.
@@ -85,7 +102,7 @@ def find_mentions(
                 if begin < file.content or begin in definitions or stop - start < 2:
                     continue
                 if before is None:
-                    if number > 0:
+                    if number > 0 and name not in KEYWORDS:
                         found.append(Mention(name, start + 1, stop, None))
                 elif home.get(name) == before[0] < number and start - before[1] >= min_distance:
                     found.append(Mention(name, start + 1, stop, start - before[1]))

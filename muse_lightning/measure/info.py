@@ -3,8 +3,11 @@
 import dataclasses
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,21 @@ def environment() -> dict[str, Any]:
     }
 
 
+def result_header(device: str) -> dict[str, Any]:
+    """What a file of measurements begins with: when, by which command, on what.
+
+    Args:
+        device: "cuda" or "cpu", where it was measured.
+    """
+    found = environment()
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(["muse", *sys.argv[1:]]),
+        **found,
+        "device": found["devices"][torch.cuda.current_device()] if device == "cuda" else _processor(),
+    }
+
+
 def git_revision(folder: Path) -> str | None:
     """The commit that `folder` is at, with `-dirty` where tracked files differ; None if git does not track it.
 
@@ -67,8 +85,11 @@ def devices() -> list[str]:
     if torch.cuda.is_available():
         properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return [f"{p.name}, {p.total_memory / GIB:.0f} GiB, sm_{p.major}{p.minor}" for p in properties]
-    memory = psutil.virtual_memory().total / GIB
-    return [f"CPU, {torch.get_num_threads()} threads, {memory:.0f} GiB"]
+    return [_processor()]
+
+
+def _processor() -> str:
+    return f"CPU, {torch.get_num_threads()} threads, {psutil.virtual_memory().total / GIB:.0f} GiB"
 
 
 def driver_version() -> str | None:

@@ -51,7 +51,7 @@ def step_memory(
         config, attention: the model.
         batch_size, seq_len: sequences of a step on one device, before accumulation, and their tokens.
         loss_chunk: tokens whose logits exist at once.
-        recompute: what is computed again in the backward pass; with "block" the inside of one block is added.
+        recompute: what is computed again in the backward pass; the inside of one block is added.
         dtype: of the parameters, and with them of gradients and of AdamW's two moments.
         autocast: dtype of mixed precision; None computes in the parameters' dtype.
     """
@@ -71,7 +71,7 @@ def step_memory(
             return parameters, sum(storage.nbytes() for storage in saved.values())
 
     parameters, activations = kept(config.num_hidden_layers, recompute)
-    if recompute == "block":
+    if recompute != "none":
         activations += kept(2, "none")[1] - kept(1, "none")[1]
     # A chunk's logits and their gradient, in float32 (training/loss.py).
     loss = 2 * FLOAT32 * min(loss_chunk, batch_size * seq_len) * config.vocab_size

@@ -1,6 +1,5 @@
 """LlamaConfig to and from Hugging Face's `config.json`. `llama.py` knows nothing of it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +39,8 @@ _NEUTRAL: dict[str, Any] = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
 }
+# Of what a tensor's size is computed from, and of any other number.
+_LARGEST = {int: 1 << 30, float: 1e300}
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -68,7 +69,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Ll
         raise UserError(f"{source} holds no configuration; expected keys with values")
     model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise UserError(f"{source}: model_type is {model_type!r}; accepted: {', '.join(MODEL_TYPES)}")
+        raise UserError(f"{source}: model_type is {_shown(model_type)}; accepted: {', '.join(MODEL_TYPES)}")
     fields = _DEFAULTS[model_type] | dict(fields)
     _check_features(fields, model_type, source)
     has_bias = model_type in ("llama", "qwen3") and bool(fields.get("attention_bias"))
@@ -169,15 +170,15 @@ def _model_type(config: LlamaConfig) -> str:
 def _check_features(fields: Mapping[str, Any], model_type: str, source: str) -> None:
     for name, neutral in _NEUTRAL.items():
         if name in fields and fields[name] is not None and fields[name] != neutral:
-            found = " ".join(repr(fields[name]).split())[:80]
-            raise UserError(f"{source}: {name} is {found}; accepted: {neutral!r}")
+            raise UserError(f"{source}: {name} is {_shown(fields[name])}; accepted: {neutral!r}")
     if isinstance(fields.get("auto_map"), Mapping) and "AutoModelForCausalLM" in fields["auto_map"]:
         raise UserError(
-            f"{source}: auto_map names code of its own, {fields['auto_map']['AutoModelForCausalLM']!r}; none is run"
+            f"{source}: auto_map names code of its own, {_shown(fields['auto_map']['AutoModelForCausalLM'])}; "
+            "none is run"
         )
     named = fields.get("architectures")
     if named and named != [ARCHITECTURES[model_type]]:
-        raise UserError(f"{source}: architectures is {named!r}; accepted: ['{ARCHITECTURES[model_type]}']")
+        raise UserError(f"{source}: architectures is {_shown(named)}; accepted: ['{ARCHITECTURES[model_type]}']")
 
 
 def _rope(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -189,10 +190,10 @@ def _rope(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     if rope.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise UserError(f"{source}: partial_rotary_factor is {found['partial_rotary_factor']}; accepted: 1.0")
-    if rope["rope_type"] not in _ROPE_KEYS:
+        raise UserError(f"{source}: partial_rotary_factor is {_shown(found['partial_rotary_factor'])}; accepted: 1.0")
+    if rope["rope_type"] not in tuple(_ROPE_KEYS):  # compared, not hashed: it may be a list
         raise UserError(
-            f"{source}: rope_type is {rope['rope_type']!r}; accepted: {', '.join(('default', *ROPE_TYPES))}"
+            f"{source}: rope_type is {_shown(rope['rope_type'])}; accepted: {', '.join(('default', *ROPE_TYPES))}"
         )
     return rope
 
@@ -239,9 +240,10 @@ def _sliding_window(fields: Mapping[str, Any], model_type: str, num_layers: int,
         return None
     layers = fields.get("layer_types")
     if layers is None:
-        first = 0 if model_type == "mistral" else fields.get("max_window_layers", 28)
+        windowed = {"max_window_layers": 28} | dict(fields)
+        first = 0 if model_type == "mistral" else _number(windowed, "max_window_layers", source)
         layers = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
-    if not isinstance(layers, Sequence) or len(set(layers)) != 1:
+    if not isinstance(layers, Sequence) or not layers or any(kind != layers[0] for kind in layers):
         raise UserError(f"{source}: layer_types are not all alike; accepted: one kind of attention in all layers")
     # transformers' Mistral has its window in every layer, whatever layer_types says.
     return window if layers[0] == "sliding_attention" or model_type == "mistral" else None
@@ -252,8 +254,13 @@ def _number(fields: Mapping[str, Any], name: str, source: str, kind: type = int)
     if name not in fields:
         raise UserError(f"{source} has no {name}")
     value = fields[name]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or (kind is int and not float(value).is_integer()):
-        found = " ".join(repr(value).split())[:80]
-        raise UserError(f"{source}: {name} is {found}; expected a {'whole ' if kind is int else ''}number")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST[kind]
+    if not is_number or (kind is int and value != int(value)):
+        what = f"whole number below {_LARGEST[int]:,}" if kind is int else "number"
+        raise UserError(f"{source}: {name} is {_shown(value)}; expected a {what}")
     return kind(value)
+
+
+def _shown(value: Any) -> str:
+    """A value in one line of bounded length."""
+    return " ".join(repr(value).split())[:80]

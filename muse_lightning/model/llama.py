@@ -42,12 +42,19 @@ class SelfAttention(nn.Module):
         self.k_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.attention = attention
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, N, D], k and v [B, H_kv, N, D] of x [B, N, hidden_size]; q and k rotated."""
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = apply_rotary(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)  # [B, H, N, D]
+        q = apply_rotary(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
         k = apply_rotary(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        out = self.attention(q, k, v, softmax_scale=self.head_dim**-0.5, cu_seqlens=cu_seqlens)
+        return q, k, self.v_proj(x).view(heads).transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """What the strategy makes of them, [B, H, N, D]."""
+        return self.attention(q, k, v, softmax_scale=self.head_dim**-0.5, cu_seqlens=cu_seqlens)
+
+    def merge(self, out: Tensor) -> Tensor:
+        """All heads' results together, [B, N, hidden_size]."""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -75,7 +82,18 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens)
+        q, k, v = self.before_attention(x, cos, sin)
+        return self.after_attention(x, self.self_attn.attend(q, k, v, cu_seqlens))
+
+    # Apart from attention, so that parallelize.py can compile them, and compute them again, without it.
+
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the residual stream x."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        """The residual stream with what attention and the feed-forward network add to it."""
+        x = x + self.self_attn.merge(out)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
+from muse_lightning.files import new_directory
 from muse_lightning.pretrained.reference import open_model
-from muse_lightning.pretrained.write_model import DtypeName, new_folder, write_model
+from muse_lightning.pretrained.write_model import DtypeName, write_model
 
 
 def export_model(model: str, *, output: Path, dtype: DtypeName | None = None) -> None:
@@ -16,6 +17,6 @@ def export_model(model: str, *, output: Path, dtype: DtypeName | None = None) ->
         dtype: Of the weights; null: as they are stored.
     """
     reference = open_model(model)
-    with new_folder(output) as folder:
+    with new_directory(output, "output") as folder:
         write_model(reference, folder, dtype)
     print(f"{output}: written from {reference.path}", file=sys.stderr)

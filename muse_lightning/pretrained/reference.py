@@ -15,13 +15,15 @@ from muse_lightning.model.hf import config_from_hf
 from muse_lightning.model.llama import AttentionFactory, Llama
 from muse_lightning.pretrained.run_folder import (
     CONFIG_FILE,
+    is_sharded,
     newest_checkpoint,
     open_checkpoint,
     run_architecture,
     run_of,
 )
+from muse_lightning.pretrained.run_tokenizer import run_tokenizer
 from muse_lightning.pretrained.tensors import EMBEDDING, TensorStore, check_shapes, open_folder, open_safetensors
-from muse_lightning.pretrained.tokenizer_files import folder_tokenizer, run_tokenizer
+from muse_lightning.pretrained.tokenizer_files import folder_tokenizer
 
 HF_CONFIG_FILE = "config.json"
 ACCEPTED = "a Hugging Face folder, a run folder or a .ckpt of one"
@@ -107,7 +109,7 @@ def open_weights(path: Path, key: str) -> TensorStore:
     """
     if path.suffix == ".safetensors" and path.is_file():
         return open_safetensors(path)
-    if path.is_dir() and not (path / CONFIG_FILE).is_file():
+    if path.is_dir() and not (path / CONFIG_FILE).is_file() and not is_sharded(path):
         return open_folder(path)
     return open_checkpoint(_checkpoint(path, key))
 
@@ -124,6 +126,8 @@ def known_config(path: Path) -> LlamaConfig | None:
 
 def _checkpoint(path: Path, key: str) -> Path:
     """The checkpoint that a run folder or a .ckpt stands for."""
+    if is_sharded(path):
+        raise UserError(f"{key}: {path} is a checkpoint in shards; accepted: one in a file, or a Hugging Face folder")
     if path.is_dir():
         if (path / CONFIG_FILE).is_file():
             return newest_checkpoint(path)

@@ -12,18 +12,30 @@ from muse_lightning.pretrained.tensors import TensorStore, open_pickle
 CHECKPOINT_PREFIX = "llama."
 """What stands before Hugging Face's names in a Lightning checkpoint."""
 CONFIG_FILE = "config.yaml"
+SHARDS_FILE = "meta.pt"
+"""What Lightning writes beside the shards of a checkpoint."""
 
 
 def newest_checkpoint(folder: Path) -> Path:
     """The checkpoint of a run that was written last.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is in shards.
     """
-    found = [path for path in (folder / "checkpoints").glob("*.ckpt") if path.is_file()]
+    every = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    files = [path for path in every if path.is_file()]
+    found = [path for path in every if path in files or is_sharded(path)]
     if not found:
         raise UserError(f"{folder} is a run without a checkpoint: no file {folder / 'checkpoints' / '*.ckpt'}")
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    if found[-1] not in files:
+        older = f", such as the older {files[-1]}" if files else ""
+        raise UserError(f"{found[-1]} is a checkpoint in shards; accepted: a checkpoint in one file{older}")
+    return found[-1]
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a checkpoint is a folder of shards."""
+    return (path / SHARDS_FILE).is_file()
 
 
 def open_checkpoint(path: Path) -> TensorStore:

@@ -39,13 +39,23 @@ class Sampler:
         """One token.
 
         Args:
-            logits: [V], any floating-point dtype.
+            logits: [V], any floating-point dtype; minus infinity is probability 0.
+        Raises:
+            UserError: the largest logit is not finite, or one is no number.
         """
+        largest = logits.max()  # NaN where one of them is
+        if not largest.isfinite():
+            dtype = str(logits.dtype).removeprefix("torch.")
+            is_wide = logits.dtype in (torch.float32, torch.float64)
+            cause = (
+                "weights of the model are not finite" if is_wide else "next: --dtype=float32, where weights are finite"
+            )
+            raise UserError(f"logits are not finite ({largest.item()}), computed in {dtype}; {cause}")
         if self.temperature == 0:
             return int(logits.argmax())
         logits = logits.float()
         # Relative to the largest, so that no temperature overflows.
-        probabilities = ((logits - logits.max()) / self.temperature).softmax(-1)
+        probabilities = ((logits - largest.float()) / self.temperature).softmax(-1)
         kept, tokens = nucleus(probabilities, self.top_p)
         return int(tokens[torch.multinomial(kept, 1, generator=self._generator)])
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from muse_lightning.errors import UserError
 
@@ -22,6 +23,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Buffers of old checkpoints that follow from the configuration.
 _IGNORED = ".rotary_emb.inv_freq"
+_OLD_FORMAT = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+"""How torch.save's files began before they were archives."""
 
 
 @dataclass(frozen=True)
@@ -145,13 +148,19 @@ def open_pickle(file: Path, *, key: str = "", wanted: str = "a file of torch.sav
     state = found.get(key) if key and isinstance(found, dict) else found
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{file} is not {wanted}: it has no {key or 'state dict'}")
+    tensors = {
+        name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and not name.endswith(_IGNORED)
+    }
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "without values" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            raise UserError(f"{file}: {name} is a tensor {kind}; accepted: strided ones with values")
     return TensorStore(
         {
             name: StoredTensor(
                 tensor.shape, _accepted(tensor.dtype, name, file), partial(_read_pickled, file, wanted, key, name)
             )
-            for name, tensor in state.items()
-            if isinstance(tensor, Tensor) and not name.endswith(_IGNORED)
+            for name, tensor in tensors.items()
         }
     )
 
@@ -164,21 +173,50 @@ def load_pickle(file: Path, wanted: str) -> Any:
     """
     what = f"{file} is not {wanted}"
     if not zipfile.is_zipfile(file):
+        if _starts_with(file, _OLD_FORMAT):
+            raise UserError(
+                f"{what}: it has the format of torch before 1.6; accepted: safetensors, or saved by a newer"
+            )
         raise UserError(f"{what}: not a whole file of torch.save")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError) as error:
+    except pickle.UnpicklingError as error:
+        # Not torch's own text: it advises to unpickle everything.
+        refused = ", ".join(_refused_globals(file)) or type(error).__name__
+        raise UserError(f"{what}: it needs {refused}, which is not run; accepted: safetensors") from None
+    except (RuntimeError, EOFError, KeyError, OSError) as error:
         raise UserError(f"{what}: {_first_line(error)}") from None
 
 
 def _read_pickled(file: Path, wanted: str, key: str, name: str) -> Tensor:
     # As for safetensors. What is unpickled each time are names and shapes.
     found = load_pickle(file, wanted)
-    return (found[key] if key else found)[name]
+    tensor: Tensor = (found[key] if key else found)[name]
+    return tensor.detach()  # it may be a parameter
 
 
-def _open_shards(index: Path, open_file: Callable[[Path], TensorStore]) -> TensorStore:
-    """Tensors that an index lists, in files of its own folder."""
+def _refused_globals(file: Path) -> list[str]:
+    """What a pickle needs that is neither a tensor nor a plain value; nothing where it cannot be told."""
+    try:
+        return get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # whatever a damaged pickle causes
+        return []
+
+
+def _starts_with(file: Path, start: bytes) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(start)) == start
+    except OSError:
+        return False
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index of shards names them; all in its own folder.
+
+    Raises:
+        UserError: it is not an index, or names files elsewhere.
+    """
     try:
         files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         outside = [name for name in sorted(set(files.values())) if Path(name).name != name]
@@ -186,6 +224,12 @@ def _open_shards(index: Path, open_file: Callable[[Path], TensorStore]) -> Tenso
         raise UserError(f"{index} is not an index of weights: {type(error).__name__}: {_first_line(error)}") from None
     if outside:
         raise UserError(f"{index} names the file {outside[0]!r}; accepted: names of files in its own folder")
+    return files
+
+
+def _open_shards(index: Path, open_file: Callable[[Path], TensorStore]) -> TensorStore:
+    """Tensors that an index lists."""
+    files = read_index(index)
     shards: dict[str, TensorStore] = {}
     for name in sorted(set(files.values())):
         if not (index.parent / name).is_file():

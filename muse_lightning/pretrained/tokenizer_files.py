@@ -1,21 +1,22 @@
-"""Tokenizers of models: those of Hugging Face folders and of run folders."""
+"""Tokenizers of Hugging Face folders: reading them, and writing ours as transformers reads them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from muse_lightning.data.filesystems import is_url
+from muse_lightning.data.token_bytes import byte_level_alphabet
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, Tokenizer, load_tokenizer
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
-from muse_lightning.pretrained.run_folder import CONFIG_FILE, run_configuration
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# Which tokens documents were made with: for us, transformers does not know it.
+_DOCUMENT_TOKENS = "document_special_tokens"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -43,42 +44,20 @@ def folder_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer | None:
     return load_tokenizer(str(path), choose_special_tokens(folder, config))
 
 
-def run_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
-    """The tokenizer of a run: where its configuration names it, else the copy in its dataset.
-
-    Raises:
-        UserError: it is in neither place, or has ids that the model lacks.
-    """
-    data: dict[str, Any] = run_configuration(folder).get("data") or {}
-    name, dataset = str(data.get("tokenizer") or "bytes"), data.get("dataset")
-    try:
-        special = SpecialTokens(**(data.get("special_tokens") or {}))
-    except TypeError as error:
-        raise UserError(f"{folder / CONFIG_FILE}: data.special_tokens are not understood: {error}") from None
-    if name != "bytes" and (is_url(name) or not Path(name).expanduser().exists()):
-        copy = None if dataset is None or is_url(str(dataset)) else Path(str(dataset)).expanduser() / TOKENIZER_FILE
-        if copy is None or not copy.is_file():
-            raise UserError(
-                f"{folder / CONFIG_FILE}: data.tokenizer {name} is not on this machine; expected a path of it"
-            )
-        name = str(copy)
-    tokenizer = load_tokenizer(name, special)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, config.vocab_size is {config.vocab_size}"
-        )
-    return tokenizer
-
-
 def check_vocabulary(path: Path, config: LlamaConfig) -> None:
     """Refuse a tokenizer.json with ids that a model lacks.
 
     Raises:
         UserError: it has, or it is no tokenizer.
     """
-    size = 1 + max(read_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1)
+    size = _size(read_tokenizer(path))
     if size > config.vocab_size:
         raise UserError(f"{path} has ids up to {size - 1}, the model's vocab_size is {config.vocab_size}")
+
+
+def _size(tokenizer: tokenizers.Tokenizer) -> int:
+    """One more than the largest id."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -96,69 +75,63 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 def choose_special_tokens(folder: Path, config: LlamaConfig) -> SpecialTokens:
     """Names of a tokenizer's own tokens that can stand for the special tokens of documents.
 
-    By name where it has them (Qwen2.5-Coder's), `end` as the token that ends its texts. What is missing is added behind
-    the vocabulary where the model has rows to spare; else tokens are used that stand for no text: those of
-    `additional_special_tokens`, reserved ones, the unknown token.
+    In a folder that was exported, those of training. Else by name where it has them (Qwen2.5-Coder's), and as `end` the
+    token that ends its texts. What is missing is added behind the vocabulary where the model has rows to spare; else
+    tokens are used that stand for no text: reserved ones and others.
     """
-    described = json.loads(read_tokenizer(folder / TOKENIZER_FILE).to_str())
-    special = [token["content"] for token in described["added_tokens"] if token["special"]]
-    known = {token["content"] for token in described["added_tokens"]}
-    named = special_names(folder)
-    chosen: dict[str, str] = {}
-    end = named.get("eos_token")
-    if end in known:
-        chosen["end"] = str(end)
-    elif DEFAULT_SPECIAL_TOKENS.end in known:
-        chosen["end"] = DEFAULT_SPECIAL_TOKENS.end
-    size = 1 + max((token["id"] for token in described["added_tokens"]), default=-1)
-    size = max(size, len(described["model"]["vocab"]))
+    tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
+    added = json.loads(tokenizer.to_str())["added_tokens"]
+    special = [token["content"] for token in added if token["special"]]
+    settings = _read_settings(folder)
     defaults = asdict(DEFAULT_SPECIAL_TOKENS)
-    has_room = size + len(defaults) <= config.vocab_size
-    spare = _spare_names(special, named, chosen)
+    recorded: Any = settings.get(_DOCUMENT_TOKENS)
+    if (
+        isinstance(recorded, dict)
+        and recorded.keys() == defaults.keys()
+        and all(n in special for n in recorded.values())
+    ):
+        return SpecialTokens(**recorded)
+    known = {token["content"] for token in added}
+    chosen = {field: name for field, name in defaults.items() if name in known}
+    end = _content(settings.get("eos_token"))
+    if end in known and end not in chosen.values():
+        chosen["end"] = end
+    has_room = _size(tokenizer) + len(defaults) <= config.vocab_size
+    spare = iter(()) if has_room else _spare_names(special, settings, set(chosen.values()))
     for field, name in defaults.items():
-        if field in chosen:
-            continue
-        if name in known and name not in chosen.values():
-            chosen[field] = name
-        elif not has_room or named.get("additional_special_tokens"):
+        if field not in chosen:
             chosen[field] = next(spare, name)
-        else:
-            chosen[field] = name
     return SpecialTokens(**chosen)
 
 
-def _spare_names(special: list[str], named: dict[str, Any], chosen: dict[str, str]) -> Iterator[str]:
+def _spare_names(special: Sequence[str], settings: Mapping[str, Any], taken: Collection[str]) -> Iterator[str]:
     """Special tokens that documents do not use yet, the least surprising first."""
-    additional = [name for name in named.get("additional_special_tokens", []) if name in special]
     reserved = [name for name in special if "reserved" in name or "unused" in name]
-    others = [named.get("bos_token"), named.get("unk_token"), named.get("pad_token")]
-    for name in dict.fromkeys([*additional, *reserved, *others]):
-        if name in special and name not in chosen.values():
-            yield str(name)
+    others = [_content(settings.get(key)) for key in ("bos_token", "unk_token", "pad_token")]
+    return (name for name in dict.fromkeys([*reserved, *others]) if name in special and name not in taken)
 
 
-def special_names(folder: Path) -> dict[str, Any]:
-    """Special tokens by Hugging Face's names for them, such as `eos_token`: text, of additional_special_tokens a list.
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Content of tokenizer_config.json; nothing where there is none.
 
     Raises:
-        UserError: tokenizer_config.json is not JSON of keys with values.
+        UserError: it is not JSON of keys with values.
     """
     path = folder / TOKENIZER_CONFIG_FILE
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        keys = ("bos_token", "eos_token", "unk_token", "pad_token")
-        names = {key: _content(found[key]) for key in keys if found.get(key) is not None}
-        # transformers 5 calls them extra_special_tokens.
-        additional = found.get("additional_special_tokens") or found.get("extra_special_tokens") or []
-        return names | {"additional_special_tokens": [_content(token) for token in additional]}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no settings; expected keys with values")
+    return found
 
 
 def _content(token: Any) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)
+    """Text of a token in tokenizer_config.json, where it may be described at length."""
+    return str(token.get("content") if isinstance(token, dict) else token)
 
 
 def folder_token_ids(folder: Path) -> dict[str, Any]:
@@ -184,6 +157,7 @@ def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> tuple[dict[str
         "pad_token": names["end"],
         "additional_special_tokens": [names["repo_name"], names["file_sep"]],
         "clean_up_tokenization_spaces": False,
+        _DOCUMENT_TOKENS: names,
     }
     end = tokenizer.special_ids["end"]
     files: dict[str, bytes | str] = {
@@ -195,10 +169,7 @@ def tokenizer_files(tokenizer: Tokenizer, config: LlamaConfig) -> tuple[dict[str
 
 def byte_level_json(tokenizer: Tokenizer) -> str:
     """tokenizer.json of the built-in tokenizer: byte-level BPE without a merge, in which byte b has the id b."""
-    # Byte-level BPE writes bytes that are no printable Latin-1 character as the characters from 256 on (GPT-2).
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    vocab = {char: byte[0] for char, byte in byte_level_alphabet().items()}
     built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     built.decoder = tokenizers.decoders.ByteLevel()

@@ -3,8 +3,7 @@ write."""
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +11,13 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from muse_lightning.errors import UserError, reason_of
-from muse_lightning.files import atomic_directory, atomic_write, exclusive_lock
+from muse_lightning.files import atomic_write
 from muse_lightning.model.hf import config_to_hf
 from muse_lightning.pretrained.reference import HF_CONFIG_FILE, ModelReference
-from muse_lightning.pretrained.tensors import EMBEDDING, HEAD, INDEX_SUFFIX, SAFETENSORS_FILE
+from muse_lightning.pretrained.tensors import EMBEDDING, HEAD, INDEX_SUFFIX, SAFETENSORS_FILE, TensorStore
 from muse_lightning.pretrained.tokenizer_files import (
     TOKENIZER_FILE,
     TOKENIZER_FILES,
@@ -30,23 +30,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DtypeName = Literal["float32", "bfloat16", "float16"]
 SHARD_BYTES = 1 << 30
 """Of a file of weights, which is held in memory when it is written."""
+CAST_BYTES = 1 << 24
+"""Of a tensor that is read at once when its dtype changes."""
 _GENERATION_FILE = "generation_config.json"
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder that appears as `output` when it is whole.
-
-    Raises:
-        UserError: there is something already, or it cannot be written.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output: {output} exists already; give a new folder")
-    try:
-        with exclusive_lock(output), atomic_directory(output) as folder:
-            yield folder
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"output: cannot write {output}: {reason_of(error)}") from error
 
 
 def write_model(model: ModelReference, folder: Path, dtype: DtypeName | None = None) -> None:
@@ -62,14 +48,14 @@ def write_model(model: ModelReference, folder: Path, dtype: DtypeName | None = N
     """
     described = config_to_hf(model.config)
     files, ids = _tokenizer(model)
-    described |= {"torch_dtype": dtype or str(model.tensors.dtype(EMBEDDING)).removeprefix("torch.")}
+    described |= {"torch_dtype": dtype or _name(model.tensors.dtype(EMBEDDING))}
     # Not pad_token_id: transformers gives the embedding of that id no gradient.
     described |= {
         "bos_token_id": ids.get("bos_token_id"),
         "eos_token_id": ids.get("eos_token_id"),
         "pad_token_id": None,
     }
-    _check_room(model, folder, dtype)
+    check_room(sum(_sizes(model, dtype).values()), folder)
     _write_json(folder / HF_CONFIG_FILE, described)
     for name, content in files.items():
         atomic_write(folder / name, content)
@@ -80,6 +66,7 @@ def write_model(model: ModelReference, folder: Path, dtype: DtypeName | None = N
 
 def write_weights(model: ModelReference, folder: Path, dtype: DtypeName | None) -> None:
     """Write model.safetensors, or shards of it and their index; a head that is the embedding is left out."""
+    dtypes = {name: DTYPES[dtype] if dtype else model.tensors.dtype(name) for name in model.tensors}
     sizes = _sizes(model, dtype)
     plan = split_state_dict_into_shards_factory(
         sizes,
@@ -88,13 +75,50 @@ def write_weights(model: ModelReference, folder: Path, dtype: DtypeName | None) 
         max_shard_size=SHARD_BYTES,
     )
     for file, names in plan.filename_to_tensors.items():
-        shard = {name: model.tensors[name].to(DTYPES[dtype] if dtype else None).contiguous() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _write_shard(folder / file, {name: converted(model.tensors, name, dtypes[name]) for name in names})
         # The library makes its files readable for their owner alone.
         shutil.copymode(folder / HF_CONFIG_FILE, folder / file)
     if plan.is_sharded:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": plan.tensor_to_filename}
         _write_json(folder / (SAFETENSORS_FILE + INDEX_SUFFIX), index)
+
+
+def _write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    # A function of its own, so that no name holds one shard while the next is made.
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"output: cannot write {file.name}: {reason_of(error)}") from error
+
+
+def converted(tensors: TensorStore, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype; in its own as it is.
+
+    Raises:
+        UserError: a finite value is infinite in that dtype.
+    """
+    if tensors.dtype(name) == dtype:
+        return tensors[name].contiguous()
+    made = torch.empty(tensors.shape(name), dtype=dtype)
+    flat = made.view(-1)
+    step = CAST_BYTES // tensors.dtype(name).itemsize
+    for start in range(0, len(flat), step):
+        # Read anew each time: the pages of a mapped file stay in memory as long as its tensor does.
+        part = tensors[name].contiguous().view(-1)[start : start + step]
+        target = flat[start : start + step].copy_(part)
+        # Without a copy, which the exact test makes.
+        is_bounded = all(bound.isfinite() for bound in target.aminmax())
+        if not is_bounded and (lost := part.isfinite() & ~target.isfinite()).any():
+            largest = part[lost].abs().max().item()
+            raise UserError(
+                f"dtype: {name} has a value of {largest:.4g}, which is infinite in {_name(dtype)} (up to "
+                f"{torch.finfo(dtype).max:.4g}); without dtype it stays {_name(tensors.dtype(name))}"
+            )
+    return made
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _sizes(model: ModelReference, dtype: DtypeName | None) -> dict[str, int]:
@@ -106,8 +130,13 @@ def _sizes(model: ModelReference, dtype: DtypeName | None) -> dict[str, int]:
     }
 
 
-def _check_room(model: ModelReference, folder: Path, dtype: DtypeName | None) -> None:
-    needed, free = sum(_sizes(model, dtype).values()), shutil.disk_usage(folder).free
+def check_room(needed: int, folder: Path) -> None:
+    """Refuse to write so many bytes where they do not fit.
+
+    Raises:
+        UserError: they do not.
+    """
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"output: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; give a folder with room"

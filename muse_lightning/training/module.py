@@ -18,7 +18,7 @@ from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
-from muse_lightning.parallelize import Recompute, recompute_in_backward
+from muse_lightning.parallelize import Recompute, compile_around_attention, recompute_in_backward
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.log_step import ends_step, is_log_step
@@ -39,7 +39,10 @@ class LanguageModel(L.LightningModule):
         config: the architecture.
         attention: what each layer does with queries, keys and values, made from the number of the layer.
         recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: far less
-            memory for about a third more work; "none" keeps everything.
+            memory for about a third more work; "keep_attention" also keeps what goes into and comes out of attention,
+            its dearest part on long contexts; "none" keeps everything.
+        compiled: compile what lies before and after attention in each block with torch.compile. The first step is slow;
+            needs a C compiler.
         learning_rate: the peak, reached after the warm-up.
         weight_decay: AdamW's, for matrices; norms and biases do not decay.
         betas: AdamW's decay rates of the first and second moment.
@@ -68,6 +71,7 @@ class LanguageModel(L.LightningModule):
         config: LlamaConfig,
         attention: Callable[[int], AttentionStrategy] = Dense,
         recompute: Recompute = "none",
+        compiled: bool = False,
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -84,7 +88,8 @@ class LanguageModel(L.LightningModule):
     ) -> None:
         super().__init__()
         self.config = config
-        self.recompute = recompute
+        self.recompute: Recompute = recompute
+        self.compiled = compiled
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
@@ -103,8 +108,12 @@ class LanguageModel(L.LightningModule):
         # On the meta device a model of any size is free; `configure_model` makes it real on the device it will live on.
         with torch.device("meta"):
             self.llama = Llama(config, attention)
+        if compiled:
+            compile_around_attention(self.llama)
         recompute_in_backward(self.llama, recompute)
         self._check_sizes()
+        self.has_trained = False
+        """Whether a training step was begun in this process."""
         self.tokens_seen = 0
         """Tokens trained on by all ranks, over the whole life of the run."""
         self._train_totals = Totals()
@@ -150,6 +159,7 @@ class LanguageModel(L.LightningModule):
             rank_zero_info(difference)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.has_trained = True
         nats = self.token_nats(batch).sum()
         labels = batch["labels"]
         self._train_totals.add(nats, (labels != IGNORED_LABEL).sum())

@@ -6,10 +6,10 @@ from typing import Any
 from muse_lightning.errors import UserError, shown_url
 from muse_lightning.model.llama import Llama
 from muse_lightning.pretrained.reference import copy_weights, known_config, open_weights
-from muse_lightning.pretrained.tensors import check_shapes, load_pickle
+from muse_lightning.pretrained.run_folder import SHARDS_FILE, is_sharded
+from muse_lightning.pretrained.tensors import TensorStore, check_shapes, load_pickle
 
 _SHAPELESS = ("rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window")
-_SHARDED_CHECKPOINT_FILE = "meta.pt"  # Lightning's, beside the shards
 
 
 def read_checkpoint(path: Path, key: str) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
     if not Path(path).exists():
         raise UserError(f"ckpt_path: no checkpoint at {path}; {expected}")
     if Path(path).is_dir():
-        if not (Path(path) / _SHARDED_CHECKPOINT_FILE).is_file():
-            raise UserError(f"ckpt_path: {path} is a folder without {_SHARDED_CHECKPOINT_FILE}; {expected}")
+        if not is_sharded(Path(path)):
+            raise UserError(f"ckpt_path: {path} is a folder without {SHARDS_FILE}; {expected}")
         return
     needed = ["pytorch-lightning_version", *(["optimizer_states", "lr_schedulers"] if for_training else [])]
     checkpoint = read_checkpoint(Path(path), "ckpt_path")
@@ -72,6 +72,21 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
         )
 
 
+def check_weights(llama: Llama, path: Path) -> TensorStore:
+    """Open weights and compare their shapes with those of a model, on any device, without reading them.
+
+    Args:
+        path: what `model.weights` accepts.
+    Raises:
+        UserError: nothing readable there, or it belongs to a model of another shape.
+    """
+    tensors = open_weights(path.expanduser(), "model.weights")
+    if llama.config.tie_word_embeddings:
+        tensors = tensors.tied(str(path))
+    check_shapes({name: tensor.shape for name, tensor in llama.state_dict().items()}, tensors.shapes(), str(path))
+    return tensors
+
+
 def load_weights(llama: Llama, path: Path) -> list[str]:
     """Replace every parameter of `llama`, tensor by tensor, by the weights at `path`.
 
@@ -82,11 +97,7 @@ def load_weights(llama: Llama, path: Path) -> list[str]:
     Raises:
         UserError: nothing readable there, or it belongs to a model of another shape; no parameter has changed.
     """
-    tensors = open_weights(path.expanduser(), "model.weights")
-    if llama.config.tie_word_embeddings:
-        tensors = tensors.tied(str(path))
-    check_shapes({name: tensor.shape for name, tensor in llama.state_dict().items()}, tensors.shapes(), str(path))
-    copy_weights(llama, tensors)
+    copy_weights(llama, check_weights(llama, path))
     trained, recipe = known_config(path.expanduser()), llama.config
     return [
         f"model.config.{name}: {getattr(trained, name)} at {path}, {getattr(recipe, name)} in this recipe, which wins"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from muse_lightning.attention import Dense, Muse
+from muse_lightning.attention import Dense, Muse, SlidingWindow
 from muse_lightning.callbacks import AttentionError
 from muse_lightning.measure.attention_error import attention_errors
 from tests.tiny import TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
@@ -44,7 +44,18 @@ def test_it_measures_in_the_precision_of_training(tmp_path: Path, precision: str
     assert seen == [dtype] * 4  # two layers, in the validation step and in the callback
 
 
-def test_it_is_silent_for_exact_attention(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("attention", "window", "is_silent"),
+    [
+        (Dense, None, True),
+        (partial(SlidingWindow, window=9), 9, True),
+        (partial(SlidingWindow, window=8), 9, False),
+        (Dense, 9, False),
+    ],
+    ids=["dense", "window", "other-window", "dense-for-a-window"],
+)
+def test_it_is_silent_for_exact_attention(tmp_path: Path, attention: Any, window: int | None, is_silent: bool) -> None:
     trainer = tiny_trainer(tmp_path, callbacks=[AttentionError()])
-    trainer.validate(tiny_model(attention=Dense), TinyData([], batches(1)), verbose=False)
-    assert not any(tag.startswith("muse/") for tag in scalars(trainer))
+    model = tiny_model(attention=attention, config={"sliding_window": window})
+    trainer.validate(model, TinyData([], batches(1)), verbose=False)
+    assert any(tag.startswith("muse/") for tag in scalars(trainer)) != is_silent

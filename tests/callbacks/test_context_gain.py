@@ -9,6 +9,7 @@ from torch import Tensor
 
 from muse_lightning.callbacks import ContextGain
 from muse_lightning.callbacks.context_gain import cut_documents
+from muse_lightning.callbacks.loss_by_position import tokens_in_sight
 from muse_lightning.errors import UserError
 from tests.oracle import copies, nats_of, oracle_model
 from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_trainer
@@ -56,15 +57,32 @@ def test_a_model_that_copies_from_afar_gains(tmp_path: Path) -> None:
     assert gains == pytest.approx([nats_of(200, False) - nats_of(200, True), 0.0])
 
 
+def test_both_are_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    model, [batch] = tiny_model(), batches(1)
+    trainer = tiny_trainer(tmp_path, callbacks=[ContextGain()], precision="bf16-mixed")
+    trainer.validate(model, TinyData([], [batch]), verbose=False)
+    cut = {**batch, "cu_seqlens": cut_documents(batch, SEQ_LEN // 8)}
+    compared = (batch["labels"] != -100) & (tokens_in_sight(batch) > SEQ_LEN // 2)
+    compared &= tokens_in_sight(cut) > SEQ_LEN // 16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        saved = model.token_nats(cut) - model.token_nats(batch)
+    expected = saved[compared].mean().item()
+    assert expected != 0
+    assert scalars(trainer)["val/context_gain"][0][1] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("case", ["short-documents", "short-rows"])
-def test_no_far_context_no_gain(tmp_path: Path, case: str) -> None:
+def test_no_far_context_no_gain(tmp_path: Path, case: str, caplog: pytest.LogCaptureFixture) -> None:
     [batch] = batches(1, packed=False)
     batch["cu_seqlens"] = torch.tensor([*range(0, 2 * SEQ_LEN, 8), *[2 * SEQ_LEN] * 52], dtype=torch.int32)
     if case == "short-rows":
         batch = {name: tensor[:, :15] for name, tensor in batch.items() if name != "cu_seqlens"}
     trainer = tiny_trainer(tmp_path, callbacks=[ContextGain()])
-    trainer.validate(tiny_model(), TinyData([], [batch]), verbose=False)
+    with caplog.at_level("INFO"):
+        trainer.validate(tiny_model(), TinyData([], [batch]), verbose=False)
     assert "val/context_gain" not in scalars(trainer)
+    line = "context gain: left out, no prediction sees more than half of the context and of its piece"
+    assert caplog.messages.count(line) == 1
 
 
 @pytest.mark.parametrize("length", [1, 3, 6, 48])

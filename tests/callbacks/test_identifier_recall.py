@@ -76,6 +76,28 @@ def test_what_the_model_knows(tmp_path: Path, documents: bool) -> None:
     }
 
 
+def test_documents_are_told_apart(tmp_path: Path) -> None:
+    """Behind another document in the same row; this model knows places in its document."""
+    before = [*b"another text", 258]
+    batch = batch_of([*before, *tokens()], documents=True)
+    batch["cu_seqlens"][1] = len(before)
+    trainer = tiny_trainer(tmp_path, callbacks=[IdentifierRecall(min_distance=10)])
+    data = TinyData([], [batch])
+    data.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
+    trainer.validate(oracle_model(VOCAB, knows("load_all", "near_by")), data, verbose=False)
+    assert scalars(trainer)["val/identifier_accuracy"] == [(0, 1.0)]
+
+
+def test_names_are_asked_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    in_bfloat16: list[bool] = []
+    trainer = tiny_trainer(tmp_path, callbacks=[IdentifierRecall(min_distance=10)], precision="bf16-mixed")
+    data = TinyData([], [batch_of(tokens(), True)])
+    data.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
+    model = oracle_model(VOCAB, lambda document: in_bfloat16.append(torch.is_autocast_enabled("cpu")))
+    trainer.validate(model, data, verbose=False)
+    assert in_bfloat16 == [True] * 2 * len(tokens())
+
+
 def test_batches_and_distance(tmp_path: Path) -> None:
     logged = validate(tmp_path, knows(), min_distance=128, batches=1)
     assert (logged["count"], logged["count_control"]) == (1, 2)
@@ -88,13 +110,20 @@ def test_a_figure(tmp_path: Path) -> None:
     assert len(events.Images("val/identifier_recall")) == 1
 
 
-def test_nothing_to_find(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "ids", [list(b"x" * 50), tokens()[: TEXT.index("(load_all")]], ids=["no-names", "the-control-alone"]
+)
+def test_nothing_to_find(tmp_path: Path, ids: list[int], caplog: pytest.LogCaptureFixture) -> None:
     trainer = tiny_trainer(tmp_path, callbacks=[IdentifierRecall()])
-    data = TinyData([], [batch_of(list(b"x" * 50), True)])
+    data = TinyData([], [batch_of(ids, True)])
     data.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
-    trainer.validate(oracle_model(VOCAB, knows()), data, verbose=False)
-    found = {tag: points for tag, points in scalars(trainer).items() if "identifier" in tag}
-    assert found == {"val/identifier_count": [(0, 0.0)]}
+    with caplog.at_level("INFO"):
+        trainer.validate(oracle_model(VOCAB, knows()), data, verbose=False)
+    assert not [tag for tag in scalars(trainer) if "identifier" in tag]
+    assert [line for line in caplog.messages if line.startswith("identifier recall")] == [
+        "identifier recall: left out, no file mentions a name, at a distance of at least 256 tokens, that an earlier "
+        "file of its document defines"
+    ]
 
 
 def test_data_without_a_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,6 +67,16 @@ def test_it_takes_a_pass_for_each_depth_and_the_control(tmp_path: Path) -> None:
     assert len(events.Images("val/needle_accuracy")) == 1
 
 
+def test_needles_are_asked_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    in_bfloat16: list[bool] = []
+    model = oracle_model(VOCAB, lambda document: in_bfloat16.append(torch.is_autocast_enabled("cpu")))
+    trainer = tiny_trainer(
+        tmp_path, callbacks=[NeedleRetrieval(needle_tokens=16, depths=(0.5,))], precision="bf16-mixed"
+    )
+    trainer.validate(model, TinyData([], [random_batch()]), verbose=False)
+    assert in_bfloat16 == [True] * 2 * N * 3  # a pass of the validation, two of the callback
+
+
 def test_rows_alone_take_needles_from_the_batch_before(tmp_path: Path) -> None:
     logged = validate(tmp_path, [random_batch(1, seed=seed) for seed in range(4)], batches=2)
     assert (logged["val/needle_rows"], logged["val/needle_accuracy_depth_50"]) == (2.0, 1.0)
@@ -78,7 +88,7 @@ def test_rows_alone_take_needles_from_the_batch_before(tmp_path: Path) -> None:
         ([random_batch(documents=[63, 65])], None),
         ([random_batch(documents=[64, 64])], None),
         ([random_batch(documents=[63, 63, 2])], "2 of 2"),
-        ([random_batch(1)], "0 of 0"),
+        ([random_batch(1)], "no pool"),
         ([{name: torch.ones_like(tensor) for name, tensor in random_batch().items()}], "2 of 2"),
     ],
     ids=["one-over-half", "halves", "under-half", "one-row", "one-token"],
@@ -91,12 +101,21 @@ def test_rows_without_a_needle_are_left_out(
     notes = [record.message for record in caplog.records if record.message.startswith("needle retrieval")]
     if left_out is None:
         assert (logged["val/needle_rows"], notes) == (2.0, [])
+    elif left_out == "no pool":
+        assert not logged
+        assert notes == ["needle retrieval: left out, the validation has no second document to take needles from"]
     else:
         assert not logged
         assert notes == [
             f"needle retrieval: {left_out} rows left out: no document of 0.5 of the context and 64 tokens, or no other "
             "text to hide in it"
         ]
+
+
+@pytest.mark.parametrize(("min_share", "rows"), [(0.78, 2.0), (0.79, None)])
+def test_how_long_a_document_must_be(tmp_path: Path, min_share: float, rows: float | None) -> None:
+    logged = validate(tmp_path, [random_batch(documents=[28, 100])], min_share=min_share)
+    assert logged.get("val/needle_rows") == rows
 
 
 def test_special_tokens_are_no_needles(tmp_path: Path) -> None:

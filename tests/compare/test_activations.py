@@ -82,3 +82,4 @@ def test_the_middle_layer(llama: Llama, blocks: Blocks, recorded: list[list[tupl
     for mine, expected in ((found.q, q), (found.k, k), (found.v, v)):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
     assert found.options["softmax_scale"] == scale
+    assert found.layer == 1

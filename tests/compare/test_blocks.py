@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import tokenizers
 
-from muse_lightning.compare.blocks import Blocks, read_blocks
+from muse_lightning.compare.blocks import Blocks, check_tokenizer, read_blocks
 from muse_lightning.data.batches import IGNORED_LABEL
+from muse_lightning.data.tokenizer import ByteTokenizer, SpecialTokens, load_tokenizer
 from muse_lightning.errors import UserError
 from tests.compare.conftest import SEQ_LEN
 
@@ -39,3 +41,31 @@ def test_mistakes(dataset: Path, change: dict[str, object], message: str) -> Non
     arguments = {"split": "val", "seq_len": SEQ_LEN, "count": 1, "document_mask": True, "vocab_size": 264, **change}
     with pytest.raises(UserError, match=message):
         read_blocks(dataset, **arguments)  # type: ignore[arg-type]
+
+
+class TestTokenizer:
+    """Data must have been prepared with the model's tokenizer: by what ids stand for, not by file."""
+
+    @pytest.fixture
+    def trained(self, dataset: Path, tmp_path: Path) -> Path:
+        """A tokenizer.json of byte-level BPE."""
+        tokenizer = tokenizers.ByteLevelBPETokenizer()
+        tokenizer.train_from_iterator(["def index(self): return value"] * 9, vocab_size=270)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        return tmp_path / "tokenizer.json"
+
+    def test_the_same(self, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        check_tokenizer(dataset, ByteTokenizer(), "model")
+        check_tokenizer(dataset, ByteTokenizer(SpecialTokens("<a>", "<b>", "<c>")), "model")
+        assert capsys.readouterr().err == ""
+
+    def test_another(self, dataset: Path, trained: Path) -> None:
+        message = (
+            f"data: {dataset} was prepared with another tokenizer than model has: id 0 stands for b'\\\\x00' there"
+        )
+        with pytest.raises(UserError, match=message):
+            check_tokenizer(dataset, load_tokenizer(str(trained)), "model")
+
+    def test_none(self, dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        check_tokenizer(dataset, None, "model")
+        assert "model has no tokenizer" in capsys.readouterr().err

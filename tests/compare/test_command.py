@@ -1,12 +1,19 @@
 """`muse compare` from the command line to its files."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from muse_lightning.attention import SlidingWindow
 from muse_lightning.cli import main
-from tests.compare.conftest import SEQ_LEN
+from muse_lightning.compare.blocks import read_blocks
+from muse_lightning.compare.losses import losses
+from muse_lightning.model import Llama
+from muse_lightning.model.hf import config_to_hf
+from tests.compare.conftest import CONFIG, SEQ_LEN
 from tests.recipe import RECIPE
 
 SIZES = ["chunk=16", "query_cluster=8", "key_cluster=4", "top_k=1", "candidates=2", "exact_below=16"]
@@ -53,6 +60,21 @@ def test_without_a_setting_under_the_limit(
     assert not (tmp_path / "found" / "recommended.yaml").exists()
 
 
+def test_a_model_with_a_window_is_compared_with_itself(
+    llama: Llama, folder: Path, dataset: Path, tmp_path: Path
+) -> None:
+    described = config_to_hf(replace(CONFIG, sliding_window=20))
+    (folder / "config.json").write_text(json.dumps(described))
+    out = tmp_path / "found"
+    arguments = [f"--model={folder}", f"--data={dataset}", *OPTIONS, f"--out={out}", "--gradients=false"]
+    assert main(["compare", *arguments]) == 0
+    first = json.loads((out / "compare.json").read_text())["settings"][0]
+    assert first["attention"] == {"class_path": "SlidingWindow", "init_args": {"window": 20}}
+    blocks = read_blocks(dataset, "val", SEQ_LEN, 2, document_mask=False, vocab_size=264)
+    with llama.attention_as(partial(SlidingWindow, window=20)):
+        assert first["loss"] == pytest.approx(losses(llama, blocks, loss_chunk=64).mean, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -64,7 +86,8 @@ def test_without_a_setting_under_the_limit(
         ("--muse.causal=false", "muse.causal: False found"),
         ("--muse.chunk=24", "chunk / query_cluster must be a power of two"),
         ("--window=0", "window must be at least 1 token"),
-        ("--out=.", "out: . exists"),
+        ("--grid.top_k=[1]", "grid: it is used by a sweep alone"),
+        ("--out=tests", "out: tests exists already"),
     ],
 )
 def test_mistakes(

@@ -20,9 +20,11 @@ class Runs:
 
     device = "cpu"
 
+    def __init__(self) -> None:
+        self.results: dict[str, object] = {}
+
     def time(self, runs: Mapping[str, Run]) -> dict[str, Timing]:
-        for run in runs.values():
-            run()
+        self.results = {name: run() for name, run in runs.items()}
         return {name: Timing.of([float(i)]) for i, name in enumerate(runs)}
 
     def peak_bytes(self, run: Run) -> int:
@@ -45,7 +47,10 @@ def test_pairs_of_the_documents(blocks: Blocks, settings: list[Setting]) -> None
 def test_every_setting_is_timed(llama: Llama, blocks: Blocks, settings: list[Setting]) -> None:
     names = {setting.name for setting in settings}
     found = middle_layer(llama, blocks.batches[0])
-    assert costs.attention_times(settings, found, 1, Runs()).keys() == names
+    runs = Runs()
+    assert costs.attention_times(settings, found, runs).keys() == names
+    gradients = [[x.shape for x in result] for result in runs.results.values()]  # type: ignore[attr-defined]
+    assert gradients == [[found.q.shape, found.k.shape, found.v.shape]] * len(names)
     assert costs.forward_times(llama, settings, blocks.batches[0], Runs()).keys() == names
     assert type(llama.blocks[0].self_attn.attention).__name__ == "Dense"
 

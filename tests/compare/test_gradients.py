@@ -1,11 +1,14 @@
 """Cosines of gradients against autograd on all logits."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from muse_lightning.attention import Dense
 from muse_lightning.compare.blocks import Blocks
 from muse_lightning.compare.gradients import gradient_cosines
 from muse_lightning.compare.settings import Setting
@@ -41,3 +44,19 @@ def test_no_gradient_has_no_direction(llama: Llama, blocks: Blocks, settings: li
         batch["labels"][0, 0] = 0
     found = gradient_cosines(llama, blocks.batches[0], settings[0], settings[1:2], loss_chunk=32)
     assert math.isnan(found["Muse"])
+
+
+class Counted(Dense):
+    calls = 0
+
+    def forward(self, *args: torch.Tensor, **options: Any) -> torch.Tensor:
+        Counted.calls += 1
+        return super().forward(*args, **options)
+
+
+def test_blocks_are_computed_again(llama: Llama, blocks: Blocks, settings: list[Setting]) -> None:
+    """Or a long context would not fit."""
+    Counted.calls = 0
+    counted = replace(settings[0], name="counted", attention=Counted)
+    gradient_cosines(llama, blocks.batches[0], settings[0], [counted], loss_chunk=32)
+    assert Counted.calls == 2 * len(llama.blocks)

@@ -1,10 +1,16 @@
 """Which setting is recommended, and the overlay that says so."""
 
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import yaml
 
 from muse_lightning.compare.losses import Losses
-from muse_lightning.compare.results import Found, cheapest, least_rising, overlay
+from muse_lightning.compare.report import advice
+from muse_lightning.compare.results import Found, cheapest, overlay, to_json
 from muse_lightning.compare.settings import Grid, make_settings
 from tests.compare.conftest import MUSE
 
@@ -14,7 +20,7 @@ DENSE, MUSE_SETTING, BLOCKS, WINDOW, *SWEPT = make_settings(
 
 
 def found(setting: object, rise: float, error: float | None, pairs: float, ms: float | None = None) -> Found:
-    return Found(setting, Losses([1.0], [1], [1], []), (rise, error), pairs, attention_ms=ms)  # type: ignore[arg-type]
+    return Found(setting, Losses([1.0], [1], [1], [], []), (rise, error), pairs, attention_ms=ms)  # type: ignore[arg-type]
 
 
 FOUND = [
@@ -30,7 +36,30 @@ FOUND = [
 @pytest.mark.parametrize(("limit", "chosen"), [(0.01, 4), (0.0111, 3), (0.005, 5), (0.0029, None), (1.0, 1)])
 def test_the_cheapest_under_the_limit(limit: float, chosen: int | None) -> None:
     assert cheapest(FOUND, limit) is (None if chosen is None else FOUND[chosen])
-    assert least_rising(FOUND) is FOUND[5]
+
+
+def test_exact_attention_is_no_setting_of_muse() -> None:
+    exact = found(MUSE_SETTING, 0.0, 0.0, 1.0)
+    assert cheapest([exact], 0.01) is None
+    (said,) = advice([FOUND[0], exact], None, 0.01, Path("x"), is_sweep=True)
+    assert said.startswith("Every MuSe setting attended these blocks exactly")
+    said, last = advice([*FOUND[:2], found(SWEPT[0], 0.0, 0.0, 1.0)], None, 0.01, Path("x"), is_sweep=True)
+    assert said.startswith("Those MuSe settings with 100.0% of pairs attended")
+    assert "the least is 0.0220, of Muse" in last
+
+
+def test_one_block_has_no_standard_error() -> None:
+    only = [found(DENSE, 0.0, None, 1.0), found(MUSE_SETTING, 0.001, None, 0.1)]
+    (said,) = advice(only, only[1], 0.01, Path("found/recommended.yaml"), is_sweep=True)
+    assert "from one block, so without a standard error: Muse (+0.0010)" in said
+    assert said.endswith("--config found/recommended.yaml")
+
+
+def test_what_is_not_finite_is_null_in_json() -> None:
+    each = replace(FOUND[1], gradient_cosine=math.nan, errors=[[0.1, math.nan]])
+    content = json.loads(to_json({"seq_len": 1}, [FOUND[0], each], None), parse_constant=pytest.fail)
+    assert content["settings"][1]["gradient_cosine"] is None
+    assert content["settings"][1]["relative_squared_error_by_layer_and_head"] == [[0.1, None]]
 
 
 def test_measured_time_decides_where_there_is_one() -> None:

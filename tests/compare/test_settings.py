@@ -24,6 +24,7 @@ def test_the_baselines_match_muse() -> None:
 
 def test_a_windowed_model_is_compared_with_its_own_attention() -> None:
     exact = make_settings(MUSE, 12, 40, None)[0]
+    assert exact.name == "exact, window 40"
     assert exact.attention(0).window == 40  # type: ignore[attr-defined]
     assert exact.recipe == {"class_path": "SlidingWindow", "init_args": {"window": 40}}
 

@@ -1,12 +1,13 @@
 """Names found in repositories written by hand, with the exact tokens."""
 
+import keyword
 import re
 from collections.abc import Sequence
 
 import pytest
 
 from muse_lightning.data.tokenizer import ByteTokenizer, Tokenizer
-from muse_lightning.measure.identifiers import _DEFINITION, Mention, Separators, find_mentions
+from muse_lightning.measure.identifiers import _DEFINITION, KEYWORDS, MIN_LENGTH, Mention, Separators, find_mentions
 from tests.pretrained.test_prompt import byte_level
 
 BYTES = ByteTokenizer()
@@ -62,9 +63,8 @@ def test_a_repository_by_hand() -> None:
         return Mention(name.encode(), start + 1, start + len(name), distance)
 
     expected = [
-        # `parsing`, `import` and `unknown_name` are new; the path reader/main.py is no text.
+        # `parsing` and `unknown_name` are new, and `import` is no name; the path reader/main.py is no text.
         mention("parsing", 0, None),
-        mention("import", 0, None),
         # Its last mention is not the definition, nor the path, but its use below.
         mention("parse_value", 3, 2),
         mention("unknown_name", 0, None),
@@ -90,6 +90,18 @@ def test_tokens_that_cut_names_otherwise() -> None:
 def test_names_of_one_token_are_left_out() -> None:
     texts = [b"def ", b"load_all", b"(\n", b"a\n", b"", b"", b""]
     assert find_mentions([5, 3, 0, 1, 2, 5, 3, 1, 2], texts, Separators(4, 5, 6), 1) == []
+
+
+@pytest.mark.parametrize("word", ["return", "function", "struct", "static_cast", "nonlocal"])
+def test_words_of_languages_are_names_only_where_they_are_defined(word: str) -> None:
+    assert found(tokens_of(f"<|file_sep|>a\nx\n<|file_sep|>b\n{word} x")) == []
+    (recalled,) = found(tokens_of(f"<|file_sep|>a\ndef {word}(): pass\n<|file_sep|>b\n{word} x"))
+    assert (recalled.name, recalled.distance is None) == (word.encode(), False)
+
+
+def test_pythons_keywords_are_known() -> None:
+    assert {word.encode() for word in keyword.kwlist if len(word) >= MIN_LENGTH} <= KEYWORDS
+    assert min(map(len, KEYWORDS)) == MIN_LENGTH
 
 
 def test_near_definitions_are_left_out() -> None:

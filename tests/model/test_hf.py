@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from muse_lightning.attention import exact_attention
 from muse_lightning.errors import UserError
 from muse_lightning.model import Llama, LlamaConfig, RopeScaling, load_preset
-from muse_lightning.model.hf import config_from_hf, config_to_hf
+from muse_lightning.model.hf import _NEUTRAL, config_from_hf, config_to_hf
 from muse_lightning.model.presets import preset_names
 
 SMALL = {
@@ -186,6 +186,14 @@ PUBLISHED = {
         },
         {"rope_scaling": YARN},
     ),
+    "original-length-beside": (
+        {
+            "model_type": "llama",
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        },
+        {"rope_scaling": YARN},
+    ),
     "qwen2-all-windowed": (
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0},
         {"sliding_window": 512},
@@ -255,6 +263,38 @@ def test_what_we_lack_is_refused(change: dict[str, Any], message: str) -> None:
     assert str(error.value).startswith("models/x/config.json: ") or "has no" in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+ODD = [None, True, -1, 0, 10**400, 1e308, float("inf"), float("nan"), "x", [], ["x"], [["x"]], {}, {"x": 1}, {"x": {}}]
+RICH = {
+    "llama": {"rope_scaling": LLAMA3},
+    "mistral": {"rope_scaling": LINEAR, "sliding_window": 9, "num_key_value_heads": 2},
+    "qwen2": {"rope_scaling": YARN, "sliding_window": 9, **QWEN2},
+    "qwen3": {"qk_norm": True, "sliding_window": 9, "rope_scaling": YARN},
+}
+
+
+@pytest.mark.parametrize("model_type", RICH)
+def test_whatever_stands_at_a_key_is_taken_or_refused_in_one_line(model_type: str) -> None:
+    fields = config_to_hf(LlamaConfig(**(SMALL | RICH[model_type])))
+    assert fields["model_type"] == model_type
+    changed = [fields | {key: value} for key in (*fields, *_NEUTRAL, "auto_map", "max_window_layers") for value in ODD]
+    for form in ("rope_scaling", "rope_parameters"):
+        alone = {key: value for key, value in fields.items() if key not in ("rope_scaling", "rope_parameters")}
+        rope = fields[form]
+        changed += [alone | {form: rope | {key: value}} for key in (*rope, "type", "mscale") for value in ODD]
+    without_layers = {key: value for key, value in fields.items() if key != "layer_types"}
+    changed += [without_layers | {"max_window_layers": value} for value in ODD]
+    messages = []
+    for change in changed:
+        try:
+            config = config_from_hf(change)
+        except UserError as error:
+            messages.append(str(error))
+        else:
+            assert all(not isinstance(value, int) or value < 1 << 30 for value in vars(config).values())
+    assert len(messages) > len(changed) / 3
+    assert all("\n" not in message and len(message) < 300 for message in messages)
 
 
 def test_a_size_that_is_not_there() -> None:

@@ -52,8 +52,22 @@ def yarn(**fields):
         # The ramp would begin before the first pair, or end behind the last one.
         ("75m", yarn(original_max_position_embeddings=100)),
         ("75m", yarn(original_max_position_embeddings=2**31)),
+        # The ramp would have no length.
+        ("75m", yarn(original_max_position_embeddings=6)),
     ],
-    ids=["none", "llama3-1b", "llama3-8b", "linear", "yarn", "untruncated", "factor", "one", "short", "long"],
+    ids=[
+        "none",
+        "llama3-1b",
+        "llama3-8b",
+        "linear",
+        "yarn",
+        "untruncated",
+        "factor",
+        "one",
+        "short",
+        "long",
+        "singular",
+    ],
 )
 def test_wavelengths_equal_hugging_face(name, scaling):
     config = load_preset(name, rope_scaling=scaling)

@@ -88,6 +88,9 @@ def test_the_tokenizer_of_bytes(tmp_path: Path) -> None:
     assert theirs.decode([256, 120, 258], skip_special_tokens=True) == "x"
     assert (theirs.eos_token_id, theirs.pad_token_id, theirs.bos_token_id) == (258, 258, None)
     assert theirs.model_max_length == CONFIG["max_position_embeddings"]
+    again = open_model(tmp_path / "out").load_tokenizer()
+    assert again is not None
+    assert again.special_tokens == SPECIAL
     assert theirs(["ab", "c"], padding=True)["attention_mask"] == [[1, 1], [1, 0]]
 
 

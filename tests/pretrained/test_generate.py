@@ -231,6 +231,18 @@ def test_mistakes(muse: Muse, run: Path, hf_folder: Path, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_overflow(muse: Muse, run: Path, llama: Llama, temperature: int) -> None:
+    """A weight that float32 holds and float16 does not."""
+    file = run / "checkpoints" / "step=1.ckpt"
+    stored = torch.load(file)
+    stored["state_dict"]["llama.model.norm.weight"][:] = 1e6
+    torch.save(stored, file)
+    args = [f"--model={run}", "--prompt=x", f"--temperature={temperature}", "--max_new_tokens=2", "--device=cpu"]
+    muse(*args)
+    assert muse.error(*args, "--dtype=float16").startswith("logits are not finite (")
+
+
 def test_a_character_is_printed_when_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a stream that keeps what it is given until it is flushed."""
     received = io.BytesIO()

@@ -3,21 +3,23 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from muse_lightning.cli import main
 from muse_lightning.errors import UserError
 from muse_lightning.pretrained import hub
-from muse_lightning.pretrained.hub import download, is_hub_id
+from muse_lightning.pretrained.hub import download_descriptions, download_weights, is_hub_id
 from muse_lightning.pretrained.reference import open_model
-from tests.pretrained.checkpoints import tiny_llama, write_hf
+from tests.pretrained.checkpoints import bpe_tokenizer, tiny_llama, write_hf
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -39,7 +41,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
     def answer(self, with_body: bool) -> None:
-        path = self.path.partition("?")[0]
+        path = unquote(self.path.partition("?")[0])
         files = [file for file in sorted(self.folder.rglob("*")) if file.is_file()]
         names = {str(file.relative_to(self.folder)): file.read_bytes() for file in files}
         if not path.removeprefix("/api/models").startswith("/org/model"):
@@ -75,7 +77,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
     """Files that were fetched from the server, whose model is in `tmp_path / "served"`."""
     names: list[str] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, tmp_path / "served", names))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     fetch = partial(
         huggingface_hub.snapshot_download,
@@ -87,6 +89,13 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
     yield names
     server.shutdown()
     server.server_close()
+
+
+def download(model: str, revision: str | None = None) -> Path:
+    """All of a model."""
+    folder = download_descriptions(model, revision)
+    download_weights(model, folder)
+    return folder
 
 
 EXTRAS = (
@@ -122,6 +131,88 @@ def test_pickles_are_fetched_where_there_is_nothing_else(tmp_path: Path, asked: 
     assert sorted(asked) == sorted(path.name for path in served.iterdir() if path.name != "training_args.bin")
 
 
+@pytest.mark.parametrize("form", ["shards", "pickle-shards"])
+@pytest.mark.parametrize("pattern", ["{number}-of-3.{suffix}", "model.{suffix}-0000{number}.{suffix}", "[{number}]*"])
+def test_shards_are_those_that_the_index_names(tmp_path: Path, asked: list[str], form: str, pattern: str) -> None:
+    llama = tiny_llama()
+    served = write_hf(tmp_path / "served", llama, form=form)
+    (index,) = served.glob("*.index.json")
+    stem, suffix = index.name.split(".")[:2]
+    text = index.read_text()
+    for number, file in enumerate(sorted(served.glob("*-of-*"))):
+        name = pattern.format(number=number, suffix=suffix)
+        text = text.replace(file.name, name)
+        file.rename(served / name)
+    index.write_text(text)
+    needed = sorted(path.name for path in served.iterdir())
+    (served / f"{stem}-00001-of-00009.{suffix}").write_bytes(b"of another sharding")
+    (served / "1").write_bytes(b"matches a pattern")
+    found = open_model(download("org/model"))
+    assert sorted(asked) == needed
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in llama.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["../config.json", "onnx/model.safetensors"])
+def test_an_index_cannot_ask_for_files_elsewhere(tmp_path: Path, asked: list[str], name: str) -> None:
+    served = write_hf(tmp_path / "served", tiny_llama(), form="shards")
+    (served / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    assert f"names the file {name!r}; accepted: names of files in its own folder" in one_line("org/model")
+    assert sorted(asked) == ["config.json", "model.safetensors.index.json"]
+
+
+def gemma(served: Path, out: Path) -> None:
+    fields = json.loads((served / "config.json").read_text())
+    (served / "config.json").write_text(json.dumps(fields | {"model_type": "gemma2"}))
+
+
+def small_vocabulary(served: Path, out: Path) -> None:
+    bpe_tokenizer(*(f"<{number}>" for number in range(64)), size=384).save(str(served / "tokenizer.json"))
+
+
+def something_there(served: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "precious").touch()
+
+
+def large(served: Path, out: Path) -> None:
+    fields = json.loads((served / "config.json").read_text())
+    (served / "config.json").write_text(json.dumps(fields | {"hidden_size": 1 << 20, "intermediate_size": 1 << 29}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (gemma, "model_type is 'gemma2'"),
+        (small_vocabulary, "tokenizer.json has ids up to"),
+        (something_there, "exists already; give a new folder"),
+        (large, "output: 6755400.3 GB are to be written, "),
+    ],
+)
+@pytest.mark.parametrize("form", ["single", "shards", "pickle"])
+def test_weights_are_fetched_when_all_else_is_right(
+    tmp_path: Path,
+    asked: list[str],
+    change: Callable[[Path, Path], None],
+    message: str,
+    form: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    served, out = write_hf(tmp_path / "served", tiny_llama(), form=form), tmp_path / "out"
+    change(served, out)
+    before = sorted(out.rglob("*"))
+    assert main(["import", "org/model", "--output", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
+    assert {Path(name).suffix for name in asked} <= {".json"}
+
+
+def test_imported_from_the_hub(tmp_path: Path, asked: list[str]) -> None:
+    served = write_hf(tmp_path / "served", tiny_llama(), form="shards")
+    assert main(["import", "org/model", "--revision=v1", "--output", str(tmp_path / "out")]) == 0
+    found = open_model(tmp_path / "out").tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in open_model(served).tensors.items())
+
+
 def one_line(model: str, revision: str | None = None) -> str:
     with pytest.raises(UserError) as error:
         download(model, revision)
@@ -144,6 +235,14 @@ def test_without_a_connection(tmp_path: Path, asked: list[str], monkeypatch: pyt
     assert (
         one_line("org/model") == "org/model cannot be fetched: Connection refused; check the network, or give a folder"
     )
+
+
+def test_a_connection_that_breaks(tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_hf(tmp_path / "served", tiny_llama())
+    monkeypatch.setattr(Hub, "send", lambda *args: None)
+    message = one_line("org/model")
+    assert message.startswith("org/model cannot be fetched: ")
+    assert message.endswith("; check the network, or give a folder")
 
 
 def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,6 +74,46 @@ def test_tensors_keep_their_own_dtype_and_another_is_made_on_request(tmp_path: P
     assert main(["import", str(source), "--output", str(tmp_path / "half"), "--dtype=float16"]) == 0
     assert_equal(tensors_of(tmp_path / "half"), {name: tensor.half() for name, tensor in state.items()})
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+@pytest.mark.parametrize("cast_bytes", [100, 1 << 24])
+@pytest.mark.parametrize("form", ["single", "pickle"])
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float16"), ("float16", "float32")])
+def test_a_cast_in_parts(
+    tmp_path: Path, form: str, dtypes: tuple[str, str], cast_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Infinite values and NaN stay what they are; so does a tensor that is stored by columns."""
+    monkeypatch.setattr(write_model, "CAST_BYTES", cast_bytes)
+    before, after = (getattr(torch, dtype) for dtype in dtypes)
+    state = stored_state(tiny_llama(before))
+    state["model.norm.weight"][:4] = torch.tensor([float("inf"), float("-inf"), float("nan"), 60_000.0])
+    source = write_hf(tmp_path / "source", tiny_llama(before), form=form)
+    if form == "single":
+        save_file(state, source / "model.safetensors")
+    else:
+        name = "model.layers.0.mlp.up_proj.weight"
+        torch.save(state | {name: state[name].T.contiguous().T}, source / "pytorch_model.bin")
+    assert main(["import", str(source), "--output", str(tmp_path / "out"), f"--dtype={dtypes[1]}"]) == 0
+    assert_equal(tensors_of(tmp_path / "out"), {name: tensor.to(after) for name, tensor in state.items()})
+
+
+@pytest.mark.parametrize(
+    ("stored", "value", "dtype", "message"),
+    [
+        ("bfloat16", -1e6, "float16", "a value of 9.994e+05, which is infinite in float16 (up to 6.55e+04)"),
+        ("float32", 3.4028e38, "bfloat16", "a value of 3.403e+38, which is infinite in bfloat16 (up to 3.39e+38)"),
+        ("float64", 1e300, "float32", "a value of 1e+300, which is infinite in float32 (up to 3.403e+38)"),
+    ],
+)
+def test_a_value_that_a_dtype_cannot_hold(muse: Muse, stored: str, value: float, dtype: str, message: str) -> None:
+    llama = tiny_llama(getattr(torch, stored))
+    with torch.no_grad():
+        llama.model.norm.weight[3:5] = torch.tensor([float("nan"), value], dtype=torch.float64)
+    write_hf(muse.folder / "large", llama)
+    for verb in ("import", "export"):
+        assert muse.error(verb, "large", "--output", "out", f"--dtype={dtype}") == (
+            f"dtype: model.norm.weight has {message}; without dtype it stays {stored}"
+        )
 
 
 def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +189,7 @@ def test_the_overlay_trains(muse: Muse, name: str) -> None:
 @pytest.mark.parametrize(
     ("own", "vocab_size", "settings", "expected"),
     [
-        ([], 320, {}, ["<|repo_name|>", "<|file_sep|>", "<|endoftext|>"]),
+        (["<reserved_0>", "<reserved_1>"], 320, {}, ["<|repo_name|>", "<|file_sep|>", "<|endoftext|>"]),
         (
             ["<|file_sep|>", "<|repo_name|>", "<|endoftext|>", "<eos>"],
             320,
@@ -168,13 +209,14 @@ def test_the_overlay_trains(muse: Muse, name: str) -> None:
             ["<s>", "<unk>", "</s>"],
         ),
         (
-            ["<e>", "<r>", "<f>"],
+            ["<e>", "<r>", "<f>", "<|endoftext|>"],
             320,
-            {"eos_token": "<e>", "additional_special_tokens": ["<r>", {"content": "<f>"}]},
+            {"eos_token": "x", "document_special_tokens": {"repo_name": "<r>", "file_sep": "<f>", "end": "<e>"}},
             ["<r>", "<f>", "<e>"],
         ),
+        (["<|im_start|>"], 320, {"eos_token": "<|im_start|>"}, ["<|repo_name|>", "<|file_sep|>", "<|im_start|>"]),
     ],
-    ids=["none-but-room", "qwen", "llama3", "mistral", "own-export"],
+    ids=["none-but-room", "qwen", "llama3", "mistral", "own-export", "chat"],
 )
 def test_special_tokens_of_documents(
     tmp_path: Path, own: list[str], vocab_size: int | None, settings: dict[str, Any], expected: list[str]
@@ -232,6 +274,11 @@ def pickled_object(folder: Path) -> None:
     torch.save({"w": Path("x")}, folder / "pytorch_model.bin")
 
 
+def broken_settings(folder: Path) -> None:
+    bpe_tokenizer("<e>").save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("[]")
+
+
 def broken_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
@@ -250,11 +297,16 @@ def broken_tokenizer(folder: Path) -> None:
     ],
     ids=["missing-shard", "truncated", "architecture", "rope", "shape", "vocabulary", "tokenizer", "pickle"],
 )
-def test_what_cannot_be_imported(muse: Muse, damage: Any, message: str) -> None:
+def test_what_cannot_be_imported_nor_exported(muse: Muse, damage: Any, message: str) -> None:
     source = write_hf(muse.folder / "bad", tiny_llama(), form="shards")
     damage(source)
     for verb in ("import", "export"):
         assert message in muse.error(verb, "bad", "--output", "out/of/reach")
+
+
+def test_damaged_settings_of_a_tokenizer(muse: Muse) -> None:
+    broken_settings(write_hf(muse.folder / "bad", tiny_llama()))
+    assert "tokenizer_config.json holds no settings; expected keys" in muse.error("import", "bad", "--output", "out")
 
 
 def test_where_it_may_go_and_where_from(muse: Muse) -> None:
@@ -280,8 +332,6 @@ def test_a_disk_without_room(muse: Muse, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.undo()
     monkeypatch.chdir(muse.folder)
 
-    def full(*args: Any, **options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(write_model, "save_file", full)
-    assert "output: cannot write x: No space left on device" in muse.error("import", "good", "--output", "x")
+    for error in (OSError(28, "No space left on device"), SafetensorError("No space left on device")):
+        monkeypatch.setattr(write_model, "save_file", Mock(side_effect=error))
+        assert ": No space left on device" in muse.error("import", "good", "--output", "x")

@@ -11,7 +11,7 @@ import torch
 from muse_lightning.attention import Dense, SlidingWindow
 from muse_lightning.errors import UserError
 from muse_lightning.model import Llama, RopeScaling
-from muse_lightning.pretrained.reference import ModelReference, open_model
+from muse_lightning.pretrained.reference import ModelReference, open_model, open_weights
 from tests.pretrained.checkpoints import bpe_tokenizer, tiny_llama, write_hf, write_run
 
 YARN = RopeScaling(factor=2.0, original_max_position_embeddings=32, rope_type="yarn")
@@ -110,6 +110,25 @@ def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tiny_llama())
     (run / "checkpoints" / "step=2.ckpt").unlink()
     assert one_line(run).startswith(f"{run} is a run without a checkpoint: no file ")
+
+
+def test_a_checkpoint_in_shards(tmp_path: Path) -> None:
+    """Named, even where an older one is in a file: which of them is meant is not for us to say."""
+    run = write_run(tmp_path / "run", tiny_llama())
+    file, shards = (run / "checkpoints" / f"step={step}.ckpt" for step in (2, 4))
+    shards.mkdir()
+    (run / "checkpoints" / "step=6.ckpt").mkdir()  # no checkpoint
+    assert open_model(run).load() is not None
+    (shards / "meta.pt").touch()
+    os.utime(file, ns=(1, 1))
+    what = f"{shards} is a checkpoint in shards; accepted: "
+    assert one_line(run) == f"{what}a checkpoint in one file, such as the older {file}"
+    assert one_line(shards) == f"model: {what}one in a file, or a Hugging Face folder"
+    with pytest.raises(UserError, match=r"model.weights: .* is a checkpoint in shards; accepted: one in a file"):
+        open_weights(shards, "model.weights")
+    assert open_model(file).load() is not None
+    file.unlink()
+    assert one_line(run) == f"{what}a checkpoint in one file"
 
 
 def test_a_checkpoint_outside_its_run(tmp_path: Path) -> None:

@@ -66,6 +66,32 @@ def test_cold_is_greedy(temperature: float, dtype: torch.dtype) -> None:
     assert [sampler.choose(logits) for _ in range(5)] == [3] * 5
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("logits", "found"),
+    [([0.0, float("nan"), 1.0], "nan"), ([0.0, float("inf")], "inf"), ([float("-inf")] * 2, "-inf")],
+)
+@pytest.mark.parametrize(
+    ("dtype", "cause"),
+    [
+        ("float16", "next: --dtype=float32, where weights are finite"),
+        ("float32", "weights of the model are not finite"),
+    ],
+)
+def test_logits_that_are_not_finite(
+    temperature: float, logits: list[float], found: str, dtype: str, cause: str
+) -> None:
+    sampler = Sampler(temperature, 1.0, None, CPU)
+    with pytest.raises(UserError) as error:
+        sampler.choose(torch.tensor(logits, dtype=getattr(torch, dtype)))
+    assert str(error.value) == f"logits are not finite ({found}), computed in {dtype}; {cause}"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_of_probability_0(temperature: float) -> None:
+    assert Sampler(temperature, 1.0, None, CPU).choose(torch.tensor([float("-inf"), 0.0])) == 1
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

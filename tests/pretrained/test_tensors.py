@@ -1,7 +1,9 @@
 """Tensors on disk: each form gives the same tensors, one at a time, and every damage one line."""
 
 import json
+import re
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -135,10 +137,49 @@ class Hostile:
 def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
     file = tmp_path / "pytorch_model.bin"
     torch.save({"w": Hostile(tmp_path / "ran")}, file)
-    assert one_line(tmp_path).startswith(f"{file} is not a file of torch.save with tensors alone: ")
+    what = rf"{re.escape(str(file))} is not a file of torch\.save with tensors alone: it needs"
+    assert re.fullmatch(what + r" \w+\.open, which is not run; accepted: safetensors", one_line(tmp_path))
     assert not (tmp_path / "ran").exists()
     torch.load(file, weights_only=False)  # the file does what it is feared for
     assert (tmp_path / "ran").exists()
+
+
+def test_a_damaged_pickle(tmp_path: Path) -> None:
+    """An archive whose pickle is none."""
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(2)}, file)
+    with ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with ZipFile(file, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, b"\x80\x02\x93." if name.endswith("data.pkl") else content)
+    message = one_line(tmp_path)
+    assert message.startswith(f"{file} is not a file of torch.save with tensors alone: ")
+    assert "weights_only" not in message
+
+
+def test_the_format_before_torch_1_6(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(2)}, file, _use_new_zipfile_serialization=False)
+    assert one_line(tmp_path).endswith(
+        ": it has the format of torch before 1.6; accepted: safetensors, or saved by a newer"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"), [(torch.ones(2).to_sparse(), "sparse_coo"), (torch.ones(2, device="meta"), "without values")]
+)
+def test_tensors_that_are_not_dense(tmp_path: Path, tensor: torch.Tensor, kind: str) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"w": tensor}, file)
+    assert one_line(tmp_path) == f"{file}: w is a tensor {kind}; accepted: strided ones with values"
+
+
+def test_parameters_are_tensors(tmp_path: Path) -> None:
+    torch.save({"w": torch.nn.Parameter(torch.ones(2))}, tmp_path / "pytorch_model.bin")
+    found = open_folder(tmp_path)["w"]
+    assert not found.requires_grad
+    assert torch.equal(found, torch.ones(2))
 
 
 def test_what_is_no_state_dict(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from muse_kernels.attention.options import MuseOptions
 from muse_kernels.cost import Work, dense_work, muse_work
 from muse_lightning.errors import ExitCode, UserError
-from muse_lightning.files import atomic_directory, atomic_write
+from muse_lightning.files import atomic_write, new_directory
 from muse_lightning.measure.bench.error import HeadError, head_errors
 from muse_lightning.measure.bench.figure import draw
 from muse_lightning.measure.bench.gate import Check, run_gate
@@ -41,7 +40,7 @@ from muse_lightning.measure.bench.report import (
 )
 from muse_lightning.measure.bench.timing import Ceilings, CudaInstruments, Instruments, Timing, measure_ceilings
 from muse_lightning.measure.bench.variants import Peer, Problem, UnavailableError, Variant, make_variant
-from muse_lightning.measure.info import environment
+from muse_lightning.measure.info import result_header
 
 BACKWARD_SUFFIX = " backward"
 EXACT = ("cudnn", "flash")
@@ -149,12 +148,13 @@ def bench_attention(
         raise UserError(
             "muse bench attention needs an NVIDIA GPU; --check_only=true checks without timing, on any machine"
         )
-    folder = None if check_only else _new_folder(out)
-    checks = pass_gate(settings, "cuda" if has_gpu else "cpu")
-    if folder is None:
+    if check_only:
+        pass_gate(settings, "cuda" if has_gpu else "cpu")
         return
-    results = run_benchmark(settings, checks, CudaInstruments(repeats, seconds))
-    write(results, folder)
+    folder = out or _default_folder()
+    with new_directory(folder, "out") as temporary:
+        checks = pass_gate(settings, "cuda")
+        write(run_benchmark(settings, checks, CudaInstruments(repeats, seconds)), temporary)
     print(f"{folder}: results.jsonl, results.md, attention.png")
 
 
@@ -208,11 +208,10 @@ def run_benchmark(settings: Settings, checks: Sequence[Check], instruments: Inst
 
 
 def write(results: Results, folder: Path) -> None:
-    """Write the files of a run; the folder appears when all of them are whole."""
-    with atomic_directory(folder) as temporary:
-        atomic_write(temporary / "results.jsonl", results.json_lines())
-        atomic_write(temporary / "results.md", results_page(results))
-        atomic_write(temporary / "attention.png", draw(results))
+    """Write the files of a run to an existing folder."""
+    atomic_write(folder / "results.jsonl", results.json_lines())
+    atomic_write(folder / "results.md", results_page(results))
+    atomic_write(folder / "attention.png", draw(results))
 
 
 def _measure_length(
@@ -281,12 +280,8 @@ def _flops_fractions(work: dict[str, Work], timings: dict[str, Timing], ceilings
 
 def _header(settings: Settings, ceilings: Ceilings) -> dict[str, Any]:
     heads = settings.heads
-    found = environment()
     return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["muse", *sys.argv[1:]]),
-        "device": found["devices"][torch.cuda.current_device() if torch.cuda.is_available() else 0],
-        **found,
+        **result_header("cuda" if torch.cuda.is_available() else "cpu"),
         "options": {
             "heads": heads.num_heads,
             "kv_heads": heads.num_kv_heads,
@@ -301,22 +296,6 @@ def _header(settings: Settings, ceilings: Ceilings) -> dict[str, Any]:
     }
 
 
-def _new_folder(out: Path | None) -> Path:
-    """A folder that does not exist yet, and whose parent can be written: better known before the timing than after.
-
-    Raises:
-        UserError: it exists, or its parent cannot be made or written.
-    """
-    if out is None:
-        device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        out = Path("runs/bench") / f"{datetime.now().astimezone():%Y-%m-%d_%H%M%S}_{device}_attention"
-    if out.exists():
-        raise UserError(f"out: {out} exists; give a folder that does not")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = out.parent / f".{out.name}.probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"out: cannot write in {out.parent}: {error.strerror}") from None
-    return out
+def _default_folder() -> Path:
+    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return Path("runs/bench") / f"{datetime.now().astimezone():%Y-%m-%d_%H%M%S}_{device}_attention"

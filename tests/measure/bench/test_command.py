@@ -134,6 +134,7 @@ class TestRun:
         assert [part.name for part in results.parts[320]] == ["near", "far", "far backward", "other", "between kernels"]
         assert [error.top_k for error in results.errors] == [0, 1, 2, 4]
 
+        (tmp_path / "results").mkdir()
         write(results, tmp_path / "results")
         assert {path.name for path in tmp_path.rglob("*")} == {
             "results",
@@ -175,7 +176,8 @@ class TestRun:
 
     def test_a_folder_that_exists_is_not_overwritten(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        with pytest.raises(command.UserError, match=r"out: .* exists; give a folder that does not"):
+        (tmp_path / "precious").touch()
+        with pytest.raises(command.UserError, match=r"out: .* exists already; give a new folder"):
             command.bench_attention(muse=SMALL, out=tmp_path)
 
 

@@ -1,0 +1,105 @@
+"""What a fit is about to do, in a few lines."""
+
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+
+import lightning as L
+import torch
+
+from muse_lightning.attention import Dense
+from muse_lightning.measure.device_peak import half_precision_peak
+from muse_lightning.measure.flops import training_flops_per_token
+from muse_lightning.measure.info import GIB, MIXED_DTYPES, TRUE_DTYPES, attention_kernels, devices
+from muse_lightning.measure.memory import step_memory
+from muse_lightning.training.module import LanguageModel
+
+ASSUMED_UTILISATION = 0.4
+"""MFU by which the expected time is reckoned; the progress display knows better after the first steps."""
+
+
+class Banner(L.Callback):
+    """Prints what runs where before the first step: model, attention, work, memory, data, steps, expected time.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[Banner()])
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print it, on one rank."""
+        assert isinstance(pl_module, LanguageModel)
+        if trainer.is_global_zero:
+            print("\n".join(banner(trainer, pl_module)), file=sys.stderr, flush=True)
+
+
+def banner(trainer: L.Trainer, module: LanguageModel) -> list[str]:
+    """The lines, each `name: what`."""
+    data = getattr(trainer, "datamodule", None)
+    batch_size, seq_len = getattr(data, "batch_size", None), getattr(data, "seq_len", None)
+    lines = [*_model(module), *_devices(trainer)]
+    if batch_size is None or seq_len is None:
+        return lines
+    has_documents = bool(getattr(data, "document_mask", False))
+    sharing = getattr(data, "ranks_per_block", 1)
+    tokens = batch_size * seq_len * trainer.accumulate_grad_batches * (trainer.world_size // sharing)
+    flops = training_flops_per_token(module.llama, [seq_len], has_documents=has_documents)
+    dense = training_flops_per_token(module.llama, [seq_len], [Dense(0)])
+    documents = "documents told apart" if has_documents else "a row is one document"
+    lines.append(f"context: {seq_len:,} tokens, {batch_size} rows per device and micro-batch; {documents}")
+    share = f"{flops / dense:.0%} of exact attention's"
+    lines.append(f"work: {flops:.2e} FLOPs per token at a context of one document, {share}")
+    lines += [*_memory(trainer, module, batch_size, seq_len), *_data(trainer, tokens), *_steps(trainer, tokens, flops)]
+    return lines
+
+
+def _model(module: LanguageModel) -> Iterator[str]:
+    parameters = sum(parameter.numel() for parameter in module.llama.parameters())
+    weights = f"from {module.weights}" if module.weights else "fresh weights"
+    yield f"model: {parameters:,} parameters, {module.config.num_hidden_layers} layers, {weights}"
+    names = {type(block.self_attn.attention).__name__: None for block in module.llama.blocks}
+    kernels = attention_kernels()
+    kind = kernels["exact"] if list(names) == ["Dense"] else kernels["muse"]
+    around = "compiled" if module.compiled else "not compiled"
+    yield f"attention: {', '.join(names)}, by {kind}; around it {around}; recompute={module.recompute}"
+
+
+def _devices(trainer: L.Trainer) -> Iterator[str]:
+    found = devices()
+    shown = found[trainer.strategy.root_device.index or 0] if torch.cuda.is_available() else found[0]
+    yield f"device: {trainer.world_size} x {shown}, precision {trainer.precision}"
+
+
+def _memory(trainer: L.Trainer, module: LanguageModel, batch_size: int, seq_len: int) -> Iterator[str]:
+    precision = str(trainer.precision)
+    needed = step_memory(
+        module.config,
+        lambda layer: module.llama.blocks[layer].self_attn.attention,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        loss_chunk=module.loss_chunk,
+        recompute=module.recompute,
+        dtype=TRUE_DTYPES.get(precision, torch.float32),
+        autocast=MIXED_DTYPES.get(precision),
+    )
+    yield f"memory: about {needed.total / GIB:.1f} GiB per device and attention's workspace, nothing sharded"
+
+
+def _data(trainer: L.Trainer, tokens_per_step: int) -> Iterator[str]:
+    datasets = getattr(trainer.datamodule, "datasets", None)  # type: ignore[attr-defined]
+    if not datasets:
+        return
+    total = sum(dataset.card.splits["train"].tokens for dataset in datasets)
+    names = ", ".join(dataset.name for dataset in datasets)
+    epochs = tokens_per_step * max(0, trainer.max_steps) / total
+    yield f"data: {names}, {total:,} training tokens, {epochs:.2f} epochs of them"
+
+
+def _steps(trainer: L.Trainer, tokens: int, flops_per_token: float) -> Iterator[str]:
+    steps = trainer.max_steps - trainer.global_step
+    yield f"steps: {trainer.global_step:,} to {trainer.max_steps:,}, {tokens:,} tokens each, {steps * tokens:,} in all"
+    device = trainer.strategy.root_device
+    peak = half_precision_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak is not None:
+        seconds = steps * tokens * flops_per_token / (peak * ASSUMED_UTILISATION * trainer.world_size)
+        about = timedelta(seconds=round(seconds))
+        yield f"time: about {about} at {ASSUMED_UTILISATION:.0%} of the peak, without validation"

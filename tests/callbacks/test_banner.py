@@ -1,0 +1,60 @@
+"""What a fit prints before its first step, against the recipe and the model it is about."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from muse_lightning.callbacks import banner as under_test
+from muse_lightning.callbacks.banner import ASSUMED_UTILISATION, banner
+from tests.recipe import Muse
+from tests.tiny import tiny_model, tiny_muse, tiny_trainer
+
+
+@pytest.fixture
+def muse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Muse:
+    monkeypatch.chdir(tmp_path)
+    return Muse(tmp_path, capsys)
+
+
+def test_a_fit_says_what_it_is_about_to_do(muse: Muse) -> None:
+    code, _, err = muse.with_recipe("fit", "--trainer.accumulate_grad_batches=3")
+    assert code == 0, err
+    said = dict(line.split(": ", 1) for line in err.splitlines() if ": " in line)
+    assert said["model"].startswith("9,808 parameters, 2 layers, fresh weights")
+    assert said["attention"].startswith("Muse, by plain PyTorch")
+    assert said["context"] == "32 tokens, 2 rows per device and micro-batch; documents told apart"
+    assert said["steps"] == "0 to 2, 192 tokens each, 384 in all"
+    assert " GiB per device" in said["memory"]
+    assert "dataset" in err
+
+
+def test_a_resumed_fit_counts_what_is_left(muse: Muse) -> None:
+    muse.with_recipe("fit")
+    checkpoint = "--ckpt_path=runs/tiny/version_0/checkpoints/step=2.ckpt"
+    code, _, err = muse.with_recipe(
+        "fit", checkpoint, "--trainer.max_steps=5", "--model.attention={class_path: Dense, init_args: {}}"
+    )
+    assert code == 0, err
+    assert "steps: 2 to 5, 64 tokens each, 192 in all" in err
+    assert "attention: Dense, by PyTorch SDPA" in err
+
+
+def test_the_expected_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a GPU whose peak is known: the work over a share of that peak."""
+    monkeypatch.setattr(under_test, "half_precision_peak", lambda _: 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    trainer = SimpleNamespace(
+        max_steps=100, global_step=40, world_size=2, strategy=SimpleNamespace(root_device=torch.device("cuda", 0))
+    )
+    lines = list(under_test._steps(trainer, 1000, 6e6))  # type: ignore[arg-type]
+    seconds = 60 * 1000 * 6e6 / (1e9 * ASSUMED_UTILISATION * 2)
+    assert lines[-1].startswith(f"time: about 0:{seconds // 60:02.0f}:{seconds % 60:02.0f} at 40%")
+
+
+def test_without_a_data_module(tmp_path: Path) -> None:
+    """Lightning's own loops may be given bare loaders."""
+    trainer = tiny_trainer(tmp_path)
+    lines = banner(trainer, tiny_model(attention=tiny_muse))
+    assert [line.split(":")[0] for line in lines] == ["model", "attention", "device"]

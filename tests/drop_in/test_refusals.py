@@ -1,0 +1,120 @@
+"""What has no place in MuSe attention, and registrations: errors in one line."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from muse_lightning.drop_in import register_with_transformers
+from tests.assertions import relative_error
+from tests.drop_in.examples import APPROXIMATE, LENGTH, MASK_SIZES, assert_same, make_model, padding_mask, run
+
+
+def test_boundaries_between_padding_are_refused() -> None:
+    model = make_model("llama")
+    model.set_attn_implementation("muse")
+    batch = {"attention_mask": padding_mask((0, 60)), "cu_seq_lens_q": torch.tensor([0, 30, 70])}
+    with pytest.raises(ValueError, match="cu_seq_lens_q without padding, got both"):
+        model(torch.randint(64, (1, LENGTH)), **batch)
+
+
+def with_hole() -> Tensor:
+    mask = padding_mask((0, 70))
+    mask[0, 30:35] = 0
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "message"),
+    [
+        ({"attention_dropout": 0.1}, {}, r"without dropout 0\.1 of attention weights, which LlamaAttention asks for"),
+        ({}, {"attention_mask": with_hole()}, "got padding between the tokens of a row"),
+        ({}, {"attention_mask": torch.ones(1, 1, LENGTH, LENGTH).tril().bool()}, "of two dimensions"),
+        ({}, {"attention_mask": torch.zeros(1, 1, LENGTH, LENGTH)}, "of two dimensions"),
+    ],
+    ids=["dropout", "hole", "pairs", "bias"],
+)
+def test_what_has_no_place_in_muse_is_refused_in_one_line(
+    changes: dict[str, Any], batch: dict[str, Any], message: str
+) -> None:
+    model = make_model("llama", **changes).train()
+    model.set_attn_implementation("muse")
+    with pytest.raises(ValueError, match=message) as caught:
+        model(torch.randint(64, (1, LENGTH)), **batch)
+    assert str(caught.value).startswith('attn_implementation="muse" ')
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mask_function",
+    [
+        lambda batch, head, query, key: query >= 0,
+        lambda batch, head, query, key: (key <= query) | (key < 10),
+        lambda batch, head, query, key: (key <= query) & ((query - key < 20) | (key == 0)) & (key != 1),
+        lambda batch, head, query, key: (key <= query) & (query - key < 20),
+    ],
+    ids=["bidirectional", "prefix", "one-key-less", "a-window-nobody-named"],
+)
+def test_other_masks_are_refused(mask_function: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match="the model asks for another mask"):
+        AttentionMaskInterface()["muse"](**MASK_SIZES, mask_function=mask_function)
+
+
+def test_functions_that_a_model_adds_to_its_mask_are_refused() -> None:
+    with pytest.raises(ValueError, match="the model asks for another mask"):
+        AttentionMaskInterface()["muse"](**MASK_SIZES, mask_function=causal_mask_function, use_vmap=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"output_attentions": True}, "output_attentions=True"),
+        ({"is_causal": False}, "attention to later tokens (is_causal=False)"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"position_bias": torch.zeros(1, 4, LENGTH, LENGTH)}, "position_bias"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_what_a_layer_may_not_ask_for(asked: dict[str, Any], message: str) -> None:
+    layer = make_model("llama").model.layers[0].self_attn
+    q, k, v = (torch.randn(1, heads, LENGTH, 8) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match=re.escape(f"without {message}, which LlamaAttention asks for")):
+        AttentionInterface()["muse"](layer, q, k, v, None, **asked)
+    if "is_causal" in asked:
+        layer.is_causal = False
+        with pytest.raises(ValueError, match="is_causal=False"):
+            AttentionInterface()["muse"](layer, q, k, v, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("muse", {"topk": 4}, "topk is no option of MuSe attention; accepted: top_k"),
+        ("muse", {"layer_idx": 4}, "layer_idx is no option"),
+        ("muse", {"chunk": 100}, "chunk / query_cluster must be a power of two, got chunk=100"),
+        ("sdpa", {}, "name must be an identifier that transformers has no attention for, got 'sdpa'"),
+        ("eager", {}, "got 'eager'"),
+        ("my_flash", {}, "got 'my_flash'"),
+        ("a/b", {}, "got 'a/b'"),
+    ],
+)
+def test_wrong_registrations_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    before = dict(AttentionInterface._global_mapping)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        register_with_transformers(name, **options)
+    assert AttentionInterface._global_mapping == before
+
+
+def test_the_same_name_again_replaces_the_options() -> None:
+    model = make_model("llama")
+    expected = run(model, "sdpa", {})
+    register_with_transformers("twice", **APPROXIMATE)
+    assert relative_error(run(model, "twice", {})[0], expected[0]) > 1e-2
+    register_with_transformers("twice", **(APPROXIMATE | {"exact_below": LENGTH}))
+    assert_same(run(model, "twice", {}), expected)
