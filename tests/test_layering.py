@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": TRAINING | OPEN_TO_ALL,
     "callbacks": TRAINING | OPEN_TO_ALL,
     "compare": TRAINING | {"callbacks"} | OPEN_TO_ALL,
-    "speed": TRAINING | {"callbacks", "compare", "commands"} | OPEN_TO_ALL,
+    "speed": TRAINING | {"callbacks", "commands"} | OPEN_TO_ALL,
     **{unit: CLI | TRAINING | {"callbacks", "compare"} | OPEN_TO_ALL for unit in CLI},
 }
 # Units that must do with the standard library and these.

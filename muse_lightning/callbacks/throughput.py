@@ -9,6 +9,7 @@ from lightning.fabric.utilities.throughput import Throughput
 from torch import Tensor
 
 from muse_lightning.attention import Dense
+from muse_lightning.data.batches import document_lengths
 from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.measure.flops import training_flops_per_token
 from muse_lightning.training.log_step import ends_step, is_log_step
@@ -86,13 +87,6 @@ class DeviceThroughput(L.Callback):
             if "device/mfu" in computed:
                 metrics[f"throughput/device/{name}"] = computed["device/mfu"]
         pl_module.log_dict(metrics)
-
-
-def document_lengths(rows: int, seq_len: int, cu_seqlens: Tensor | None) -> list[int]:
-    """Tokens of each document of a batch [rows, seq_len], as it is attended; reads cu_seqlens on the host."""
-    if cu_seqlens is None:
-        return [seq_len] * rows
-    return [length for length in cu_seqlens.diff().tolist() if length]
 
 
 def _peak(trainer: L.Trainer) -> float | None:

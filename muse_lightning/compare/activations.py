@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from muse_kernels import muse_mass
 from muse_lightning.attention.base import AttentionStrategy
-from muse_lightning.compare.losses import to_device
 from muse_lightning.compare.settings import Setting
-from muse_lightning.data.batches import Batch
+from muse_lightning.data.batches import Batch, to_device
 from muse_lightning.model.llama import Llama
 
 

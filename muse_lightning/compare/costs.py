@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from muse_lightning.compare.activations import Activations
-from muse_lightning.compare.losses import to_device
 from muse_lightning.compare.settings import Setting
-from muse_lightning.data.batches import Batch
+from muse_lightning.data.batches import Batch, document_lengths, to_device
 from muse_lightning.measure.bench.timing import Instruments, Timing
 from muse_lightning.model.llama import Llama
 
@@ -15,8 +14,12 @@ from muse_lightning.model.llama import Llama
 def pairs(setting: Setting, batches: Sequence[Batch]) -> float:
     """A third of the query-key pairs per head that training on these batches would work on, in one layer."""
     strategy = setting.attention(0)
-    described = [_documents(batch) for batch in batches]
-    return sum(strategy.pairs(lengths, has_documents=is_packed) for lengths, is_packed in described)
+    total = 0.0
+    for batch in batches:
+        rows, seq_len = batch["input_ids"].shape
+        lengths = document_lengths(rows, seq_len, batch.get("cu_seqlens"))
+        total += strategy.pairs(lengths, has_documents="cu_seqlens" in batch)
+    return total
 
 
 def attention_times(settings: Sequence[Setting], found: Activations, instruments: Instruments) -> dict[str, Timing]:
@@ -46,11 +49,3 @@ def forward_times(
         return run
 
     return instruments.time({setting.name: run_of(setting) for setting in settings})
-
-
-def _documents(batch: Batch) -> tuple[list[int], bool]:
-    """Lengths of a batch's sequences, and whether they are packed."""
-    if "cu_seqlens" not in batch:
-        rows, seq_len = batch["input_ids"].shape
-        return [seq_len] * rows, False
-    return [length for length in batch["cu_seqlens"].diff().tolist() if length], True

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from muse_lightning.compare.losses import to_device, token_nats
+from muse_lightning.compare.losses import token_nats
 from muse_lightning.compare.settings import Setting
-from muse_lightning.data.batches import IGNORED_LABEL, Batch
+from muse_lightning.data.batches import IGNORED_LABEL, Batch, to_device
 from muse_lightning.model.llama import Llama
 from muse_lightning.parallelize import recompute_in_backward
 

@@ -10,7 +10,7 @@ import torch
 
 from muse_lightning.callbacks.loss_by_position import sums_by_context
 from muse_lightning.compare.blocks import Blocks
-from muse_lightning.data.batches import Batch
+from muse_lightning.data.batches import Batch, to_device
 from muse_lightning.errors import UserError
 from muse_lightning.model.llama import Llama
 from muse_lightning.training.loss import next_token_nats
@@ -85,11 +85,3 @@ def token_nats(llama: Llama, batch: Batch, loss_chunk: int) -> torch.Tensor:
     """Negative log-likelihood of every label, float32 [B, N], 0 where there is none."""
     hidden = llama.hidden_states(batch["input_ids"], cu_seqlens=batch.get("cu_seqlens"))
     return next_token_nats(hidden, llama.lm_head.weight, batch["labels"], chunk=loss_chunk)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A copy of a batch on a device."""
-    moved = Batch(input_ids=batch["input_ids"].to(device), labels=batch["labels"].to(device))
-    if "cu_seqlens" in batch:
-        moved["cu_seqlens"] = batch["cu_seqlens"].to(device)
-    return moved

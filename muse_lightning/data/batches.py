@@ -76,3 +76,18 @@ def cumulative_lengths(starts: Sequence[torch.Tensor], seq_len: int) -> torch.Te
     result = torch.full((length,), len(starts) * seq_len, dtype=torch.int32)
     result[: len(begins)] = begins
     return result
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A copy of a batch's tensors on a device."""
+    moved = Batch(input_ids=batch["input_ids"].to(device), labels=batch["labels"].to(device))
+    if "cu_seqlens" in batch:
+        moved["cu_seqlens"] = batch["cu_seqlens"].to(device)
+    return moved
+
+
+def document_lengths(rows: int, seq_len: int, cu_seqlens: torch.Tensor | None) -> list[int]:
+    """Tokens of each document of a batch [rows, seq_len], as it is attended; reads cu_seqlens on the host."""
+    if cu_seqlens is None:
+        return [seq_len] * rows
+    return [length for length in cu_seqlens.diff().tolist() if length]

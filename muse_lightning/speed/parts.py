@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from muse_lightning.callbacks.throughput import document_lengths
-from muse_lightning.data.batches import Batch
+from muse_lightning.data.batches import Batch, document_lengths
 from muse_lightning.measure.bench.timing import Ceilings, Instruments, Timing
 from muse_lightning.model.rope import rotation
 from muse_lightning.parallelize import Recompute

@@ -1,5 +1,6 @@
 """`muse profile`: where the time and the memory of a recipe's training step go."""
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from muse_lightning.commands import MuseCLI
-from muse_lightning.compare.losses import to_device
+from muse_lightning.data.batches import to_device
 from muse_lightning.errors import UserError
 from muse_lightning.files import atomic_write, new_directory
 from muse_lightning.measure.bench.parts import Part as Kernels
@@ -90,9 +91,9 @@ def profile_recipe(verb: str, description: str, args: Sequence[str], allowed: Se
     header = result_header("cuda")
     with new_directory(folder, "bench.out") as temporary:
         found = profile(cli, options, CudaInstruments(options.repeats, seconds=0.5), temporary)
-        records = [{"record": "header", **header}, *_records(found)]
-        atomic_write(temporary / "results.jsonl", "".join(json.dumps(each, default=str) + "\n" for each in records))
-        atomic_write(temporary / "results.md", _page(header, found))
+        lines = [{"record": "header", **header}, *records(found)]
+        atomic_write(temporary / "results.jsonl", "".join(json.dumps(each, default=str) + "\n" for each in lines))
+        atomic_write(temporary / "results.md", page(header, found))
         names = sorted(path.name for path in temporary.iterdir())
     print(aligned(table(found)))
     print(f"{folder}: {', '.join(names)}")
@@ -111,9 +112,10 @@ def profile(cli: MuseCLI, options: ProfileOptions, instruments: Instruments, fol
     batch = random_batch(model.config.vocab_size, data.batch_size, data.seq_len, options.documents)
     whole = time_steps(model, trainer, batch, options.warmup, options.steps)
     if options.traced_steps:
-        traced = cli.instantiate_model(config)
-        time_steps(traced, trainer, batch, options.warmup, options.traced_steps, [Recorder(folder, options.warmup)])
-        del traced
+        model = cli.instantiate_model(config)  # in place of the other one: two may not fit
+        time_steps(model, trainer, batch, options.warmup, options.traced_steps, [Recorder(folder, options.warmup)])
+    del model
+    gc.collect()
     # A model of its own: what is computed again is part of the other one.
     config.recompute = "none"
     alone = cli.instantiate_model(config)
@@ -158,7 +160,8 @@ def table(found: Profile) -> list[Row]:
     return rows
 
 
-def _records(found: Profile) -> list[dict[str, Any]]:
+def records(found: Profile) -> list[dict[str, Any]]:
+    """For JSON lines."""
     return [
         {"record": "steps", **asdict(found.whole), "accumulated": found.accumulated},
         {"record": "ceilings", **asdict(found.ceilings)},
@@ -168,7 +171,8 @@ def _records(found: Profile) -> list[dict[str, Any]]:
     ]
 
 
-def _page(header: Mapping[str, Any], found: Profile) -> str:
+def page(header: Mapping[str, Any], found: Profile) -> str:
+    """The Markdown file of a profile."""
     peak = found.whole.peak_bytes
     sections = [
         f"# Where a training step's time goes, {header['device']}",

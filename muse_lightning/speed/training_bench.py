@@ -14,8 +14,8 @@ import torch
 from jsonargparse import Namespace
 
 from muse_lightning.attention import Dense
-from muse_lightning.callbacks.throughput import document_lengths
 from muse_lightning.commands import MuseCLI
+from muse_lightning.data.batches import document_lengths
 from muse_lightning.errors import UserError
 from muse_lightning.files import atomic_write, new_directory
 from muse_lightning.measure.bench.report import NONE, Row, aligned, machine_line, markdown
@@ -133,12 +133,13 @@ def time_variants(cli: MuseCLI, bench: TrainingBench) -> Iterator[Timed]:
                 dense = training_flops_per_token(model.llama, lengths, [Dense(0)])
                 timed = Timed(attention, recompute, tokens, per_token * tokens, dense * tokens)
                 try:
-                    steps = time_steps(model, trainer, batch, bench.warmup, bench.steps)
-                    yield replace(timed, steps=steps)
+                    timed = replace(timed, steps=time_steps(model, trainer, batch, bench.warmup, bench.steps))
                 except torch.OutOfMemoryError:
-                    yield replace(timed, reason="out of memory")
+                    timed = replace(timed, reason="out of memory")
+                # Not in the handler: the error holds on to the model that did not fit.
                 del model
                 gc.collect()
+                yield timed
 
 
 def make_variant(cli: MuseCLI, attention: str, recompute: Recompute) -> LanguageModel:

@@ -1,7 +1,9 @@
 """Steps of a recipe are those of its trainer; variants, tables and files of `muse bench training`."""
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from muse_lightning.data.batches import IGNORED_LABEL
 from muse_lightning.errors import UserError
 from muse_lightning.speed.batches import random_batch
 from muse_lightning.speed.recorder import TRACE_NAME, Recorder
-from muse_lightning.speed.steps import time_steps
+from muse_lightning.speed.steps import Steps, time_steps
 from tests.recipe import Muse
 from tests.tiny import SEQ_LEN, VOCAB, tiny_model
 
@@ -62,6 +64,24 @@ def test_a_recipe_beside_its_twin(muse: Muse) -> None:
     assert "x dense" in out
     assert "| dense | block |" in (muse.folder / "found/results.md").read_text()
     assert not (muse.folder / "runs").exists()
+
+
+def test_a_variant_that_does_not_fit_is_a_row_and_is_gone(muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def time_one(model: Any, *arguments: Any) -> Steps:
+        alive.append(sum(reference() is not None for reference in seen))
+        seen.append(weakref.ref(model))
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return Steps([1.0], None)
+
+    monkeypatch.setattr("muse_lightning.speed.training_bench.time_steps", time_one)
+    code, out, err = muse("bench", "training", "--config", "recipe.yaml", "--bench.out=found")
+    assert code == 0, err
+    assert [line.split()[2:5] for line in out.splitlines()[1:3]] == [["out", "of", "memory"], ["64", "1.00", "1.000"]]
+    assert alive == [0, 0]
 
 
 @pytest.mark.parametrize(
