@@ -333,7 +333,9 @@ def _documents_of_positions(
 
 
 # A graph cannot depend on values; that they are of no consequence is seen to while it runs, without breaking it.
-@torch.library.custom_op("muse_lightning::no_documents_of_positions", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op(
+    "muse_lightning::no_documents_of_positions", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _no_documents_of_positions(
     position_ids: Tensor, mask: Tensor | None, batch_size: int, num_tokens: int, name: str
 ) -> Tensor:

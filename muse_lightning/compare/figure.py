@@ -69,6 +69,9 @@ def _draw_cost(axes: Any, found: Sequence[Found]) -> None:
     for each in found:
         place = (each.cost, each.rise[0])
         axes.plot(*place, "." if each.setting.is_swept else "o")
+        # Names of what is both dearer and worse than something else would hide those that matter.
+        if each.setting.is_swept and any(other.cost < each.cost and other.rise[0] < each.rise[0] for other in found):
+            continue
         note = axes.annotate(each.setting.name, place, fontsize=6, xytext=(3, 3), textcoords="offset points")
         note.set_in_layout(False)
     axes.axhline(0, color="black", linewidth=0.8)

@@ -48,6 +48,8 @@ class Grid:
     """Tokens per key cluster."""
     top_k: tuple[int, ...] = (4, 8, 12, 24, 48)
     """Key clusters that each query cluster attends exactly."""
+    summary_cluster: tuple[int | None, ...] = (None,)
+    """Keys behind one summary; null is 8 key clusters."""
 
     def points(self, base: MuseOptions) -> Iterator[MuseOptions]:
         """`base` with every combination.

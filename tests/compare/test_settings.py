@@ -37,6 +37,13 @@ def test_a_grid_is_every_combination_but_the_default() -> None:
     assert swept[0].name == "chunk 16, top_k 2"
 
 
+def test_a_grid_of_summaries_leaves_their_default_out() -> None:
+    grid = Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(1,), summary_cluster=(None, 4, 8))
+    swept = make_settings(MUSE, 12, None, grid)[4:]
+    assert [each.muse["summary_cluster"] for each in swept if each.muse] == [4, 8]
+    assert [each.name for each in swept] == ["summary_cluster 4", "summary_cluster 8"]
+
+
 @pytest.mark.parametrize(
     ("muse", "grid", "message"),
     [
