@@ -45,8 +45,8 @@ def print_config(*files: Path) -> dict[str, Any]:
 
 
 def test_all_recipes_are_found() -> None:
-    assert len(WHOLE) == 7
-    assert len(DENSE) == 3
+    assert len(WHOLE) == 13
+    assert len(DENSE) == 6
     assert len(OVERLAYS) == 2
     assert len(DATA) == 5
     assert len(SOURCES) == 3
