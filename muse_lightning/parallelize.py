@@ -4,6 +4,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from muse_lightning.model.llama import Llama
@@ -41,3 +43,22 @@ def compile_around_attention(llama: Llama, **options: Any) -> None:
     for block in llama.blocks:
         for name in _AROUND_ATTENTION:
             setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, dynamic=False, **options))
+
+
+def shard_parameters(llama: Llama, mesh: DeviceMesh) -> None:
+    """Give each device of a mesh its part of every parameter, and with it of gradients and optimizer state (FSDP2).
+
+    A block's parameters are gathered when it runs, forward and backward, in their own dtype, so that numbers are those
+    of plain data parallelism; embedding, last norm and head are gathered for the whole step. To be called last, while
+    the model is on the meta device.
+
+    Args:
+        llama: changed in place. Its state dict is of DTensors under the same names.
+        mesh: of one dimension.
+    Source: PyTorch FSDP (arXiv 2304.11277).
+    """
+    for block in llama.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(llama, mesh=mesh, reshard_after_forward=False)
+    # What the loss calls instead of `forward`; it then reads the head's weights, which are still gathered.
+    register_fsdp_forward_method(llama, "hidden_states")

@@ -2,6 +2,7 @@
 
 import lightning as L
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from muse_lightning.training.log_step import is_log_step
@@ -18,4 +19,5 @@ class GradientNorm(L.Callback):
         """Compute and log it if the step that is about to end is logged."""
         if is_log_step(trainer, trainer.global_step + 1):
             gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-            pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+            norm = torch.nn.utils.get_total_norm(gradients)
+            pl_module.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)

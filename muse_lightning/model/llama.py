@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse_lightning.attention.base import AttentionStrategy
+from muse_lightning.model.assign import assign
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.rope import apply_rotary, document_positions, rotation
 
@@ -181,7 +182,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise every parameter in place.
+        """Initialise every parameter in place, one after the other; the same values whether or not they are sharded.
 
         Matrices are normal with standard deviation `config.initializer_range`; the two projections of each block that
         write to the residual stream are divided by sqrt(2 * num_hidden_layers), so that the stream's variance does not
@@ -193,12 +194,13 @@ class Llama(nn.Module):
         """
         residual = (2 * self.config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+                assign(parameter, whole.fill_(0.0 if name.endswith(".bias") else 1.0))
                 continue
             writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = self.config.initializer_range * (residual if writes_residual else 1.0)
-            parameter.normal_(0.0, std, generator=generator)
+            assign(parameter, whole.normal_(0.0, std, generator=generator))
 
     def _tie_weights(self) -> None:
         if self.config.tie_word_embeddings:

@@ -10,6 +10,7 @@ import torch
 from muse_lightning.attention import exact_attention
 from muse_lightning.data.tokenizer import Tokenizer
 from muse_lightning.errors import UserError
+from muse_lightning.model.assign import assign
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.hf import config_from_hf
 from muse_lightning.model.llama import AttentionFactory, Llama
@@ -166,4 +167,4 @@ def model_shapes(config: LlamaConfig) -> dict[str, torch.Size]:
 def copy_weights(llama: Llama, tensors: TensorStore) -> None:
     """Fill every parameter, tensor by tensor. Shapes must have been checked."""
     for name, parameter in llama.named_parameters():
-        parameter.copy_(tensors[name])
+        assign(parameter, tensors[name])

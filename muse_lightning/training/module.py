@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,12 +19,18 @@ from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
-from muse_lightning.parallelize import Recompute, compile_around_attention, recompute_in_backward
+from muse_lightning.parallelize import Recompute, compile_around_attention, recompute_in_backward, shard_parameters
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.loss import next_token_nats
-from muse_lightning.training.optim import Schedule, apply_hyperparameters, learning_rate_factor, parameter_groups
+from muse_lightning.training.optim import (
+    Schedule,
+    apply_hyperparameters,
+    learning_rate_factor,
+    numbered_by_model,
+    parameter_groups,
+)
 from muse_lightning.training.totals import Totals
 from muse_lightning.training.weights import load_weights
 
@@ -125,6 +132,8 @@ class LanguageModel(L.LightningModule):
         """Allocate and fill the weights, on the current default device; nothing if that has been done."""
         if not self.llama.lm_head.weight.is_meta:
             return
+        if self.device_mesh is not None:
+            shard_parameters(self.llama, _data_parallel(self.device_mesh))
         self.llama.to_empty(device=torch.get_default_device())
         self.llama.init_weights()
 
@@ -256,6 +265,10 @@ class LanguageModel(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        states = checkpoint.get("optimizer_states")
+        if states and self.device_mesh is None:  # of shards, Lightning numbers them so
+            pairs = zip(states, self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [numbered_by_model(state, optimizer, self) for state, optimizer in pairs]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture before anything is loaded from it.
@@ -264,9 +277,10 @@ class LanguageModel(L.LightningModule):
             UserError: names the first tensor that differs, with both shapes.
         """
         path = self.trainer.ckpt_path if self._trainer is not None else None
-        model = {CHECKPOINT_PREFIX + name: tensor.shape for name, tensor in self.llama.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
-        check_shapes(model, found, f"checkpoint {path}" if path else "the checkpoint")
+        if "state_dict" in checkpoint:  # where parameters are sharded, they have been loaded by now
+            model = {CHECKPOINT_PREFIX + name: tensor.shape for name, tensor in self.llama.state_dict().items()}
+            found = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+            check_shapes(model, found, f"checkpoint {path}" if path else "the checkpoint")
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._are_weights_due = False
 
@@ -310,6 +324,15 @@ class LanguageModel(L.LightningModule):
                 num_kv_heads=config.num_key_value_heads,
                 head_dim=config.attention_head_dim,
             )
+
+
+def _data_parallel(mesh: DeviceMesh) -> DeviceMesh:
+    if mesh["tensor_parallel"].size() > 1:
+        raise UserError(
+            f"trainer.strategy: tensor_parallel_size is {mesh['tensor_parallel'].size()}; accepted: 1, parameters are "
+            "sharded over data_parallel_size"
+        )
+    return mesh["data_parallel"]
 
 
 def _mean(total: float, count: float) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from muse_lightning.errors import UserError
@@ -19,6 +20,29 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def numbered_by_model(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """An optimizer's state dict with parameters numbered in the order of the model, not in that of the groups.
+
+    Any optimizer of the same groups loads it as before. Lightning takes the numbers of a file for those of the model
+    when it gives shards their part, and would give one parameter the moments of another.
+
+    Args:
+        state: `optimizer.state_dict()`.
+        model: has all parameters of the optimizer.
+    """
+    places = {parameter: place for place, parameter in enumerate(model.parameters())}
+    numbers = {
+        number: places[parameter]
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+        for parameter, number in zip(group["params"], saved["params"], strict=True)
+    }
+    groups = [group | {"params": [numbers[number] for number in group["params"]]} for group in state["param_groups"]]
+    return state | {
+        "state": {numbers[number]: values for number, values in state["state"].items()},
+        "param_groups": groups,
+    }
 
 
 def learning_rate_factor(

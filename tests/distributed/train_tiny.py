@@ -1,16 +1,20 @@
 """Trains the tiny model on CPU processes and saves what came of it.
 
-usage: python train_tiny.py FOLDER DEVICES ACCUMULATE
+usage: python train_tiny.py FOLDER DEVICES ACCUMULATE STRATEGY
+
+STRATEGY: auto, ddp, fsdp or fsdp-recompute.
 
 Each optimizer step sees the same batches whatever the split: device d of n takes batches d, d + n, ... in order.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.tensor import DTensor
 
 from tests.tiny import BatchLoader, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
@@ -31,14 +35,27 @@ class Sharded(TinyData):
         return self._share(self.val)
 
 
-def main(folder: Path, devices: int, accumulate: int) -> None:
+def strategy(name: str) -> Any:
+    if name == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    if name.startswith("fsdp"):
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    return name
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def main(folder: Path, devices: int, accumulate: int, name: str) -> None:
     torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
-    model = tiny_model(attention=tiny_muse, exact_val_batches=1 if devices == 2 else 2)
+    recompute = "block" if name.endswith("recompute") else "none"
+    model = tiny_model(attention=tiny_muse, exact_val_batches=1 if devices == 2 else 2, recompute=recompute)
     trainer = tiny_trainer(
         folder,
         devices=devices,
-        strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
+        strategy=strategy(name),
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
         max_steps=4,
@@ -49,11 +66,12 @@ def main(folder: Path, devices: int, accumulate: int) -> None:
     train = [batch for seed in range(4) for batch in (*batches(1, 1, seed), *batches(1, 1, 10 + seed))]
     val = [*batches(1, 2, 20), *batches(1, 1, 21), *batches(1, 1, 22), *batches(1, 2, 23)]
     trainer.fit(model, Sharded(train, val, token_bytes=torch.arange(model.config.vocab_size)))
+    # Gathered by all processes together.
+    parameters = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
     if trainer.is_global_zero:
         logged = scalars(trainer)
-        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         torch.save({"logged": {tag: logged[tag] for tag in TAGS}, "parameters": parameters}, folder / "result.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -11,7 +11,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from muse_lightning.attention import Dense
 from muse_lightning.errors import UserError
 from muse_lightning.model import Llama, load_preset
-from muse_lightning.training.optim import apply_hyperparameters, learning_rate_factor, parameter_groups
+from muse_lightning.training.optim import (
+    apply_hyperparameters,
+    learning_rate_factor,
+    numbered_by_model,
+    parameter_groups,
+)
 
 
 def factors(schedule, max_steps, warmup_steps=0, min_lr_ratio=0.0, decay_fraction=0.25):
@@ -98,3 +103,26 @@ def test_hyperparameters_of_the_recipe_win_over_a_restored_state():
     new_scheduler.step()
     assert [group["lr"] for group in new.param_groups] == pytest.approx([0.2 / 5] * 2)
     assert apply_hyperparameters(new_scheduler, 0.2, 0.25, (0.9, 0.95), 1e-8) == []
+
+
+def test_a_state_is_numbered_by_the_model() -> None:
+    """Every parameter's moments stand under its place in the model, and an optimizer of the same groups takes them."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 5))
+
+    def adamw() -> torch.optim.AdamW:
+        return torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+
+    optimizer = adamw()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    numbered = numbered_by_model(state, optimizer, model)
+    parameters = list(model.parameters())
+    assert sorted(numbered["state"]) == [0, 1, 2, 3]
+    for place, values in numbered["state"].items():
+        assert values["exp_avg"] is optimizer.state[parameters[place]]["exp_avg"]
+    assert [group["params"] for group in numbered["param_groups"]] == [[0, 2], [1, 3]]
+    again = adamw()
+    again.load_state_dict(numbered)
+    for parameter in parameters:
+        torch.testing.assert_close(again.state[parameter], optimizer.state[parameter], rtol=0, atol=0)
