@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from muse_lightning.training.log_step import ends_step
+from muse_lightning.training.module import LanguageModel
 
 TRACE_NAME = "trace.json.gz"
 SNAPSHOT_NAME = "memory.pickle"
@@ -39,7 +40,10 @@ class Recorder(L.Callback):
         activities = [ProfilerActivity.CPU]
         if trainer.strategy.root_device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=_MOST_EVENTS)
+            # Looking up where an allocation comes from breaks compiled functions that are computed again, since torch
+            # 2.11 (pytorch/pytorch#179536): the snapshot then has sizes and times alone.
+            is_at_risk = isinstance(pl_module, LanguageModel) and pl_module.compiled and pl_module.recompute != "none"
+            torch.cuda.memory._record_memory_history(context=None if is_at_risk else "all", max_entries=_MOST_EVENTS)
         self._profile = profile(activities=activities, acc_events=True)
         self._profile.start()
 
