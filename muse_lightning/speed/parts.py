@@ -15,7 +15,7 @@ from muse_lightning.data.batches import Batch, document_lengths
 from muse_lightning.measure.bench.timing import Ceilings, Instruments, Timing
 from muse_lightning.model.rope import rotation
 from muse_lightning.parallelize import Recompute
-from muse_lightning.training.loss import next_token_nats
+from muse_lightning.training.loss import total_nats
 from muse_lightning.training.module import LanguageModel
 
 BACKWARD_OVER_FORWARD = 2
@@ -134,7 +134,7 @@ def _works(model: LanguageModel, batch: Batch, context: AbstractContextManager[o
         "attention": _Work(lambda: attention.attend(q, k, v, documents), [q, k, v], layers, per_pair * pairs),
         "after attention": _Work(lambda: block.after_attention(x, out), [x, out, *after], layers, 2.0 * rest * tokens),
         "head and loss": _Work(
-            lambda: next_token_nats(hidden, head, batch["labels"], chunk=model.loss_chunk).sum(),
+            lambda: total_nats(hidden, head, batch["labels"], chunk=model.loss_chunk, compiled=model.compiled),
             [hidden, head],
             1,
             2.0 * head.numel() * tokens,
@@ -162,9 +162,7 @@ def _both(work: _Work, context: AbstractContextManager[object]) -> Callable[[], 
 
 def _part(name: str, work: _Work, forward: Timing, both: Timing, again: bool, ceilings: Ceilings) -> Part:
     ms = work.times * (both.median_ms + (forward.median_ms if again else 0.0))
-    # The loss makes its logits again whatever the recipe says.
-    forwards = 2 if again or name == "head and loss" else 1
-    flops = work.times * work.forward_flops * (forwards + BACKWARD_OVER_FORWARD)
+    flops = work.times * work.forward_flops * (1 + again + BACKWARD_OVER_FORWARD)
     fraction = flops / (ms / 1000) / ceilings.flops_per_s if flops else None
     return Part(name, ms, work.times * forward.median_ms, both.median_ms, flops, fraction)
 

@@ -22,7 +22,7 @@ from muse_lightning.parallelize import Recompute, compile_around_attention, reco
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.log_step import ends_step, is_log_step
-from muse_lightning.training.loss import next_token_nats
+from muse_lightning.training.loss import next_token_nats, total_nats
 from muse_lightning.training.optim import Schedule, apply_hyperparameters, learning_rate_factor, parameter_groups
 from muse_lightning.training.totals import Totals
 from muse_lightning.training.weights import load_weights
@@ -41,8 +41,8 @@ class LanguageModel(L.LightningModule):
         recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: far less
             memory for about a third more work; "keep_attention" also keeps what goes into and comes out of attention,
             its dearest part on long contexts; "none" keeps everything.
-        compiled: compile what lies before and after attention in each block with torch.compile. The first step is slow;
-            needs a C compiler.
+        compiled: compile what lies before and after attention in each block, and the loss after its matrix products,
+            with torch.compile. The first step is slow; needs a C compiler.
         learning_rate: the peak, reached after the warm-up.
         weight_decay: AdamW's, for matrices; norms and biases do not decay.
         betas: AdamW's decay rates of the first and second moment.
@@ -52,8 +52,8 @@ class LanguageModel(L.LightningModule):
             linearly at the end.
         decay_fraction: the end of "wsd", as a part of trainer.max_steps.
         min_lr_ratio: the learning rate at the end over the peak.
-        loss_chunk: tokens whose logits exist at once. Larger is faster until the device is full; it takes about
-            loss_chunk * vocab_size * 8 bytes.
+        loss_chunk: tokens whose logits exist at once. Larger is faster until the device is full; in mixed precision it
+            takes about loss_chunk * vocab_size * 10 bytes, compiled 2.
         weights: weights to start from, loaded before step 0: a Hugging Face folder, a run folder (its newest
             checkpoint), a .ckpt or a .safetensors file. A checkpoint that is resumed has its own.
         exact_val_batches: batches of each validation that are also evaluated with exact attention, for val/loss_exact.
@@ -134,9 +134,17 @@ class LanguageModel(L.LightningModule):
         return self if self.llama.lm_head.weight.is_meta else super().cpu()
 
     def token_nats(self, batch: Batch) -> Tensor:
-        """Negative log-likelihood of every label, float32 [B, N], 0 where there is none."""
+        """Negative log-likelihood of every label, float32 [B, N], 0 where there is none; without gradients."""
+        with torch.no_grad():
+            hidden = self.llama.hidden_states(batch["input_ids"], cu_seqlens=batch.get("cu_seqlens"))
+        head = self.llama.lm_head.weight
+        return next_token_nats(hidden, head, batch["labels"], chunk=self.loss_chunk, compiled=self.compiled)
+
+    def total_nats(self, batch: Batch) -> Tensor:
+        """Their sum, float32 [], with gradients."""
         hidden = self.llama.hidden_states(batch["input_ids"], cu_seqlens=batch.get("cu_seqlens"))
-        return next_token_nats(hidden, self.llama.lm_head.weight, batch["labels"], chunk=self.loss_chunk)
+        head = self.llama.lm_head.weight
+        return total_nats(hidden, head, batch["labels"], chunk=self.loss_chunk, compiled=self.compiled)
 
     def load_weights_once(self) -> None:
         """Load `weights`, unless they have been loaded or a checkpoint has brought others."""
@@ -160,7 +168,7 @@ class LanguageModel(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.has_trained = True
-        nats = self.token_nats(batch).sum()
+        nats = self.total_nats(batch)
         labels = batch["labels"]
         self._train_totals.add(nats, (labels != IGNORED_LABEL).sum())
         # Ranks that share a sequence have read the same tokens.
