@@ -1,15 +1,19 @@
-"""What is applied to a model from outside: what is computed again in the backward pass, and compilation."""
+"""What is applied to a model from outside: what is computed again in the backward pass, compilation, precision."""
 
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from muse_lightning.model.llama import Llama
 
 Recompute = Literal["none", "keep_attention", "block"]
 """From the least to the most that is computed again."""
+
+ResidualDtype = Literal["parameters", "autocast"]
+"""Of the residual stream: that of the parameters, float32 in mixed precision, or that of matrix products."""
 
 _AROUND_ATTENTION = ("before_attention", "after_attention")
 
@@ -41,3 +45,21 @@ def compile_around_attention(llama: Llama, **options: Any) -> None:
     for block in llama.blocks:
         for name in _AROUND_ATTENTION:
             setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, dynamic=False, **options))
+
+
+def residual_in_autocast(llama: Llama) -> None:
+    """Under autocast, keep the residual stream in its dtype: half the bytes between matrix products, and of what
+    `recompute_in_backward` keeps. Norms still compute in float32, but what a block adds is rounded. Without autocast
+    nothing changes.
+
+    Args:
+        llama: changed in place; its state dict is not.
+    """
+    llama.model.embed_tokens.register_forward_hook(_to_autocast)
+
+
+def _to_autocast(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+    device_type = embedded.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return embedded
+    return embedded.to(torch.get_autocast_dtype(device_type))

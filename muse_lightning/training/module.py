@@ -18,7 +18,13 @@ from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
-from muse_lightning.parallelize import Recompute, compile_around_attention, recompute_in_backward
+from muse_lightning.parallelize import (
+    Recompute,
+    ResidualDtype,
+    compile_around_attention,
+    recompute_in_backward,
+    residual_in_autocast,
+)
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.log_step import ends_step, is_log_step
@@ -43,6 +49,8 @@ class LanguageModel(L.LightningModule):
             its dearest part on long contexts; "none" keeps everything.
         compiled: compile what lies before and after attention in each block, and the loss after its matrix products,
             with torch.compile. The first step is slow; needs a C compiler.
+        residual_dtype: of the residual stream between blocks; "parameters" is float32 in mixed precision, "autocast"
+            the dtype of matrix products: less memory and traffic, but what a block adds is rounded.
         learning_rate: the peak, reached after the warm-up.
         weight_decay: AdamW's, for matrices; norms and biases do not decay.
         betas: AdamW's decay rates of the first and second moment.
@@ -72,6 +80,7 @@ class LanguageModel(L.LightningModule):
         attention: Callable[[int], AttentionStrategy] = Dense,
         recompute: Recompute = "none",
         compiled: bool = False,
+        residual_dtype: ResidualDtype = "parameters",
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -90,6 +99,7 @@ class LanguageModel(L.LightningModule):
         self.config = config
         self.recompute: Recompute = recompute
         self.compiled = compiled
+        self.residual_dtype: ResidualDtype = residual_dtype
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
@@ -111,6 +121,8 @@ class LanguageModel(L.LightningModule):
         if compiled:
             compile_around_attention(self.llama)
         recompute_in_backward(self.llama, recompute)
+        if residual_dtype == "autocast":
+            residual_in_autocast(self.llama)
         self._check_sizes()
         self.has_trained = False
         """Whether a training step was begun in this process."""
@@ -282,6 +294,7 @@ class LanguageModel(L.LightningModule):
 
     def _check_ranges(self) -> None:
         accepted = {
+            "residual_dtype": (self.residual_dtype in ("parameters", "autocast"), "parameters or autocast"),
             "learning_rate": (self.learning_rate > 0, "above 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1, both"),

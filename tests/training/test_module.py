@@ -160,12 +160,16 @@ def test_predictions_are_log_likelihoods(tmp_path):
         assert (result["log_likelihood"][batch["labels"] == -100] == 0).all()
 
 
+@pytest.mark.parametrize("residual_dtype", ["parameters", "autocast"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_low_precision(tmp_path, precision):
+def test_low_precision(tmp_path, precision, residual_dtype):
     trainer = tiny_trainer(tmp_path, max_steps=6, precision=precision, gradient_clip_val=1.0)
-    model = tiny_model(attention=tiny_muse)
+    model = tiny_model(attention=tiny_muse, residual_dtype=residual_dtype)
+    stream = set()
+    model.llama.model.norm.register_forward_pre_hook(lambda _, args: stream.add(args[0].dtype))
     data = batches(1) * 6
     trainer.fit(model, TinyData(data, data[:1]))
+    assert stream == {torch.float32 if (precision, residual_dtype) == ("bf16-mixed", "parameters") else torch.bfloat16}
     found = losses(trainer)
     assert model.llama.lm_head.weight.dtype == (torch.float32 if precision == "bf16-mixed" else torch.bfloat16)
     assert all(map(math.isfinite, found))
@@ -287,6 +291,7 @@ def test_max_steps_is_needed(tmp_path):
         ({"learning_rate": 0.0}, "model.learning_rate is 0.0; accepted: above 0"),
         ({"betas": (0.9, 1.0)}, "model.betas is (0.9, 1.0); accepted: at least 0 and below 1, both"),
         ({"schedule": "linear"}, "model.schedule is 'linear'; accepted: cosine or wsd"),
+        ({"residual_dtype": "bf16"}, "model.residual_dtype is 'bf16'; accepted: parameters or autocast"),
         ({"min_lr_ratio": 1.5}, "model.min_lr_ratio is 1.5; accepted: between 0 and 1"),
         ({"loss_chunk": 0}, "model.loss_chunk is 0; accepted: at least 1"),
     ],
