@@ -17,10 +17,11 @@ from muse_lightning.model.rope import rotation
 from muse_lightning.parallelize import Recompute
 from muse_lightning.training.loss import total_nats
 from muse_lightning.training.module import LanguageModel
+from muse_lightning.training.optim import make_optimizer
 
 BACKWARD_OVER_FORWARD = 2
 """A product with weights costs two in the backward pass; a query-key pair is counted so (measure/flops.py)."""
-OPTIMIZER_BYTES_PER_PARAMETER = 7 * 4
+ADAMW_BYTES_PER_PARAMETER = 7 * 4
 """AdamW reads a parameter, its gradient and two moments in float32, and writes all but the gradient."""
 
 _RECOMPUTED: dict[Recompute, frozenset[str]] = {
@@ -169,7 +170,7 @@ def _part(name: str, work: _Work, forward: Timing, both: Timing, again: bool, ce
 
 def _optimizer_part(model: LanguageModel, instruments: Instruments, ceilings: Ceilings) -> Part:
     parameters = list(model.llama.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+    optimizer = make_optimizer([group | {"lr": 0.0} for group in model.parameter_groups()], fused=True)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
 
@@ -178,7 +179,8 @@ def _optimizer_part(model: LanguageModel, instruments: Instruments, ceilings: Ce
         optimizer.step()
 
     ms = instruments.time({"step": step})["step"].median_ms
-    size = OPTIMIZER_BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in parameters)
+    size = ADAMW_BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in parameters)
     for parameter in parameters:
         parameter.grad = None
-    return Part("clipping and optimizer", ms, 0.0, ms, 0.0, None, size / (ms / 1000) / ceilings.bytes_per_s)
+    bytes_fraction = size / (ms / 1000) / ceilings.bytes_per_s if model.optimizer == "adamw" else None
+    return Part("clipping and optimizer", ms, 0.0, ms, 0.0, None, bytes_fraction)

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from muse_lightning.attention import AttentionStrategy, Dense, exact_attention
@@ -29,7 +29,16 @@ from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.loss import next_token_nats, total_nats
-from muse_lightning.training.optim import Schedule, apply_hyperparameters, learning_rate_factor, parameter_groups
+from muse_lightning.training.muon import check_strategy
+from muse_lightning.training.optim import (
+    OptimizerName,
+    Schedule,
+    apply_hyperparameters,
+    check_states,
+    learning_rate_factor,
+    make_optimizer,
+    parameter_groups,
+)
 from muse_lightning.training.totals import Totals
 from muse_lightning.training.weights import load_weights
 
@@ -51,10 +60,13 @@ class LanguageModel(L.LightningModule):
             with torch.compile. The first step is slow; needs a C compiler.
         residual_dtype: of the residual stream between blocks; "parameters" is float32 in mixed precision, "autocast"
             the dtype of matrix products: less memory and traffic, but what a block adds is rounded.
+        optimizer: "adamw" for everything, or "muon" for the matrices of blocks and AdamW for the rest, with the same
+            learning rate and weight decay. Muon keeps one number per weight instead of two; one device or DDP.
         learning_rate: the peak, reached after the warm-up.
-        weight_decay: AdamW's, for matrices; norms and biases do not decay.
+        weight_decay: of matrices; norms and biases do not decay.
         betas: AdamW's decay rates of the first and second moment.
         eps: AdamW's term in the denominator.
+        momentum: Muon's.
         warmup_steps: optimizer steps over which the learning rate rises linearly.
         schedule: after the warm-up, "cosine" falls all the way to trainer.max_steps; "wsd" stays at the peak and falls
             linearly at the end.
@@ -81,10 +93,12 @@ class LanguageModel(L.LightningModule):
         recompute: Recompute = "none",
         compiled: bool = False,
         residual_dtype: ResidualDtype = "parameters",
+        optimizer: OptimizerName = "adamw",
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        momentum: float = 0.95,
         warmup_steps: int = 100,
         schedule: Schedule = "cosine",
         decay_fraction: float = 0.2,
@@ -100,10 +114,12 @@ class LanguageModel(L.LightningModule):
         self.recompute: Recompute = recompute
         self.compiled = compiled
         self.residual_dtype: ResidualDtype = residual_dtype
+        self.optimizer: OptimizerName = optimizer
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
         self.eps = eps
+        self.momentum = momentum
         self.warmup_steps = warmup_steps
         self.schedule: Schedule = schedule
         self.decay_fraction = decay_fraction
@@ -166,7 +182,23 @@ class LanguageModel(L.LightningModule):
                 rank_zero_info(difference)
             self._are_weights_due = False
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is optimized, with the recipe's options, as `make_optimizer` takes it."""
+        return parameter_groups(
+            self.llama,
+            self.optimizer,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+            momentum=self.momentum,
+        )
+
     # Training
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.optimizer == "muon":
+            check_strategy(self.trainer.strategy)
 
     def on_fit_start(self) -> None:
         # Not in configure_model: there it is not known yet whether a checkpoint will be resumed.
@@ -175,7 +207,7 @@ class LanguageModel(L.LightningModule):
     def on_train_start(self) -> None:
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
-        for difference in apply_hyperparameters(scheduler, self.learning_rate, self.weight_decay, self.betas, self.eps):
+        for difference in apply_hyperparameters(scheduler, self.parameter_groups()):
             rank_zero_info(difference)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -199,13 +231,8 @@ class LanguageModel(L.LightningModule):
         self._train_totals.clear()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, and its learning rate as a function of the optimizer step."""
-        groups = parameter_groups(self.llama, self.weight_decay)
-        fused = self.device.type in ("cuda", "cpu", "mps")
-        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused)
-        # A fused optimizer offers to unscale gradients itself, and Lightning refuses to clip for one that does, in any
-        # mixed precision. Declined, the loss scaler (16-mixed alone has one) unscales before clipping, as for others.
-        optimizer._step_supports_amp_scaling = False
+        """The optimizer, and its learning rate as a function of the optimizer step."""
+        optimizer = make_optimizer(self.parameter_groups(), fused=self.device.type in ("cuda", "cpu", "mps"))
         factor = learning_rate_factor(
             self.schedule,
             max_steps=self.trainer.max_steps,
@@ -281,12 +308,14 @@ class LanguageModel(L.LightningModule):
         """Refuse a checkpoint of another architecture before anything is loaded from it.
 
         Raises:
-            UserError: names the first tensor that differs, with both shapes.
+            UserError: names the first tensor that differs, with both shapes, or the optimizer.
         """
         path = self.trainer.ckpt_path if self._trainer is not None else None
         model = {CHECKPOINT_PREFIX + name: tensor.shape for name, tensor in self.llama.state_dict().items()}
         found = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
         check_shapes(model, found, f"checkpoint {path}" if path else "the checkpoint")
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            check_states(checkpoint.get("optimizer_states", []), self.optimizer, path)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._are_weights_due = False
 
@@ -295,10 +324,12 @@ class LanguageModel(L.LightningModule):
     def _check_ranges(self) -> None:
         accepted = {
             "residual_dtype": (self.residual_dtype in ("parameters", "autocast"), "parameters or autocast"),
+            "optimizer": (self.optimizer in ("adamw", "muon"), "adamw or muon"),
             "learning_rate": (self.learning_rate > 0, "above 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1, both"),
             "eps": (self.eps > 0, "above 0"),
+            "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
             "warmup_steps": (self.warmup_steps >= 0, "at least 0"),
             "schedule": (self.schedule in ("cosine", "wsd"), "cosine or wsd"),
             "decay_fraction": (0 <= self.decay_fraction <= 1, "between 0 and 1"),

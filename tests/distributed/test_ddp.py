@@ -11,10 +11,18 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def train(folder, devices, accumulate):
+def train(folder, devices, accumulate, optimizer):
     folder.mkdir()
     # Lightning starts the second process by running the script again.
-    command = [sys.executable, "-m", "tests.distributed.train_tiny", str(folder), str(devices), str(accumulate)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.distributed.train_tiny",
+        str(folder),
+        str(devices),
+        str(accumulate),
+        optimizer,
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -22,9 +30,10 @@ def train(folder, devices, accumulate):
 
 
 @pytest.mark.multi_process
-def test_two_processes_equal_accumulation(tmp_path):
-    two = train(tmp_path / "two", devices=2, accumulate=1)
-    one = train(tmp_path / "one", devices=1, accumulate=2)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_equal_accumulation(tmp_path, optimizer):
+    two = train(tmp_path / "two", devices=2, accumulate=1, optimizer=optimizer)
+    one = train(tmp_path / "one", devices=1, accumulate=2, optimizer=optimizer)
 
     assert len(one["logged"]["train/loss"]) == 4
     assert len(one["logged"]["val/loss"]) == 1

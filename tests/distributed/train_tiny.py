@@ -1,17 +1,19 @@
 """Trains the tiny model on CPU processes and saves what came of it.
 
-usage: python train_tiny.py FOLDER DEVICES ACCUMULATE
+usage: python train_tiny.py FOLDER DEVICES ACCUMULATE OPTIMIZER
 
 Each optimizer step sees the same batches whatever the split: device d of n takes batches d, d + n, ... in order.
 """
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from muse_lightning.training.optim import OptimizerName
 from tests.tiny import BatchLoader, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
 TAGS = ("train/loss", "train/tokens", "val/loss", "val/loss_exact", "val/bpb")
@@ -31,10 +33,10 @@ class Sharded(TinyData):
         return self._share(self.val)
 
 
-def main(folder: Path, devices: int, accumulate: int) -> None:
+def main(folder: Path, devices: int, accumulate: int, optimizer: OptimizerName) -> None:
     torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
-    model = tiny_model(attention=tiny_muse, exact_val_batches=1 if devices == 2 else 2)
+    model = tiny_model(attention=tiny_muse, optimizer=optimizer, exact_val_batches=1 if devices == 2 else 2)
     trainer = tiny_trainer(
         folder,
         devices=devices,
@@ -56,4 +58,4 @@ def main(folder: Path, devices: int, accumulate: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), cast(OptimizerName, sys.argv[4]))

@@ -220,15 +220,29 @@ def test_a_checkpoint_of_dense_continues_with_any_strategy(tmp_path, attention):
     assert scalars(trainer)["train/tokens"][-1][1] == 6 * 2 * SEQ_LEN
 
 
-def test_resuming_equals_an_uninterrupted_run(tmp_path):
-    whole = checkpointed(tmp_path / "whole", tiny_model(learning_rate=3e-3, warmup_steps=3), steps=8)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_equals_an_uninterrupted_run(tmp_path, optimizer):
+    options = {"optimizer": optimizer, "learning_rate": 3e-3, "warmup_steps": 3}
+    whole_model, model = tiny_model(**options), tiny_model(**options)
+    whole = checkpointed(tmp_path / "whole", whole_model, steps=8)
     rest = tiny_trainer(tmp_path / "rest", max_steps=8)
-    rest.fit(
-        tiny_model(learning_rate=3e-3, warmup_steps=3),
-        TinyData(batches(8)),
-        ckpt_path=tmp_path / "whole" / "epoch=0-step=4.ckpt",
-    )
+    rest.fit(model, TinyData(batches(8)), ckpt_path=tmp_path / "whole" / "epoch=0-step=4.ckpt")
     assert losses(rest) == losses(whole)[4:]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole_model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("found", "wanted"), [("adamw", "muon"), ("muon", "adamw")])
+def test_a_checkpoint_of_the_other_optimizer(tmp_path, found, wanted):
+    checkpointed(tmp_path, tiny_model(optimizer=found))
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    model = tiny_model(optimizer=wanted)
+    with pytest.raises(UserError) as error:
+        tiny_trainer(tmp_path).fit(model, TinyData(batches(1)), ckpt_path=path)
+    assert str(error.value) == (
+        f"model.optimizer is {wanted}, and checkpoint {path} was trained with {found}; accepted: {found}, "
+        f"or model.weights: {path} in place of the checkpoint, which starts anew from its weights"
+    )
+    tiny_trainer(tmp_path).validate(model, TinyData([], batches(1)), ckpt_path=path, verbose=False)
 
 
 def test_the_recipe_wins_over_the_checkpoint(tmp_path, monkeypatch):
@@ -289,6 +303,8 @@ def test_max_steps_is_needed(tmp_path):
         ({"tokenizer_size": 33}, "model.config.vocab_size is 32; the tokenizer has 33 ids, so at least 33 are needed"),
         ({"seq_len": 65}, "data.seq_len is 65; model.config.max_position_embeddings allows at most 64"),
         ({"learning_rate": 0.0}, "model.learning_rate is 0.0; accepted: above 0"),
+        ({"optimizer": "sgd"}, "model.optimizer is 'sgd'; accepted: adamw or muon"),
+        ({"momentum": 1.0}, "model.momentum is 1.0; accepted: at least 0 and below 1"),
         ({"betas": (0.9, 1.0)}, "model.betas is (0.9, 1.0); accepted: at least 0 and below 1, both"),
         ({"schedule": "linear"}, "model.schedule is 'linear'; accepted: cosine or wsd"),
         ({"residual_dtype": "bf16"}, "model.residual_dtype is 'bf16'; accepted: parameters or autocast"),
