@@ -32,7 +32,8 @@ def next_token_nats(
         labels: int64 [...]; -100 is no label.
         chunk: tokens whose logits exist at once. Larger is faster until the device is full; memory is about
             chunk * V * 10 bytes in mixed precision, compiled 2.
-        compiled: compile what follows the matrix product with torch.compile: on a GPU one kernel, two where gradients are wanted.
+        compiled: compile what follows the matrix product with torch.compile: on a GPU into one kernel, or two where
+            gradients are made.
     Returns:
         [...] nats, float32 (float64 for float64 inputs); 0 where there is no label.
     Raises:
