@@ -36,7 +36,8 @@ def compile_around_attention(llama: Llama, **options: Any) -> None:
     """Compile what lies before and after attention in each block: what is between matrix products becomes few kernels.
 
     One compilation serves all blocks, any number of documents, and every strategy, for attention is not part of it. To
-    be called before `recompute_in_backward`.
+    be called after `recompute_in_backward`: what "keep_attention" computes again is then compiled with the backward
+    pass, without the products that no gradient needs, those of q, k, v and of the feed-forward network's end.
 
     Args:
         llama: changed in place; its state dict is not.

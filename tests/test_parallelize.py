@@ -1,12 +1,14 @@
 """What is computed again in the backward pass, and what is compiled, changes memory and speed, and nothing else."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from muse_lightning.attention import AttentionStrategy, Dense, Muse
@@ -53,7 +55,7 @@ class Counted(Dense):
 def train_step(
     policy: Recompute,
     attention: type[AttentionStrategy],
-    backend: str | None = None,
+    backend: str | Callable[..., Any] | None = None,
     documents: tuple[int, ...] = (0, 60, 100),
     autocast: bool = False,
 ) -> tuple[dict[str, Tensor], int]:
@@ -61,9 +63,9 @@ def train_step(
     stream too."""
     torch.manual_seed(0)
     llama = Llama(CONFIG, attention)
+    recompute_in_backward(llama, policy)
     if backend is not None:
         compile_around_attention(llama, backend=backend)
-    recompute_in_backward(llama, policy)
     residual_in_autocast(llama)
     kept = 0
 
@@ -127,12 +129,40 @@ def test_one_compilation_serves_all_blocks_documents_and_strategies() -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize(("policy", "again"), [("none", 0), ("keep_attention", 3), ("block", 7)])
+def test_compiled_products_that_no_gradient_needs_are_not_computed_again(policy: Recompute, again: int) -> None:
+    """With attention kept, gradients need the output projection and the factors of the feed-forward network."""
+    products = 0
+
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        def run(*inputs: Tensor) -> Any:
+            nonlocal products
+            products += sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes)
+            return graph.forward(*inputs)
+
+        return make_boxed_func(run)
+
+    # The partitioner of inductor.
+    options = {"fw_compiler": counting, "bw_compiler": counting, "partition_fn": min_cut_rematerialization_partition}
+    train_step(policy, Dense, aot_autograd(**options))
+    # Seven forward; backward two for each, gradients of weights and inputs.
+    assert products == CONFIG.num_hidden_layers * (3 * 7 + again)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_compiled_no_more_is_kept(policy: Recompute) -> None:
+    """But parameters, which a graph takes as inputs."""
+    _, plain = train_step(policy, Dense)
+    _, compiled = train_step(policy, Dense, "aot_eager")
+    assert compiled <= plain + sum(p.numel() for p in Llama(CONFIG, Dense).parameters())
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_state_dict_is_the_same(policy: Recompute) -> None:
     llama = Llama(CONFIG, Dense)
     names = list(llama.state_dict())
-    compile_around_attention(llama, backend="eager")
     recompute_in_backward(llama, policy)
+    compile_around_attention(llama, backend="eager")
     residual_in_autocast(llama)
     assert list(llama.state_dict()) == names
 

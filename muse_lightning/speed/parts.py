@@ -1,7 +1,8 @@
 """Each part of a training step alone: its time, its work, and how far it is from what the device can do.
 
 A part is timed forward, and forward and backward, in the precision of the recipe; what the recipe computes again in the
-backward pass counts once more forward. One block stands for all.
+backward pass counts once more forward, whole, though compiled it leaves out some products (parallelize.py). One block
+stands for all.
 """
 
 from collections.abc import Callable, Mapping

@@ -134,9 +134,9 @@ class LanguageModel(L.LightningModule):
         # On the meta device a model of any size is free; `configure_model` makes it real on the device it will live on.
         with torch.device("meta"):
             self.llama = Llama(config, attention)
+        recompute_in_backward(self.llama, recompute)
         if compiled:
             compile_around_attention(self.llama)
-        recompute_in_backward(self.llama, recompute)
         if residual_dtype == "autocast":
             residual_in_autocast(self.llama)
         self._check_sizes()

@@ -161,6 +161,15 @@ def test_predictions_are_log_likelihoods(tmp_path):
         assert (result["log_likelihood"][batch["labels"] == -100] == 0).all()
 
 
+def test_what_is_computed_again_is_compiled(monkeypatch):
+    """In the other order nothing could be left out of it (parallelize.py)."""
+    called = []
+    for name in ("recompute_in_backward", "compile_around_attention"):
+        monkeypatch.setattr(module, name, lambda *arguments, name=name: called.append(name))
+    tiny_model(recompute="keep_attention", compiled=True)
+    assert called == ["recompute_in_backward", "compile_around_attention"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("residual_dtype", ["parameters", "autocast"])
 def test_compiled_trains_and_validates_like_plain(tmp_path, residual_dtype):
