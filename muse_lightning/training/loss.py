@@ -61,7 +61,7 @@ def total_nats(hidden: Tensor, head_weight: Tensor, labels: Tensor, *, chunk: in
         [] nats, float32 (float64 for float64 inputs).
     Raises:
         ValueError: chunk is not positive, or shapes do not fit.
-    Source: Liger kernels (arXiv 2410.10989), section 3.2, fused linear cross entropy.
+    Source: Liger kernels (arXiv 2410.10989), fused linear cross entropy.
     """
     if not torch.is_grad_enabled():
         return next_token_nats(hidden, head_weight, labels, chunk=chunk, compiled=compiled).sum()
