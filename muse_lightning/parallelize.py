@@ -1,9 +1,10 @@
-"""What is applied to a model from outside: what is computed again in the backward pass, and compilation."""
+"""What is applied to a model from outside: what is computed again in the backward pass, compilation, precision."""
 
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +13,9 @@ from muse_lightning.model.llama import Llama
 
 Recompute = Literal["none", "keep_attention", "block"]
 """From the least to the most that is computed again."""
+
+ResidualDtype = Literal["parameters", "autocast"]
+"""Of the residual stream: that of the parameters, float32 in mixed precision, or that of matrix products."""
 
 _AROUND_ATTENTION = ("before_attention", "after_attention")
 
@@ -34,7 +38,8 @@ def compile_around_attention(llama: Llama, **options: Any) -> None:
     """Compile what lies before and after attention in each block: what is between matrix products becomes few kernels.
 
     One compilation serves all blocks, any number of documents, and every strategy, for attention is not part of it. To
-    be called before `recompute_in_backward`.
+    be called after `recompute_in_backward`: what "keep_attention" computes again is then compiled with the backward
+    pass, without the products that no gradient needs, those of q, k, v and of the feed-forward network's end.
 
     Args:
         llama: changed in place; its state dict is not.
@@ -43,6 +48,24 @@ def compile_around_attention(llama: Llama, **options: Any) -> None:
     for block in llama.blocks:
         for name in _AROUND_ATTENTION:
             setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, dynamic=False, **options))
+
+
+def residual_in_autocast(llama: Llama) -> None:
+    """Under autocast, keep the residual stream in its dtype: half the bytes between matrix products, and of what
+    `recompute_in_backward` keeps. Norms still compute in float32, but what a block adds is rounded. Without autocast
+    nothing changes.
+
+    Args:
+        llama: changed in place; its state dict is not.
+    """
+    llama.model.embed_tokens.register_forward_hook(_to_autocast)
+
+
+def _to_autocast(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+    device_type = embedded.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return embedded
+    return embedded.to(torch.get_autocast_dtype(device_type))
 
 
 def shard_parameters(llama: Llama, mesh: DeviceMesh) -> None:

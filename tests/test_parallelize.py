@@ -1,18 +1,25 @@
 """What is computed again in the backward pass, and what is compiled, changes memory and speed, and nothing else."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from muse_lightning.attention import AttentionStrategy, Dense, Muse
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
-from muse_lightning.parallelize import Recompute, compile_around_attention, recompute_in_backward
+from muse_lightning.parallelize import (
+    Recompute,
+    compile_around_attention,
+    recompute_in_backward,
+    residual_in_autocast,
+)
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -48,15 +55,18 @@ class Counted(Dense):
 def train_step(
     policy: Recompute,
     attention: type[AttentionStrategy],
-    backend: str | None = None,
+    backend: str | Callable[..., Any] | None = None,
     documents: tuple[int, ...] = (0, 60, 100),
+    autocast: bool = False,
 ) -> tuple[dict[str, Tensor], int]:
-    """Gradients of one step, and the number of elements kept for the backward pass."""
+    """Gradients of one step, and the number of elements kept for the backward pass; `autocast` is to bf16, the residual
+    stream too."""
     torch.manual_seed(0)
     llama = Llama(CONFIG, attention)
+    recompute_in_backward(llama, policy)
     if backend is not None:
         compile_around_attention(llama, backend=backend)
-    recompute_in_backward(llama, policy)
+    residual_in_autocast(llama)
     kept = 0
 
     def keep(x: Tensor) -> Tensor:
@@ -64,15 +74,16 @@ def train_step(
         kept += x.numel()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", enabled=autocast):
         logits = llama(torch.randint(64, (1, 100)), cu_seqlens=torch.tensor(documents, dtype=torch.int32))
-    logits.square().sum().backward()
+    logits.float().square().sum().backward()
     return {name: p.grad for name, p in llama.named_parameters() if p.grad is not None}, kept
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("attention", [Dense, MUSE], ids=["Dense", "Muse"])
-def test_gradients_are_equal_and_less_is_kept(attention: type[AttentionStrategy]) -> None:
-    plain, *again = (train_step(policy, attention) for policy in POLICIES)
+def test_gradients_are_equal_and_less_is_kept(attention: type[AttentionStrategy], autocast: bool) -> None:
+    plain, *again = (train_step(policy, attention, autocast=autocast) for policy in POLICIES)
     assert len(plain[0]) > 20
     for gradients, _ in again:
         assert plain[0].keys() == gradients.keys()
@@ -118,10 +129,87 @@ def test_one_compilation_serves_all_blocks_documents_and_strategies() -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize(("policy", "again"), [("none", 0), ("keep_attention", 3), ("block", 7)])
+def test_compiled_products_that_no_gradient_needs_are_not_computed_again(policy: Recompute, again: int) -> None:
+    """With attention kept, gradients need the output projection and the factors of the feed-forward network."""
+    products = 0
+
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        def run(*inputs: Tensor) -> Any:
+            nonlocal products
+            products += sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes)
+            return graph.forward(*inputs)
+
+        return make_boxed_func(run)
+
+    # The partitioner of inductor.
+    options = {"fw_compiler": counting, "bw_compiler": counting, "partition_fn": min_cut_rematerialization_partition}
+    train_step(policy, Dense, aot_autograd(**options))
+    # Seven forward; backward two for each, gradients of weights and inputs.
+    assert products == CONFIG.num_hidden_layers * (3 * 7 + again)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_compiled_no_more_is_kept(policy: Recompute) -> None:
+    """But parameters, which a graph takes as inputs."""
+    _, plain = train_step(policy, Dense)
+    _, compiled = train_step(policy, Dense, "aot_eager")
+    assert compiled <= plain + sum(p.numel() for p in Llama(CONFIG, Dense).parameters())
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_state_dict_is_the_same(policy: Recompute) -> None:
     llama = Llama(CONFIG, Dense)
     names = list(llama.state_dict())
-    compile_around_attention(llama, backend="eager")
     recompute_in_backward(llama, policy)
+    compile_around_attention(llama, backend="eager")
+    residual_in_autocast(llama)
     assert list(llama.state_dict()) == names
+
+
+class Stream:
+    """A model and the dtypes of its residual stream, collected as it runs."""
+
+    def __init__(self, *, in_autocast: bool) -> None:
+        torch.manual_seed(0)
+        self.llama = Llama(CONFIG, Dense)
+        self.llama.init_weights()
+        if in_autocast:
+            residual_in_autocast(self.llama)
+        self.dtypes: list[torch.dtype] = []
+        for module in (*self.llama.blocks, self.llama.model.norm):
+            module.register_forward_pre_hook(lambda _, args: self.dtypes.append(args[0].dtype))
+        self.ids = torch.randint(64, (2, 100))
+
+    def logits(self, autocast: torch.dtype | None) -> Tensor:
+        self.dtypes.clear()
+        with torch.no_grad(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            return self.llama(self.ids)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_residual_stream_has_the_dtype_of_autocast_where_asked(autocast: torch.dtype) -> None:
+    plain, changed = Stream(in_autocast=False), Stream(in_autocast=True)
+    low = changed.logits(autocast)
+    assert changed.dtypes == [autocast] * (CONFIG.num_hidden_layers + 1)
+    plain_low = plain.logits(autocast)
+    assert plain.dtypes == [torch.float32] * (CONFIG.num_hidden_layers + 1)
+    assert torch.equal(changed.logits(None), plain.logits(None)), "without autocast nothing may change"
+    exact = plain.llama.double()(plain.ids)
+    error, plain_error = ((found - exact).norm() / exact.norm() for found in (low, plain_low))
+    # Every sum of the stream is rounded, as every product already was: two of each in a block.
+    assert plain_error < error < 3 * plain_error
+
+
+def test_norms_compute_in_float32_whatever_the_stream() -> None:
+    norm = Llama(CONFIG, Dense).model.norm
+    torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    x = 3 * torch.randn(5, CONFIG.hidden_size)
+    for dtype in (torch.float32, torch.bfloat16):
+        low = x.to(dtype)
+        exact = low.double() * (low.double().square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.double()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = norm(low)
+        assert found.dtype == dtype
+        # Rounded once, at the end: half of the last bit.
+        torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps * 0.51 + 1e-6, atol=0)

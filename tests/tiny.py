@@ -59,16 +59,17 @@ def batches(count: int, batch_size: int = 2, seed: int = 0, packed: bool = True)
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements of any tensor that an operation returns."""
+    """Remembers the largest number of elements, and of bytes, of any tensor that an operation returns."""
 
-    elements = 0
+    elements = bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
-        self.elements = max([self.elements, *sizes])
+        tensors = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
+        self.bytes = max([self.bytes, *(tensor.nbytes for tensor in tensors)])
         return result
 
 

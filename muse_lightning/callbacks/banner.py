@@ -9,7 +9,7 @@ import torch
 
 from muse_lightning.attention import Dense
 from muse_lightning.measure.device_peak import half_precision_peak
-from muse_lightning.measure.flops import training_flops_per_token
+from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
 from muse_lightning.measure.info import GIB, MIXED_DTYPES, TRUE_DTYPES, attention_kernels, devices
 from muse_lightning.measure.memory import step_memory
 from muse_lightning.training.module import LanguageModel
@@ -46,7 +46,8 @@ def banner(trainer: L.Trainer, module: LanguageModel) -> list[str]:
     dense = training_flops_per_token(module.llama, [seq_len], [Dense(0)])
     documents = "documents told apart" if has_documents else "a row is one document"
     lines.append(f"context: {seq_len:,} tokens, {batch_size} rows per device and micro-batch; {documents}")
-    share = f"{flops / dense:.0%} of exact attention's"
+    attention = attention_flops_per_token(module.llama, [seq_len], has_documents=has_documents)
+    share = f"{attention / flops:.0%} of it attention; in all {flops / dense:.0%} of exact attention's"
     lines.append(f"work: {flops:.2e} FLOPs per token at a context of one document, {share}")
     lines += [*_memory(trainer, module, batch_size, seq_len), *_data(trainer, tokens), *_steps(trainer, tokens, flops)]
     return lines

@@ -1,6 +1,7 @@
 """Tokens per second and model FLOPs utilisation of each device."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -11,18 +12,26 @@ from torch import Tensor
 from muse_lightning.attention import Dense
 from muse_lightning.data.batches import document_lengths
 from muse_lightning.measure.device_peak import half_precision_peak
-from muse_lightning.measure.flops import training_flops_per_token
+from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.module import LanguageModel
 
+_WORK: dict[str, tuple[Callable[..., float], list[Dense] | None]] = {
+    "mfu": (training_flops_per_token, None),
+    "mfu_attention": (attention_flops_per_token, None),
+    "mfu_dense_equivalent": (training_flops_per_token, [Dense(0)]),
+}
+"""What each counts, and with which attention; None is the model's own."""
+
 
 class DeviceThroughput(L.Callback):
-    """Logs `throughput/device/{tokens_per_sec,mfu,mfu_dense_equivalent}` of the steps since the last log.
+    """Logs `throughput/device/{tokens_per_sec,mfu,mfu_attention,mfu_dense_equivalent}` of the steps since the last log.
 
     `mfu` counts the work that was really done: the documents as they were packed and the pairs that the attention
-    strategy computed. `mfu_dense_equivalent` counts what dense attention would have had to do in that time: over 1 is a
-    speed that dense attention cannot reach on this device. Recomputation is no work in either. Both appear where the
-    device's peak is known (measure/device_peak.py) and the precision is bf16 or fp16. Time in validation is left out.
+    strategy computed. `mfu_attention` is the part of it that those pairs are; the rest is products with weights.
+    `mfu_dense_equivalent` counts what dense attention would have had to do in that time: over 1 is a speed that dense
+    attention cannot reach on this device. Recomputation is no work in any. They appear where the device's peak is known
+    (measure/device_peak.py) and the precision is bf16 or fp16. Time in validation is left out.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[DeviceThroughput()])
@@ -38,9 +47,7 @@ class DeviceThroughput(L.Callback):
         """Start the clock."""
         peak = _peak(trainer)
         # A window of two updates: from one log to the next.
-        self._rates = {
-            name: Throughput(available_flops=peak, window_size=2) for name in ("mfu", "mfu_dense_equivalent")
-        }
+        self._rates = {name: Throughput(available_flops=peak, window_size=2) for name in _WORK}
         self._tokens = self._rows = self._batches = 0
         self._unread = []
         self._started = time.perf_counter()
@@ -75,9 +82,8 @@ class DeviceThroughput(L.Callback):
         has_documents = any(cu_seqlens is not None for *_, cu_seqlens in self._unread)
         self._unread = []
         metrics = {}
-        for name, strategies in (("mfu", None), ("mfu_dense_equivalent", [Dense(0)])):
-            per_token = training_flops_per_token(pl_module.llama, lengths, strategies, has_documents=has_documents)
-            flops = per_token * sum(lengths)
+        for name, (flops_per_token, strategies) in _WORK.items():
+            flops = flops_per_token(pl_module.llama, lengths, strategies, has_documents=has_documents) * sum(lengths)
             rate = self._rates[name]
             rate.update(
                 time=elapsed, batches=self._batches, samples=self._rows, lengths=self._tokens, flops=round(flops)

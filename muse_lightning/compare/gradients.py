@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from muse_lightning.compare.losses import token_nats
 from muse_lightning.compare.settings import Setting
 from muse_lightning.data.batches import IGNORED_LABEL, Batch, to_device
 from muse_lightning.model.llama import Llama
 from muse_lightning.parallelize import recompute_in_backward
+from muse_lightning.training.loss import total_nats
 
 _PART = 2**24
 
@@ -37,8 +37,10 @@ def gradient_cosines(
 def _gradient(llama: Llama, batch: Batch, setting: Setting, loss_chunk: int) -> list[Tensor]:
     moved = to_device(batch, llama.lm_head.weight.device)
     with llama.attention_as(setting.attention), torch.enable_grad():
-        nats = token_nats(llama, moved, loss_chunk).sum() / (moved["labels"] != IGNORED_LABEL).sum()
-        return list(torch.autograd.grad(nats, list(llama.parameters())))
+        hidden = llama.hidden_states(moved["input_ids"], cu_seqlens=moved.get("cu_seqlens"))
+        nats = total_nats(hidden, llama.lm_head.weight, moved["labels"], chunk=loss_chunk)
+        loss = nats / (moved["labels"] != IGNORED_LABEL).sum()
+        return list(torch.autograd.grad(loss, list(llama.parameters())))
 
 
 def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

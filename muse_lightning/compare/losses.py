@@ -10,7 +10,7 @@ import torch
 
 from muse_lightning.callbacks.loss_by_position import sums_by_context
 from muse_lightning.compare.blocks import Blocks
-from muse_lightning.data.batches import Batch, to_device
+from muse_lightning.data.batches import to_device
 from muse_lightning.errors import UserError
 from muse_lightning.model.llama import Llama
 from muse_lightning.training.loss import next_token_nats
@@ -68,7 +68,8 @@ def losses(llama: Llama, blocks: Blocks, loss_chunk: int) -> Losses:
     with torch.no_grad():
         for batch in blocks.batches:
             on_device = to_device(batch, llama.lm_head.weight.device)
-            of_tokens = token_nats(llama, on_device, loss_chunk)
+            hidden = llama.hidden_states(on_device["input_ids"], cu_seqlens=on_device.get("cu_seqlens"))
+            of_tokens = next_token_nats(hidden, llama.lm_head.weight, on_device["labels"], chunk=loss_chunk)
             total, count = sums_by_context(of_tokens, cast(dict[str, torch.Tensor], on_device))
             nats.append(of_tokens.double().sum().item())
             sums.append(total.double().cpu())
@@ -79,9 +80,3 @@ def losses(llama: Llama, blocks: Blocks, loss_chunk: int) -> Losses:
     return Losses(
         nats, blocks.labels(), blocks.text_bytes(), (total / count).tolist(), [int(each) for each in count.tolist()]
     )
-
-
-def token_nats(llama: Llama, batch: Batch, loss_chunk: int) -> torch.Tensor:
-    """Negative log-likelihood of every label, float32 [B, N], 0 where there is none."""
-    hidden = llama.hidden_states(batch["input_ids"], cu_seqlens=batch.get("cu_seqlens"))
-    return next_token_nats(hidden, llama.lm_head.weight, batch["labels"], chunk=loss_chunk)

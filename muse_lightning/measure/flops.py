@@ -22,8 +22,8 @@ def training_flops_per_token(
 ) -> float:
     """FLOPs of the forward and backward pass, per token, nothing recomputed.
 
-    A weight costs 2 FLOPs in the forward pass and 4 in the backward pass; a query-key pair of one head, a product with
-    a key and one with a value, 4 * head_dim and twice that. Norms, softmax and rotary embedding are not counted.
+    A weight costs 2 FLOPs in the forward pass and 4 in the backward pass; what attention costs is
+    `attention_flops_per_token`. Norms, softmax and rotary embedding are not counted.
 
     Args:
         llama: the model, on any device.
@@ -32,9 +32,26 @@ def training_flops_per_token(
         attention: strategies to count instead of the layers' own; their number need not be that of the layers.
     Source: PaLM (arXiv 2204.02311), appendix B, with pairs counted instead of assumed to be N^2.
     """
+    of_attention = attention_flops_per_token(llama, lengths, attention, has_documents=has_documents)
+    return 6 * matrix_parameters(llama) + of_attention
+
+
+def attention_flops_per_token(
+    llama: Llama,
+    lengths: Sequence[int],
+    attention: Sequence[AttentionStrategy] | None = None,
+    *,
+    has_documents: bool = False,
+) -> float:
+    """Attention's part of `training_flops_per_token`: the products of queries with keys, and of weights with values.
+
+    A query-key pair of one head costs 4 * head_dim FLOPs in the forward pass and twice that in the backward pass.
+
+    Args:
+        llama, lengths, attention, has_documents: as for `training_flops_per_token`.
+    """
     config = llama.config
     strategies = attention or [block.self_attn.attention for block in llama.blocks]
     pairs = sum(strategy.pairs(lengths, has_documents=has_documents) for strategy in strategies)
     pairs *= len(llama.blocks) / len(strategies)
-    per_pair = 12 * config.attention_head_dim * config.num_attention_heads
-    return 6 * matrix_parameters(llama) + per_pair * pairs / sum(lengths)
+    return 12 * config.attention_head_dim * config.num_attention_heads * pairs / sum(lengths)

@@ -18,7 +18,7 @@ import torch
 from muse_kernels.attention.op import HAS_TRITON
 from muse_lightning import __version__
 from muse_lightning.attention import Dense
-from muse_lightning.measure.flops import training_flops_per_token
+from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
 from muse_lightning.measure.memory import step_memory
 from muse_lightning.model.llama import Llama
 from muse_lightning.parallelize import Recompute
@@ -155,6 +155,7 @@ def recipe_report(
     """
     parameters = sum(parameter.numel() for parameter in llama.parameters())
     flops = training_flops_per_token(llama, [seq_len], has_documents=has_documents)
+    attention = attention_flops_per_token(llama, [seq_len], has_documents=has_documents)
     dense = training_flops_per_token(llama, [seq_len], [Dense(0)])
     tokens = batch_size * seq_len * accumulate
     memory = step_memory(
@@ -170,7 +171,8 @@ def recipe_report(
     lines = [
         f"parameters: {parameters:,}",
         f"tokens per step and device: {tokens:,} = {batch_size} x {seq_len:,} x {accumulate} accumulated",
-        f"training FLOPs per token: {flops:.3e} at a context of one document ({dense:.3e} with dense attention)",
+        f"training FLOPs per token: {flops:.3e} at a context of one document, {attention / flops:.0%} of it attention "
+        f"({dense:.3e} with dense attention)",
         f"memory per device: {_memory(memory.total)} and attention's workspace; recompute={recompute}, nothing sharded",
     ]
     parts = dataclasses.asdict(memory).items()

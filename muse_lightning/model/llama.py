@@ -19,12 +19,11 @@ from muse_lightning.model.rope import apply_rotary, document_positions, rotation
 AttentionFactory = Callable[[int], AttentionStrategy]
 
 
-class HeadNorm(nn.RMSNorm):
-    """RMSNorm over each head, in the dtype of its input: with mixed precision, queries and keys stay as the values are,
-    and the fused kernel is used."""
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its weight, float32 in mixed precision, that gives back the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, list(self.normalized_shape), self.weight.to(x.dtype), self.eps).to(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -39,8 +38,8 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.attention = attention
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,8 +78,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config, attention)
         self.mlp = FeedForward(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         q, k, v = self.before_attention(x, cos, sin)
@@ -105,7 +104,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, attention(layer)) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         x = self.embed_tokens(input_ids)

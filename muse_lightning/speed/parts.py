@@ -1,7 +1,8 @@
 """Each part of a training step alone: its time, its work, and how far it is from what the device can do.
 
 A part is timed forward, and forward and backward, in the precision of the recipe; what the recipe computes again in the
-backward pass counts once more forward. One block stands for all.
+backward pass counts once more forward, whole, though compiled it leaves out some products (parallelize.py). One block
+stands for all.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,12 +16,13 @@ from muse_lightning.data.batches import Batch, document_lengths
 from muse_lightning.measure.bench.timing import Ceilings, Instruments, Timing
 from muse_lightning.model.rope import rotation
 from muse_lightning.parallelize import Recompute
-from muse_lightning.training.loss import next_token_nats
+from muse_lightning.training.loss import total_nats
 from muse_lightning.training.module import LanguageModel
+from muse_lightning.training.optim import make_optimizer
 
 BACKWARD_OVER_FORWARD = 2
 """A product with weights costs two in the backward pass; a query-key pair is counted so (measure/flops.py)."""
-OPTIMIZER_BYTES_PER_PARAMETER = 7 * 4
+ADAMW_BYTES_PER_PARAMETER = 7 * 4
 """AdamW reads a parameter, its gradient and two moments in float32, and writes all but the gradient."""
 
 _RECOMPUTED: dict[Recompute, frozenset[str]] = {
@@ -134,7 +136,7 @@ def _works(model: LanguageModel, batch: Batch, context: AbstractContextManager[o
         "attention": _Work(lambda: attention.attend(q, k, v, documents), [q, k, v], layers, per_pair * pairs),
         "after attention": _Work(lambda: block.after_attention(x, out), [x, out, *after], layers, 2.0 * rest * tokens),
         "head and loss": _Work(
-            lambda: next_token_nats(hidden, head, batch["labels"], chunk=model.loss_chunk).sum(),
+            lambda: total_nats(hidden, head, batch["labels"], chunk=model.loss_chunk, compiled=model.compiled),
             [hidden, head],
             1,
             2.0 * head.numel() * tokens,
@@ -162,16 +164,14 @@ def _both(work: _Work, context: AbstractContextManager[object]) -> Callable[[], 
 
 def _part(name: str, work: _Work, forward: Timing, both: Timing, again: bool, ceilings: Ceilings) -> Part:
     ms = work.times * (both.median_ms + (forward.median_ms if again else 0.0))
-    # The loss makes its logits again whatever the recipe says.
-    forwards = 2 if again or name == "head and loss" else 1
-    flops = work.times * work.forward_flops * (forwards + BACKWARD_OVER_FORWARD)
+    flops = work.times * work.forward_flops * (1 + again + BACKWARD_OVER_FORWARD)
     fraction = flops / (ms / 1000) / ceilings.flops_per_s if flops else None
     return Part(name, ms, work.times * forward.median_ms, both.median_ms, flops, fraction)
 
 
 def _optimizer_part(model: LanguageModel, instruments: Instruments, ceilings: Ceilings) -> Part:
     parameters = list(model.llama.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+    optimizer = make_optimizer([group | {"lr": 0.0} for group in model.parameter_groups()], fused=True)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
 
@@ -180,7 +180,8 @@ def _optimizer_part(model: LanguageModel, instruments: Instruments, ceilings: Ce
         optimizer.step()
 
     ms = instruments.time({"step": step})["step"].median_ms
-    size = OPTIMIZER_BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in parameters)
+    size = ADAMW_BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in parameters)
     for parameter in parameters:
         parameter.grad = None
-    return Part("clipping and optimizer", ms, 0.0, ms, 0.0, None, size / (ms / 1000) / ceilings.bytes_per_s)
+    bytes_fraction = size / (ms / 1000) / ceilings.bytes_per_s if model.optimizer == "adamw" else None
+    return Part("clipping and optimizer", ms, 0.0, ms, 0.0, None, bytes_fraction)

@@ -20,7 +20,7 @@ from muse_lightning.errors import UserError
 from muse_lightning.files import atomic_write, new_directory
 from muse_lightning.measure.bench.report import NONE, Row, aligned, machine_line, markdown
 from muse_lightning.measure.device_peak import half_precision_peak
-from muse_lightning.measure.flops import training_flops_per_token
+from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
 from muse_lightning.measure.info import result_header
 from muse_lightning.parallelize import Recompute
 from muse_lightning.speed.batches import check_documents, random_batch
@@ -68,6 +68,7 @@ class Timed:
         tokens: Of a step.
         steps: What they took; None where there is a reason.
         flops: Work of a step, nothing that is computed again counted.
+        attention_flops: Attention's part of them.
         dense_flops: What exact attention would have to do.
         reason: Why nothing was timed.
     """
@@ -76,6 +77,7 @@ class Timed:
     recompute: str
     tokens: int
     flops: float
+    attention_flops: float
     dense_flops: float
     steps: Steps | None = None
     reason: str | None = None
@@ -92,6 +94,7 @@ class Timed:
             found["tokens_per_sec"] = self.tokens / self.seconds
             if peak is not None:
                 found["mfu"] = self.flops / self.seconds / peak
+                found["mfu_attention"] = self.attention_flops / self.seconds / peak
                 found["mfu_dense_equivalent"] = self.dense_flops / self.seconds / peak
         return found
 
@@ -130,8 +133,10 @@ def time_variants(cli: MuseCLI, bench: TrainingBench) -> Iterator[Timed]:
                 has_documents = bench.documents is not None
                 tokens = sum(lengths) * trainer["accumulate_grad_batches"]
                 per_token = training_flops_per_token(model.llama, lengths, has_documents=has_documents)
+                of_attention = attention_flops_per_token(model.llama, lengths, has_documents=has_documents)
                 dense = training_flops_per_token(model.llama, lengths, [Dense(0)])
-                timed = Timed(attention, recompute, tokens, per_token * tokens, dense * tokens)
+                flops = (per_token * tokens, of_attention * tokens, dense * tokens)
+                timed = Timed(attention, recompute, tokens, *flops)
                 try:
                     timed = replace(timed, steps=time_steps(model, trainer, batch, bench.warmup, bench.steps))
                 except torch.OutOfMemoryError:
@@ -154,9 +159,8 @@ def make_variant(cli: MuseCLI, attention: str, recompute: Recompute) -> Language
 
 def table(found: Sequence[Timed], peak: float | None) -> list[Row]:
     """A row for each variant and round."""
-    rows: list[Row] = [
-        ["attention", "recompute", "tokens/s", "x dense", "step s", "min-max", "MFU", "dense-equivalent", "peak GiB"]
-    ]
+    mfus = {"MFU": "mfu", "of it attention": "mfu_attention", "dense-equivalent": "mfu_dense_equivalent"}
+    rows: list[Row] = [["attention", "recompute", "tokens/s", "x dense", "step s", "min-max", *mfus, "peak GiB"]]
     for timed in found:
         cells = [timed.attention, timed.recompute]
         if timed.steps is None or timed.seconds is None:
@@ -171,8 +175,7 @@ def table(found: Sequence[Timed], peak: float | None) -> list[Row]:
                 f"{min(twins) / timed.seconds:.2f}" if twins else NONE,
                 f"{timed.seconds:.3f}",
                 f"{min(timed.steps.seconds):.3f}-{max(timed.steps.seconds):.3f}",
-                f"{record['mfu']:.1%}" if "mfu" in record else NONE,
-                f"{record['mfu_dense_equivalent']:.1%}" if "mfu_dense_equivalent" in record else NONE,
+                *(f"{record[name]:.1%}" if name in record else NONE for name in mfus.values()),
                 NONE if timed.steps.peak_bytes is None else f"{timed.steps.peak_bytes / GIB:.1f}",
             ]
         )
@@ -186,8 +189,8 @@ def _page(header: dict[str, Any], found: Sequence[Timed], peak: float | None) ->
         f"    {header['command']}",
         "Whole optimizer steps of Lightning's loop on random tokens, in one process, one variant after the other: the "
         "median. `x dense`: how many times as fast as the fastest dense row. MFU: FLOPs of the step, nothing that is "
-        "computed again counted, over time and the device's peak; dense-equivalent: what exact attention would have "
-        "had to do. Peak: of everything in memory.",
+        "computed again counted, over time and the device's peak; of it attention: the part of query-key pairs; "
+        "dense-equivalent: what exact attention would have had to do. Peak: of everything in memory.",
         markdown(table(found, peak)),
         "Model and trainer options, and every step's time, are in results.jsonl.",
     ]

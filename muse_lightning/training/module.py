@@ -7,11 +7,11 @@ from typing import Any, Self
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from muse_lightning.attention import AttentionStrategy, Dense, exact_attention
@@ -19,15 +19,26 @@ from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
-from muse_lightning.parallelize import Recompute, compile_around_attention, recompute_in_backward, shard_parameters
+from muse_lightning.parallelize import (
+    Recompute,
+    ResidualDtype,
+    compile_around_attention,
+    recompute_in_backward,
+    residual_in_autocast,
+    shard_parameters,
+)
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.log_step import ends_step, is_log_step
-from muse_lightning.training.loss import next_token_nats
+from muse_lightning.training.loss import next_token_nats, total_nats
+from muse_lightning.training.muon import check_strategy
 from muse_lightning.training.optim import (
+    OptimizerName,
     Schedule,
     apply_hyperparameters,
+    check_states,
     learning_rate_factor,
+    make_optimizer,
     numbered_by_model,
     parameter_groups,
 )
@@ -48,19 +59,24 @@ class LanguageModel(L.LightningModule):
         recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: far less
             memory for about a third more work; "keep_attention" also keeps what goes into and comes out of attention,
             its dearest part on long contexts; "none" keeps everything.
-        compiled: compile what lies before and after attention in each block with torch.compile. The first step is slow;
-            needs a C compiler.
+        compiled: compile what lies before and after attention in each block, and the loss after its matrix products,
+            with torch.compile. The first step is slow; needs a C compiler.
+        residual_dtype: of the residual stream between blocks; "parameters" is float32 in mixed precision, "autocast"
+            the dtype of matrix products: less memory and traffic, but what a block adds is rounded.
+        optimizer: "adamw" for everything, or "muon" for the matrices of blocks and AdamW for the rest, with the same
+            learning rate and weight decay. Muon keeps one number per weight instead of two; one device or DDP.
         learning_rate: the peak, reached after the warm-up.
-        weight_decay: AdamW's, for matrices; norms and biases do not decay.
+        weight_decay: of matrices; norms and biases do not decay.
         betas: AdamW's decay rates of the first and second moment.
         eps: AdamW's term in the denominator.
+        momentum: Muon's.
         warmup_steps: optimizer steps over which the learning rate rises linearly.
         schedule: after the warm-up, "cosine" falls all the way to trainer.max_steps; "wsd" stays at the peak and falls
             linearly at the end.
         decay_fraction: the end of "wsd", as a part of trainer.max_steps.
         min_lr_ratio: the learning rate at the end over the peak.
-        loss_chunk: tokens whose logits exist at once. Larger is faster until the device is full; it takes about
-            loss_chunk * vocab_size * 8 bytes.
+        loss_chunk: tokens whose logits exist at once. Larger is faster until the device is full; in mixed precision it
+            takes about loss_chunk * vocab_size * 10 bytes, compiled 2.
         weights: weights to start from, loaded before step 0: a Hugging Face folder, a run folder (its newest
             checkpoint), a .ckpt or a .safetensors file. A checkpoint that is resumed has its own.
         exact_val_batches: batches of each validation that are also evaluated with exact attention, for val/loss_exact.
@@ -79,10 +95,13 @@ class LanguageModel(L.LightningModule):
         attention: Callable[[int], AttentionStrategy] = Dense,
         recompute: Recompute = "none",
         compiled: bool = False,
+        residual_dtype: ResidualDtype = "parameters",
+        optimizer: OptimizerName = "adamw",
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        momentum: float = 0.95,
         warmup_steps: int = 100,
         schedule: Schedule = "cosine",
         decay_fraction: float = 0.2,
@@ -97,10 +116,13 @@ class LanguageModel(L.LightningModule):
         self.config = config
         self.recompute: Recompute = recompute
         self.compiled = compiled
+        self.residual_dtype: ResidualDtype = residual_dtype
+        self.optimizer: OptimizerName = optimizer
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = betas
         self.eps = eps
+        self.momentum = momentum
         self.warmup_steps = warmup_steps
         self.schedule: Schedule = schedule
         self.decay_fraction = decay_fraction
@@ -115,9 +137,11 @@ class LanguageModel(L.LightningModule):
         # On the meta device a model of any size is free; `configure_model` makes it real on the device it will live on.
         with torch.device("meta"):
             self.llama = Llama(config, attention)
+        recompute_in_backward(self.llama, recompute)
         if compiled:
             compile_around_attention(self.llama)
-        recompute_in_backward(self.llama, recompute)
+        if residual_dtype == "autocast":
+            residual_in_autocast(self.llama)
         self._check_sizes()
         self.has_trained = False
         """Whether a training step was begun in this process."""
@@ -143,9 +167,17 @@ class LanguageModel(L.LightningModule):
         return self if self.llama.lm_head.weight.is_meta else super().cpu()
 
     def token_nats(self, batch: Batch) -> Tensor:
-        """Negative log-likelihood of every label, float32 [B, N], 0 where there is none."""
+        """Negative log-likelihood of every label, float32 [B, N], 0 where there is none; without gradients."""
+        with torch.no_grad():
+            hidden = self.llama.hidden_states(batch["input_ids"], cu_seqlens=batch.get("cu_seqlens"))
+        head = self.llama.lm_head.weight
+        return next_token_nats(hidden, head, batch["labels"], chunk=self.loss_chunk, compiled=self.compiled)
+
+    def total_nats(self, batch: Batch) -> Tensor:
+        """Their sum, float32 [], with gradients."""
         hidden = self.llama.hidden_states(batch["input_ids"], cu_seqlens=batch.get("cu_seqlens"))
-        return next_token_nats(hidden, self.llama.lm_head.weight, batch["labels"], chunk=self.loss_chunk)
+        head = self.llama.lm_head.weight
+        return total_nats(hidden, head, batch["labels"], chunk=self.loss_chunk, compiled=self.compiled)
 
     def load_weights_once(self) -> None:
         """Load `weights`, unless they have been loaded or a checkpoint has brought others."""
@@ -155,7 +187,23 @@ class LanguageModel(L.LightningModule):
                 rank_zero_info(difference)
             self._are_weights_due = False
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is optimized, with the recipe's options, as `make_optimizer` takes it."""
+        return parameter_groups(
+            self.llama,
+            self.optimizer,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            eps=self.eps,
+            momentum=self.momentum,
+        )
+
     # Training
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.optimizer == "muon":
+            check_strategy(self.trainer.strategy)
 
     def on_fit_start(self) -> None:
         # Not in configure_model: there it is not known yet whether a checkpoint will be resumed.
@@ -164,12 +212,12 @@ class LanguageModel(L.LightningModule):
     def on_train_start(self) -> None:
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
-        for difference in apply_hyperparameters(scheduler, self.learning_rate, self.weight_decay, self.betas, self.eps):
+        for difference in apply_hyperparameters(scheduler, self.parameter_groups()):
             rank_zero_info(difference)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.has_trained = True
-        nats = self.token_nats(batch).sum()
+        nats = self.total_nats(batch)
         labels = batch["labels"]
         self._train_totals.add(nats, (labels != IGNORED_LABEL).sum())
         # Ranks that share a sequence have read the same tokens.
@@ -188,13 +236,8 @@ class LanguageModel(L.LightningModule):
         self._train_totals.clear()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, and its learning rate as a function of the optimizer step."""
-        groups = parameter_groups(self.llama, self.weight_decay)
-        fused = self.device.type in ("cuda", "cpu", "mps")
-        optimizer = AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=fused)
-        # A fused optimizer offers to unscale gradients itself, and Lightning refuses to clip for one that does, in any
-        # mixed precision. Declined, the loss scaler (16-mixed alone has one) unscales before clipping, as for others.
-        optimizer._step_supports_amp_scaling = False
+        """The optimizer, and its learning rate as a function of the optimizer step."""
+        optimizer = make_optimizer(self.parameter_groups(), fused=self.device.type in ("cuda", "cpu", "mps"))
         factor = learning_rate_factor(
             self.schedule,
             max_steps=self.trainer.max_steps,
@@ -274,13 +317,15 @@ class LanguageModel(L.LightningModule):
         """Refuse a checkpoint of another architecture before anything is loaded from it.
 
         Raises:
-            UserError: names the first tensor that differs, with both shapes.
+            UserError: names the first tensor that differs, with both shapes, or the optimizer.
         """
         path = self.trainer.ckpt_path if self._trainer is not None else None
         if "state_dict" in checkpoint:  # where parameters are sharded, they have been loaded by now
             model = {CHECKPOINT_PREFIX + name: tensor.shape for name, tensor in self.llama.state_dict().items()}
             found = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
             check_shapes(model, found, f"checkpoint {path}" if path else "the checkpoint")
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            check_states(checkpoint.get("optimizer_states", []), self.optimizer, path)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._are_weights_due = False
 
@@ -288,10 +333,13 @@ class LanguageModel(L.LightningModule):
 
     def _check_ranges(self) -> None:
         accepted = {
+            "residual_dtype": (self.residual_dtype in ("parameters", "autocast"), "parameters or autocast"),
+            "optimizer": (self.optimizer in ("adamw", "muon"), "adamw or muon"),
             "learning_rate": (self.learning_rate > 0, "above 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1, both"),
             "eps": (self.eps > 0, "above 0"),
+            "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
             "warmup_steps": (self.warmup_steps >= 0, "at least 0"),
             "schedule": (self.schedule in ("cosine", "wsd"), "cosine or wsd"),
             "decay_fraction": (0 <= self.decay_fraction <= 1, "between 0 and 1"),

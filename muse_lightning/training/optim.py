@@ -1,25 +1,86 @@
 """What the optimizer sees: parameter groups, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from muse_lightning.errors import UserError
+from muse_lightning.model.llama import Llama
+from muse_lightning.training.muon import MuonWithAdamW
 
+OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd"]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and norms and biases (anything of one dimension), which do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def parameter_groups(
+    llama: Llama,
+    optimizer: OptimizerName,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    momentum: float,
+) -> list[dict[str, Any]]:
+    """What is optimized, and how: matrices decay, norms and biases (anything of one dimension) do not.
+
+    Args:
+        optimizer: "adamw" for two groups, matrices and the rest; "muon" for three, the first of which, the matrices of
+            blocks, is Muon's. Embedding and head remain AdamW's: their rows are tokens of their own.
+        learning_rate, weight_decay: of both.
+        betas, eps: AdamW's.
+        momentum: Muon's.
+    Returns:
+        Groups for `make_optimizer`.
+    """
+    trained = [parameter for parameter in llama.parameters() if parameter.requires_grad]
+    of_blocks = {id(parameter) for parameter in llama.model.layers.parameters()} if optimizer == "muon" else set()
+    muon = [p for p in trained if p.ndim == 2 and id(p) in of_blocks]
+    adamw = {"lr": learning_rate, "betas": betas, "eps": eps}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim >= 2 and id(p) not in of_blocks], "weight_decay": weight_decay}
+        | adamw,
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0} | adamw,
     ]
+    if optimizer == "muon":
+        groups.insert(0, {"params": muon, "weight_decay": weight_decay, "lr": learning_rate, "momentum": momentum})
+    return groups
+
+
+def make_optimizer(groups: list[dict[str, Any]], *, fused: bool) -> Optimizer:
+    """The optimizer of `parameter_groups`; `fused` is AdamW's."""
+    muon = [group for group in groups if "momentum" in group]
+    adamw = [group for group in groups if "momentum" not in group]
+    if muon:
+        return MuonWithAdamW(muon, adamw, fused=fused)
+    optimizer = AdamW(adamw, fused=fused)
+    # A fused optimizer offers to unscale gradients itself, and Lightning refuses to clip for one that does, in any
+    # mixed precision. Declined, the loss scaler (16-mixed alone has one) unscales before clipping, as for others.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
+
+
+def check_states(states: Sequence[Mapping[str, Any]], optimizer: OptimizerName, path: object) -> None:
+    """Refuse optimizer states of the other optimizer.
+
+    Args:
+        states: state dicts, of a checkpoint.
+        optimizer: the recipe's.
+        path: the checkpoint's, to be named.
+    Raises:
+        UserError: one is of the other.
+    """
+    for state in states:
+        found = "muon" if any("momentum" in group for group in state["param_groups"]) else "adamw"
+        if found != optimizer:
+            raise UserError(
+                f"model.optimizer is {optimizer}, and checkpoint {path} was trained with {found}; accepted: {found}, "
+                f"or model.weights: {path} in place of the checkpoint, which starts anew from its weights"
+            )
 
 
 def numbered_by_model(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -84,26 +145,26 @@ def learning_rate_factor(
     return factor
 
 
-def apply_hyperparameters(
-    scheduler: LambdaLR, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float
-) -> list[str]:
+def apply_hyperparameters(scheduler: LambdaLR, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
     """Let the recipe win over what a resumed checkpoint brought into the optimizer and its scheduler.
 
     Args:
         scheduler: of an optimizer with the groups of `parameter_groups`.
-        learning_rate, weight_decay, betas, eps: the recipe's.
+        wanted: those groups, as the recipe has them.
     Returns:
         One line per value that differed.
     """
+    differences: dict[str, None] = {}
     groups = scheduler.optimizer.param_groups
-    wanted = {"initial_lr": learning_rate, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-    field_names = {"initial_lr": "learning_rate"}
-    differences = [
-        f"model.{field_names.get(name, name)}: {groups[0][name]} in the checkpoint, {value} in this recipe, which wins"
-        for name, value in wanted.items()
-        if groups[0][name] != value
-    ]
-    scheduler.base_lrs = [learning_rate] * len(groups)
-    for group, factor, decay in zip(groups, scheduler.lr_lambdas, (weight_decay, 0.0), strict=True):
-        group.update(wanted | {"weight_decay": decay, "lr": learning_rate * factor(scheduler.last_epoch)})
-    return differences
+    scheduler.base_lrs = [group["lr"] for group in wanted]
+    for group, factor, recipe in zip(groups, scheduler.lr_lambdas, wanted, strict=True):
+        options = {"initial_lr": recipe["lr"]}
+        options |= {name: value for name, value in recipe.items() if name not in ("params", "lr")}
+        for name, value in options.items():
+            if group[name] != value:
+                field = "learning_rate" if name == "initial_lr" else name
+                differences[f"model.{field}: {group[name]} in the checkpoint, {value} in this recipe, which wins"] = (
+                    None
+                )
+        group.update(options | {"lr": recipe["lr"] * factor(scheduler.last_epoch)})
+    return list(differences)

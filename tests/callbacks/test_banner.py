@@ -39,6 +39,10 @@ def test_a_resumed_fit_counts_what_is_left(muse: Muse) -> None:
     assert code == 0, err
     assert "steps: 2 to 5, 64 tokens each, 192 in all" in err
     assert "attention: Dense, by PyTorch SDPA" in err
+    # 9,808 parameters without 5 norms of 16; 16.5 keys for each of 32 queries in 4 heads of 4 and 2 layers.
+    weights, attention = 6 * (9808 - 5 * 16), 12 * 4 * 4 * 2 * 16.5
+    assert f"work: {weights + attention:.2e} FLOPs per token" in err
+    assert f"{attention / (weights + attention):.0%} of it attention; in all 100% of exact attention's" in err
 
 
 def test_the_expected_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

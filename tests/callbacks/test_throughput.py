@@ -9,7 +9,7 @@ import torch
 import muse_lightning.callbacks.throughput as throughput
 from muse_lightning.attention import Dense, Muse
 from muse_lightning.callbacks import DeviceThroughput
-from muse_lightning.measure.flops import training_flops_per_token
+from muse_lightning.measure.flops import matrix_parameters, training_flops_per_token
 from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
 
@@ -51,9 +51,12 @@ def test_mfu_counts_the_packed_documents(tmp_path, clock, monkeypatch, packed):
             ends = batch["cu_seqlens"].tolist() if packed else [0, SEQ_LEN, 2 * SEQ_LEN]
             lengths += [end - start for start, end in itertools.pairwise(ends) if end > start]
         assert sum(lengths) == 4 * SEQ_LEN
-        for name, strategies in (("mfu", None), ("mfu_dense_equivalent", [Dense(0)])):
-            flops = training_flops_per_token(model.llama, lengths, strategies) * sum(lengths)
-            assert logged[f"throughput/device/{name}"][step] == (step, pytest.approx(flops / 1e6, rel=1e-5))
+        own, dense = (training_flops_per_token(model.llama, lengths, which) for which in (None, [Dense(0)]))
+        # The rest are products with weights.
+        of_attention = own - 6 * matrix_parameters(model.llama)
+        for name, per_token in (("mfu", own), ("mfu_attention", of_attention), ("mfu_dense_equivalent", dense)):
+            expected = pytest.approx(per_token * sum(lengths) / 1e6, rel=1e-5)
+            assert logged[f"throughput/device/{name}"][step] == (step, expected)
 
 
 def test_packed_documents_are_not_counted_as_rows(tmp_path, clock, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def train(folder: Path, devices: int, accumulate: int, strategy: str) -> Any:
+def train(folder: Path, devices: int, accumulate: int, strategy: str, optimizer: str = "adamw") -> Any:
     folder.mkdir()
     # Lightning starts the second process by running the script again.
     command = [
@@ -23,6 +23,7 @@ def train(folder: Path, devices: int, accumulate: int, strategy: str) -> Any:
         str(devices),
         str(accumulate),
         strategy,
+        optimizer,
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -36,8 +37,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.multi_process
-def test_two_processes_equal_accumulation(two: Any, tmp_path: Path) -> None:
-    one = train(tmp_path / "one", devices=1, accumulate=2, strategy="auto")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_equal_accumulation(optimizer: str, two: Any, tmp_path: Path) -> None:
+    if optimizer != "adamw":
+        two = train(tmp_path / "two", devices=2, accumulate=1, strategy="ddp", optimizer=optimizer)
+    one = train(tmp_path / "one", devices=1, accumulate=2, strategy="auto", optimizer=optimizer)
 
     assert len(one["logged"]["train/loss"]) == 4
     assert len(one["logged"]["val/loss"]) == 1

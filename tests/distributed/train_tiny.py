@@ -1,6 +1,6 @@
 """Trains the tiny model on CPU processes and saves what came of it.
 
-usage: python train_tiny.py FOLDER DEVICES ACCUMULATE STRATEGY
+usage: python train_tiny.py FOLDER DEVICES ACCUMULATE STRATEGY OPTIMIZER
 
 STRATEGY: auto, ddp, fsdp or fsdp-recompute.
 
@@ -9,13 +9,14 @@ Each optimizer step sees the same batches whatever the split: device d of n take
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
+from muse_lightning.training.optim import OptimizerName
 from tests.tiny import BatchLoader, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
 TAGS = ("train/loss", "train/tokens", "val/loss", "val/loss_exact", "val/bpb")
@@ -47,11 +48,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def main(folder: Path, devices: int, accumulate: int, name: str) -> None:
+def main(folder: Path, devices: int, accumulate: int, name: str, optimizer: OptimizerName) -> None:
     torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
     recompute = "block" if name.endswith("recompute") else "none"
-    model = tiny_model(attention=tiny_muse, exact_val_batches=1 if devices == 2 else 2, recompute=recompute)
+    model = tiny_model(
+        attention=tiny_muse, optimizer=optimizer, exact_val_batches=1 if devices == 2 else 2, recompute=recompute
+    )
     trainer = tiny_trainer(
         folder,
         devices=devices,
@@ -74,4 +77,4 @@ def main(folder: Path, devices: int, accumulate: int, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], cast(OptimizerName, sys.argv[5]))

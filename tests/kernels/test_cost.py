@@ -5,11 +5,40 @@ from dataclasses import replace
 import pytest
 import torch
 
-from muse_kernels import muse_clusters
+from muse_kernels import MuseClusters, muse_clusters
 from muse_kernels.attention.options import MuseOptions
 from muse_kernels.cost import NO_WORK, dense_work, muse_pairs, muse_work
 
 SIZES = {"chunk": 16, "query_cluster": 4, "key_cluster": 2, "summary_cluster": 4}
+
+
+def counted(clusters: MuseClusters, starts: list[int], candidates: int, causal: bool) -> dict[str, float]:
+    """Pairs of one head, one by one, over the clusters that the operator has made of packed documents.
+
+    Args:
+        starts: first token of each document.
+    """
+    query_order, key_order, selected = (y[0, 0] for y in (clusters.query_order, clusters.key_order, clusters.selected))
+    keys_of = (key_order >= 0).view(-1, SIZES["key_cluster"]).sum(-1)
+    summaries_of = (keys_of.view(-1, 2).sum(-1) > 0).repeat_interleave(2) / 2  # two key clusters share a summary
+    chunk_of = torch.arange(len(keys_of)) // (SIZES["chunk"] // SIZES["key_cluster"])
+    document_of = torch.searchsorted(torch.tensor(starts), key_order.amax(-1), right=True)[chunk_of]
+
+    found = dict.fromkeys(("near", "summaries", "stage_1", "retrieved", "looked_at"), 0.0)
+    for row in range(query_order.shape[0]):
+        other = (chunk_of < row) if causal else (chunk_of != row)
+        others = other & (document_of == document_of[chunk_of == row][0])
+        in_sight = (keys_of > 0) & others
+        tokens = query_order[row][query_order[row] >= 0]
+        found["near"] += sum(int(((tokens <= token) if causal else (tokens >= 0)).sum()) for token in tokens)
+        for cluster, members in enumerate(query_order[row].view(-1, SIZES["query_cluster"])):
+            queries = int((members >= 0).sum())
+            chosen = selected[row, cluster][selected[row, cluster] >= 0].long()
+            found["summaries"] += queries * float(summaries_of[others].sum())
+            found["retrieved"] += queries * int(keys_of[chosen].sum())
+            found["stage_1"] += (queries > 0) * int(keys_of[in_sight].sum())
+            found["looked_at"] += queries * min(candidates * SIZES["key_cluster"], int(keys_of[in_sight].sum()))
+    return found
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -20,31 +49,33 @@ def test_pairs_are_those_of_the_clusters(num_tokens: int, top_k: int, candidates
     pairs = muse_pairs(num_tokens, options)
     x = torch.randn(1, 1, num_tokens, 4)
     clusters = muse_clusters(x, x, **SIZES, top_k=top_k, causal=causal, exact_below=0)
-    query_order, key_order, selected = (y[0, 0] for y in (clusters.query_order, clusters.key_order, clusters.selected))
-    keys_of = (key_order >= 0).view(-1, SIZES["key_cluster"]).sum(-1)
-    summaries_of = (keys_of.view(-1, 2).sum(-1) > 0).repeat_interleave(2) / 2  # two key clusters share a summary
-    chunk_of = torch.arange(len(keys_of)) // (SIZES["chunk"] // SIZES["key_cluster"])
-
-    near = summaries = stage_1 = retrieved = looked_at = 0
-    for row in range(query_order.shape[0]):
-        in_sight = (keys_of > 0) & ((chunk_of < row) if causal else (chunk_of != row))
-        tokens = query_order[row][query_order[row] >= 0]
-        near += sum(int(((tokens <= token) if causal else (tokens >= 0)).sum()) for token in tokens)
-        for cluster, members in enumerate(query_order[row].view(-1, SIZES["query_cluster"])):
-            queries = int((members >= 0).sum())
-            chosen = selected[row, cluster][selected[row, cluster] >= 0].long()
-            summaries += queries * int(summaries_of[(chunk_of < row) if causal else (chunk_of != row)].sum())
-            retrieved += queries * int(keys_of[chosen].sum())
-            stage_1 += (queries > 0) * int(keys_of[in_sight].sum())
-            looked_at += queries * min(candidates * SIZES["key_cluster"], int(keys_of[in_sight].sum()))
-    assert (pairs.near, pairs.summaries, pairs.stage_1) == (near, summaries, 1.5 * stage_1)
+    found = counted(clusters, [0], candidates, causal)
+    assert (pairs.near, pairs.summaries, pairs.stage_1) == (found["near"], found["summaries"], 1.5 * found["stage_1"])
     # The formula prices the best case of a partial last cluster at its full size.
-    assert retrieved <= pairs.retrieved <= retrieved + num_tokens * SIZES["key_cluster"]
+    assert found["retrieved"] <= pairs.retrieved <= found["retrieved"] + num_tokens * SIZES["key_cluster"]
     if causal:
-        assert pairs.retrieved == retrieved
-    means = stage_1 / 2 if top_k else 0
-    assert pairs.selection == means + (looked_at / 2 if 0 < top_k < candidates else 0)
+        assert pairs.retrieved == found["retrieved"]
+    means = found["stage_1"] / 2 if top_k else 0
+    assert pairs.selection == means + (found["looked_at"] / 2 if 0 < top_k < candidates else 0)
     assert muse_pairs(num_tokens, replace(options, selection="centroid")) == replace(pairs, selection=means)
+
+
+@pytest.mark.parametrize("lengths", [[75, 20, 40], [33, 5, 1, 64], [10, 10]], ids=str)
+def test_pairs_of_packed_documents_are_those_of_their_clusters(lengths: list[int]) -> None:
+    """Documents of up to 10 tokens are exact: all their pairs are near."""
+    options = MuseOptions(**SIZES, top_k=3, candidates=5, exact_below=10)
+    pairs = [muse_pairs(length, options, has_documents=True) for length in lengths]
+    ends = torch.tensor(lengths).cumsum(0)
+    cu_seqlens = torch.cat((torch.tensor([0]), ends, ends[-1:])).int()
+    x = torch.randn(1, 1, int(ends[-1]), 4)
+    clusters = muse_clusters(x, x, cu_seqlens=cu_seqlens, **SIZES, top_k=3, exact_below=10)
+    found = counted(clusters, cu_seqlens[:-2].tolist(), 5, causal=True)
+    exact = sum(query >= key for length in lengths if length <= 10 for query in range(length) for key in range(length))
+    assert sum(each.near for each in pairs) == found["near"] + exact
+    assert sum(each.summaries for each in pairs) == found["summaries"]
+    assert sum(each.stage_1 for each in pairs) == 1.5 * found["stage_1"]
+    assert sum(each.retrieved for each in pairs) == found["retrieved"]
+    assert sum(each.selection for each in pairs) == (found["stage_1"] + found["looked_at"]) / 2
 
 
 def test_the_defaults_cost_a_tenth_of_dense() -> None:

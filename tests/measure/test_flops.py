@@ -1,14 +1,17 @@
 """The formula against torch's own counter, with attention in plain matrix products, and pairs against counting them."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from muse_lightning.attention import AttentionStrategy, Dense, SlidingWindow
-from muse_lightning.measure.flops import matrix_parameters, training_flops_per_token
+from muse_lightning.data.batches import document_lengths
+from muse_lightning.measure.flops import attention_flops_per_token, matrix_parameters, training_flops_per_token
 from muse_lightning.model import Llama, LlamaConfig, load_preset
-from tests.tiny import CONFIG, SEQ_LEN, VOCAB, tiny_muse
+from tests.tiny import CONFIG, SEQ_LEN, VOCAB, batches, tiny_muse
 
 
 class AllPairs(AttentionStrategy):
@@ -52,6 +55,30 @@ def test_pairs_counted_one_by_one(strategy, sees):
     lengths = [1, 4, 5, 6, 23]
     counted = sum(sees(i - j) for length in lengths for i in range(length) for j in range(i + 1))
     assert strategy.pairs(lengths) == counted
+
+
+@pytest.mark.parametrize("window", [None, 5], ids=["dense", "window"])
+def test_flops_of_packed_documents_by_counting_pairs(window):
+    """Each pair of a query and a key that it may see, over the whole batch."""
+    attention = Dense if window is None else partial(SlidingWindow, window=window)
+    with torch.device("meta"):
+        llama = Llama(LlamaConfig(**CONFIG), attention)
+    batch = batches(1, batch_size=3)[0]
+    lengths = document_lengths(3, SEQ_LEN, batch["cu_seqlens"])
+    position = torch.arange(3 * SEQ_LEN)
+    document = torch.searchsorted(batch["cu_seqlens"], position.int(), right=True)
+    age = position[:, None] - position
+    sees = (document[:, None] == document) & (age >= 0) & (age < (window or len(age)))
+    pairs = int(sees.sum())
+    assert len(lengths) > 5
+    # Forward a product of head_dim with each key and one with each value, 2 FLOPs a number; backward twice that.
+    heads, head_dim, layers = 4, 4, 2
+    of_attention = 3 * 2 * (2 * head_dim) * heads * layers * pairs
+    of_weights = 6 * matrix_parameters(llama) * len(position)
+    found = attention_flops_per_token(llama, lengths, has_documents=True)
+    assert found * len(position) == pytest.approx(of_attention)
+    whole = training_flops_per_token(llama, lengths, has_documents=True)
+    assert whole * len(position) == pytest.approx(of_weights + of_attention)
 
 
 def test_other_strategies_and_dense_equivalent():

@@ -9,6 +9,7 @@ import torch
 
 from muse_lightning.attention import Muse
 from muse_lightning.measure import info
+from muse_lightning.measure.flops import matrix_parameters
 from muse_lightning.model import Llama, load_preset
 
 
@@ -107,4 +108,5 @@ def test_flops_of_a_recipe_are_those_of_its_documents() -> None:
     )
     flops, dense = re.findall(r"\d\.\d+e\+\d+", whole)
     assert flops == dense
+    assert f"{1 - 6 * matrix_parameters(llama) / float(dense):.0%} of it attention" in whole
     assert float(re.findall(r"\d\.\d+e\+\d+", packed)[0]) < float(dense)

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from muse_lightning.model import RopeScaling, load_preset
 from muse_lightning.model.hf import config_to_hf
 from muse_lightning.model.rope import apply_rotary, document_positions, inverse_wavelengths, rotation
+from tests.tiny import LargestTensor
 
 
 @given(
@@ -98,6 +99,8 @@ def test_low_precision_input_is_rotated_in_float32():
     config = load_preset("demo")
     cos, sin = rotation(config, torch.arange(1000, 1064)[None])
     x = torch.randn(1, 2, 64, config.attention_head_dim).bfloat16()
-    rotated = apply_rotary(x, cos, sin)
+    with LargestTensor() as watched:
+        rotated = apply_rotary(x, cos, sin)
     assert rotated.dtype == torch.bfloat16
+    assert watched.bytes == x.nbytes, "both halves were joined in float32"
     assert torch.equal(rotated, apply_rotary(x.float(), cos, sin).bfloat16())

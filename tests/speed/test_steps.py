@@ -61,6 +61,9 @@ def test_a_recipe_beside_its_twin(muse: Muse) -> None:
     ]
     assert all(each["tokens_per_sec"] > 0 and len(each["steps"]["seconds"]) == 2 for each in timed)
     assert timed[0]["flops"] != timed[2]["flops"] == timed[2]["dense_flops"]
+    weights = {each["flops"] - each["attention_flops"] for each in timed}
+    assert len(weights) == 1, "all but attention is the same work"
+    assert weights.pop() > 0
     assert "x dense" in out
     assert "| dense | block |" in (muse.folder / "found/results.md").read_text()
     assert not (muse.folder / "runs").exists()

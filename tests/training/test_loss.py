@@ -1,13 +1,29 @@
 """Chunked loss against torch's cross entropy, and proof that the logits of all tokens never exist."""
 
+import math
+from functools import cache, partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
-from muse_lightning.training.loss import next_token_nats
+import muse_lightning.training.loss as loss
+from muse_lightning.training.loss import next_token_nats, total_nats
 from tests.tiny import LargestTensor
 
 VOCAB, HIDDEN = 37, 12
+
+
+@pytest.fixture(params=["plain", "traced", pytest.param("compiled", marks=pytest.mark.slow)])
+def way(request, monkeypatch):
+    """Keywords that choose what follows the matrix product: plain, compiled, or compiled without a C compiler."""
+    torch._dynamo.reset()
+    counters.clear()
+    if request.param == "traced":
+        monkeypatch.setattr(loss, "_compiled_nats", cache(partial(torch.compile, loss._nats, backend="aot_eager")))
+    yield {"compiled": request.param != "plain"}
+    torch._dynamo.reset()
 
 
 def problem(shape=(3, 11), dtype=torch.float64, ignored=0.3, vocab=VOCAB, width=HIDDEN):
@@ -26,29 +42,62 @@ def reference(hidden, weight, labels):
 
 @pytest.mark.parametrize("chunk", [1, 4, 33, 1000], ids=lambda chunk: f"chunk{chunk}")
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0], ids=lambda share: f"ignored{share}")
-def test_equals_cross_entropy_with_gradients(chunk, ignored):
+def test_equals_cross_entropy_with_gradients(chunk, ignored, way):
     hidden, weight, labels = problem(ignored=ignored)
-    factors = torch.rand(labels.shape, dtype=torch.float64)
     expected = reference(hidden, weight, labels)
-    expected_gradients = torch.autograd.grad((expected * factors).sum(), (hidden, weight))
+    expected_gradients = torch.autograd.grad(0.3 * expected.sum(), (hidden, weight))
 
-    nats = next_token_nats(hidden, weight, labels, chunk=chunk)
-    gradients = torch.autograd.grad((nats * factors).sum(), (hidden, weight))
+    nats = next_token_nats(hidden, weight, labels, chunk=chunk, **way)
+    total = total_nats(hidden, weight, labels, chunk=chunk, **way)
+    gradients = torch.autograd.grad(0.3 * total, (hidden, weight))
 
-    torch.testing.assert_close(nats, expected)
+    torch.testing.assert_close(nats, expected.detach())
+    torch.testing.assert_close(total, expected.sum())
     torch.testing.assert_close(gradients, expected_gradients)
     assert (nats[labels == -100] == 0).all()
+    assert not nats.requires_grad
 
 
-def test_gradcheck():
-    hidden, weight, labels = problem(shape=(2, 3), vocab=5, width=3)
-    assert torch.autograd.gradcheck(lambda h, w: next_token_nats(h, w, labels, chunk=4), (hidden, weight))
+def test_a_last_chunk_of_any_length_takes_one_more_compilation(way):
+    for tokens in (10, 12, 13, 19):
+        hidden, weight, labels = problem(shape=(tokens,))
+        total_nats(hidden, weight, labels, chunk=5, **way).backward()
+    assert counters["stats"]["unique_graphs"] == (2 if way["compiled"] else 0)
+    next_token_nats(*problem(shape=(13,)), chunk=5, **way)
+    assert counters["stats"]["unique_graphs"] <= (4 if way["compiled"] else 0)
+    assert not counters["graph_break"]
+
+
+def test_labels_that_are_all_but_certain_keep_their_gradient(way):
+    """Of softmax - 1 nothing would be left if softmax were rounded to bf16 first."""
+    hidden = torch.tensor([[8.0, 0, 0, 0]], requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total_nats(hidden, torch.eye(4), torch.tensor([0]), chunk=1, **way).backward()
+    rest = math.exp(-8)
+    exact = torch.tensor([[-3 * rest, rest, rest, rest]]) / (1 + 3 * rest)
+    torch.testing.assert_close(hidden.grad, exact, rtol=2**-8, atol=0)
+
+
+def test_nothing_is_saved_without_grad_mode(monkeypatch):
+    monkeypatch.setattr(loss._TotalNats, "apply", None)
+    hidden, weight, labels = problem()
+    with torch.no_grad():
+        total = total_nats(hidden, weight, labels, chunk=8)
+    torch.testing.assert_close(total, reference(hidden, weight, labels).sum().detach())
+    assert not total.requires_grad
+
+
+def test_a_second_backward_pass_is_refused():
+    total = total_nats(*problem(), chunk=8)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_no_tensor_of_all_logits():
     hidden, weight, labels = problem(shape=(4, 64))
     with LargestTensor() as watched:
-        next_token_nats(hidden, weight, labels, chunk=16).sum().backward()
+        total_nats(hidden, weight, labels, chunk=16).backward()
     assert watched.elements == max(4 * 64 * HIDDEN, 16 * VOCAB)
     assert watched.elements < 4 * 64 * VOCAB
 
@@ -57,16 +106,18 @@ def test_no_tensor_of_all_logits():
     assert unchunked.elements == 4 * 64 * VOCAB, "the watcher must see what it is there to see"
 
 
-def test_autocast_uses_its_precision_and_keeps_float32_gradients():
+def test_autocast_uses_its_precision_and_keeps_float32_gradients(way):
     hidden, weight, labels = problem(shape=(2, 16), dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        nats = next_token_nats(hidden, weight, labels, chunk=5)
+        nats = next_token_nats(hidden, weight, labels, chunk=5, **way)
+        total = total_nats(hidden, weight, labels, chunk=5, **way)
         logits = F.linear(hidden, weight)  # bf16, by autocast
-    nats.sum().backward()
+    total.backward()
 
     expected = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-    assert nats.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
-    torch.testing.assert_close(nats, expected)
+    assert nats.dtype == total.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(nats, expected.detach())
+    torch.testing.assert_close(total, expected.sum())
     exact = torch.autograd.grad(reference(hidden, weight, labels).sum(), (hidden, weight))
     # bf16 has 8 bits of mantissa: a product of a few rounded factors is off by a few times 2^-8.
     for gradient, right in zip((hidden.grad, weight.grad), exact, strict=True):
@@ -78,7 +129,7 @@ def test_tied_weight_collects_both_gradients():
     tokens = torch.randint(VOCAB, labels.shape, generator=torch.Generator().manual_seed(1))
     expected = torch.autograd.grad(reference(F.embedding(tokens, weight).tanh(), weight, labels).sum(), weight)
     hidden = F.embedding(tokens, weight).tanh()
-    gradient = torch.autograd.grad(next_token_nats(hidden, weight, labels, chunk=7).sum(), weight)
+    gradient = torch.autograd.grad(total_nats(hidden, weight, labels, chunk=7), weight)
     torch.testing.assert_close(gradient, expected)
 
 
@@ -87,7 +138,7 @@ def test_gradient_only_where_asked(frozen):
     hidden, weight, labels = problem()
     tensors = {"hidden": hidden, "weight": weight}
     tensors[frozen] = tensors[frozen].detach()
-    next_token_nats(tensors["hidden"], tensors["weight"], labels, chunk=8).sum().backward()
+    total_nats(tensors["hidden"], tensors["weight"], labels, chunk=8).backward()
     assert [tensor.grad is None for tensor in (hidden, weight)] == [frozen == "hidden", frozen == "weight"]
 
 
@@ -100,37 +151,51 @@ def test_gradient_only_where_asked(frozen):
     ],
     ids=["chunk", "labels", "head"],
 )
-def test_bad_arguments(change, message):
+@pytest.mark.parametrize("function", [next_token_nats, total_nats])
+def test_bad_arguments(function, change, message):
     hidden, weight, labels = problem()
     arguments = {"hidden": hidden, "head_weight": weight, "labels": labels, "chunk": 8} | change
     with pytest.raises(ValueError, match=message):
-        next_token_nats(**arguments)
+        function(**arguments)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_under_autocast():
-    hidden, weight, labels = (tensor.detach().cuda() for tensor in problem(shape=(4, 256)))
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_on_a_gpu_under_autocast(dtype, compiled):
+    hidden, weight, labels = (tensor.detach().cuda() for tensor in problem(shape=(4, 256), vocab=1000, width=64))
     exact_hidden, exact_weight = hidden.requires_grad_(), weight.requires_grad_()
     expected = reference(exact_hidden, exact_weight, labels)
     gradients = torch.autograd.grad(expected.sum(), (exact_hidden, exact_weight))
     low_hidden, low_weight = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight))
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        nats = next_token_nats(low_hidden, low_weight, labels, chunk=100)
-    nats.sum().backward()
+    with torch.autocast("cuda", dtype=dtype):
+        nats = next_token_nats(low_hidden, low_weight, labels, chunk=100, compiled=compiled)
+        total = total_nats(low_hidden, low_weight, labels, chunk=100, compiled=compiled)
+    total.backward()
     assert (nats - expected).norm() < 4 * 2**-8 * expected.norm()
+    torch.testing.assert_close(total, nats.sum())
     for gradient, right in zip((low_hidden.grad, low_weight.grad), gradients, strict=True):
+        assert gradient.dtype == torch.float32
         assert (gradient - right).norm() < 4 * 2**-8 * right.norm()
 
 
 @pytest.mark.gpu
-def test_memory_on_a_gpu_is_that_of_a_chunk():
-    num_tokens, vocab, width, chunk = 16384, 32768, 64, 512
+@pytest.mark.parametrize(("compiled", "bytes_per_logit"), [(False, 10), (True, 2)], ids=["plain", "compiled"])
+def test_memory_on_a_gpu_is_that_of_a_chunk(compiled, bytes_per_logit):
+    num_tokens, vocab, width, chunk = 16384, 32768, 64, 2048
     hidden = torch.randn(num_tokens, width, device="cuda", requires_grad=True)
     weight = torch.randn(vocab, width, device="cuda", requires_grad=True)
     labels = torch.randint(vocab, (num_tokens,), device="cuda")
+
+    def run():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            total_nats(hidden, weight, labels, chunk=chunk, compiled=compiled).backward()
+        hidden.grad = weight.grad = None
+
+    run()  # compiles, and takes what cuBLAS needs
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    next_token_nats(hidden, weight, labels, chunk=chunk).sum().backward()
+    run()
     grown = torch.cuda.max_memory_allocated() - before
-    # Logits of a chunk in float32 and a few tensors of their size, beside the gradients; all logits would be 2 GiB.
-    assert grown < 5 * chunk * vocab * 4 + 3 * (hidden.nbytes + weight.nbytes)
+    # The logits of a chunk, beside the gradients and the head in bf16; all logits in bf16 would be 1 GiB.
+    assert grown < bytes_per_logit * chunk * vocab + 2 * (hidden.nbytes + weight.nbytes)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from torch._dynamo.utils import counters
 
 import muse_lightning.training.module as module
 from muse_lightning.attention import Dense, Muse, SlidingWindow, SpatialBlocks
@@ -160,12 +161,46 @@ def test_predictions_are_log_likelihoods(tmp_path):
         assert (result["log_likelihood"][batch["labels"] == -100] == 0).all()
 
 
+def test_what_is_computed_again_is_compiled(monkeypatch):
+    """In the other order nothing could be left out of it (parallelize.py)."""
+    called = []
+    for name in ("recompute_in_backward", "compile_around_attention"):
+        monkeypatch.setattr(module, name, lambda *arguments, name=name: called.append(name))
+    tiny_model(recompute="keep_attention", compiled=True)
+    assert called == ["recompute_in_backward", "compile_around_attention"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residual_dtype", ["parameters", "autocast"])
+def test_compiled_trains_and_validates_like_plain(tmp_path, residual_dtype):
+    torch._dynamo.reset()
+    counters.clear()
+    found = []
+    for compiled in (False, True):
+        options = {"recompute": "keep_attention", "residual_dtype": residual_dtype, "loss_chunk": 40}
+        L.seed_everything(1, verbose=False)
+        trainer = tiny_trainer(tmp_path / str(compiled), precision="bf16-mixed", val_check_interval=2)
+        trainer.fit(tiny_model(compiled=compiled, **options), TinyData(batches(4), batches(1)))
+        logged = scalars(trainer)
+        found.append([value for tag in ("train/loss", "val/loss") for _, value in logged[tag]])
+    assert len(found[0]) == 4 + 2
+    # bf16 rounds elsewhere where operations are fused.
+    assert found[1] == pytest.approx(found[0], rel=2**-8)
+    # Before and after attention and the loss, each with gradients and without; the loss of the last chunk, 16 of 40.
+    assert counters["stats"]["unique_graphs"] <= 2 * 2 + 2 * 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("residual_dtype", ["parameters", "autocast"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_low_precision(tmp_path, precision):
+def test_low_precision(tmp_path, precision, residual_dtype):
     trainer = tiny_trainer(tmp_path, max_steps=6, precision=precision, gradient_clip_val=1.0)
-    model = tiny_model(attention=tiny_muse)
+    model = tiny_model(attention=tiny_muse, residual_dtype=residual_dtype)
+    stream = set()
+    model.llama.model.norm.register_forward_pre_hook(lambda _, args: stream.add(args[0].dtype))
     data = batches(1) * 6
     trainer.fit(model, TinyData(data, data[:1]))
+    assert stream == {torch.float32 if (precision, residual_dtype) == ("bf16-mixed", "parameters") else torch.bfloat16}
     found = losses(trainer)
     assert model.llama.lm_head.weight.dtype == (torch.float32 if precision == "bf16-mixed" else torch.bfloat16)
     assert all(map(math.isfinite, found))
@@ -216,15 +251,29 @@ def test_a_checkpoint_of_dense_continues_with_any_strategy(tmp_path, attention):
     assert scalars(trainer)["train/tokens"][-1][1] == 6 * 2 * SEQ_LEN
 
 
-def test_resuming_equals_an_uninterrupted_run(tmp_path):
-    whole = checkpointed(tmp_path / "whole", tiny_model(learning_rate=3e-3, warmup_steps=3), steps=8)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_equals_an_uninterrupted_run(tmp_path, optimizer):
+    options = {"optimizer": optimizer, "learning_rate": 3e-3, "warmup_steps": 3}
+    whole_model, model = tiny_model(**options), tiny_model(**options)
+    whole = checkpointed(tmp_path / "whole", whole_model, steps=8)
     rest = tiny_trainer(tmp_path / "rest", max_steps=8)
-    rest.fit(
-        tiny_model(learning_rate=3e-3, warmup_steps=3),
-        TinyData(batches(8)),
-        ckpt_path=tmp_path / "whole" / "epoch=0-step=4.ckpt",
-    )
+    rest.fit(model, TinyData(batches(8)), ckpt_path=tmp_path / "whole" / "epoch=0-step=4.ckpt")
     assert losses(rest) == losses(whole)[4:]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole_model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("found", "wanted"), [("adamw", "muon"), ("muon", "adamw")])
+def test_a_checkpoint_of_the_other_optimizer(tmp_path, found, wanted):
+    checkpointed(tmp_path, tiny_model(optimizer=found))
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    model = tiny_model(optimizer=wanted)
+    with pytest.raises(UserError) as error:
+        tiny_trainer(tmp_path).fit(model, TinyData(batches(1)), ckpt_path=path)
+    assert str(error.value) == (
+        f"model.optimizer is {wanted}, and checkpoint {path} was trained with {found}; accepted: {found}, "
+        f"or model.weights: {path} in place of the checkpoint, which starts anew from its weights"
+    )
+    tiny_trainer(tmp_path).validate(model, TinyData([], batches(1)), ckpt_path=path, verbose=False)
 
 
 def test_the_recipe_wins_over_the_checkpoint(tmp_path, monkeypatch):
@@ -285,8 +334,11 @@ def test_max_steps_is_needed(tmp_path):
         ({"tokenizer_size": 33}, "model.config.vocab_size is 32; the tokenizer has 33 ids, so at least 33 are needed"),
         ({"seq_len": 65}, "data.seq_len is 65; model.config.max_position_embeddings allows at most 64"),
         ({"learning_rate": 0.0}, "model.learning_rate is 0.0; accepted: above 0"),
+        ({"optimizer": "sgd"}, "model.optimizer is 'sgd'; accepted: adamw or muon"),
+        ({"momentum": 1.0}, "model.momentum is 1.0; accepted: at least 0 and below 1"),
         ({"betas": (0.9, 1.0)}, "model.betas is (0.9, 1.0); accepted: at least 0 and below 1, both"),
         ({"schedule": "linear"}, "model.schedule is 'linear'; accepted: cosine or wsd"),
+        ({"residual_dtype": "bf16"}, "model.residual_dtype is 'bf16'; accepted: parameters or autocast"),
         ({"min_lr_ratio": 1.5}, "model.min_lr_ratio is 1.5; accepted: between 0 and 1"),
         ({"loss_chunk": 0}, "model.loss_chunk is 0; accepted: at least 1"),
     ],
