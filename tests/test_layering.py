@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *(f"data.{module}" for module in ("card", "filesystems", "ledger", "token_bytes", "tokenizer")),
     }
     | OPEN_TO_ALL,
-    "parallelize": {"model", "attention", *OPERATORS} | OPEN_TO_ALL,
+    "tiles": set(),
+    "parallelize": {"model", "attention", "tiles", *OPERATORS} | OPEN_TO_ALL,
     # What a recipe takes depends on what is recomputed.
     "measure": {"parallelize", "model", "attention", "pretrained", *OPERATORS} | OPEN_TO_ALL,
     "training": TRAINING | OPEN_TO_ALL,
@@ -51,6 +52,7 @@ EXTERNAL: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "safe_path": set(),
+    "tiles": {"torch"},
     "cli": set(),
 }
 # Imports inside functions: the command line starts quickly by them, and a package that need not be there needs them.

@@ -18,7 +18,7 @@ from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
-from muse_lightning.parallelize import Recompute, compile_around_attention, recompute_in_backward
+from muse_lightning.parallelize import Recompute, compile_around_attention, recompute_in_backward, tile_feed_forward
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.log_step import ends_step, is_log_step
@@ -41,6 +41,10 @@ class LanguageModel(L.LightningModule):
         recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: far less
             memory for about a third more work; "keep_attention" also keeps what goes into and comes out of attention,
             its dearest part on long contexts; "none" keeps everything.
+        recompute_every: `recompute` is for one block in so many; the others keep everything. Larger is faster until the
+            device is full.
+        mlp_tiles: pieces of the tokens that the feed-forward network runs over, so that what lies inside it exists for
+            one piece at a time. More take less memory; the network is computed again in the backward pass.
         compiled: compile what lies before and after attention in each block with torch.compile. The first step is slow;
             needs a C compiler.
         learning_rate: the peak, reached after the warm-up.
@@ -71,6 +75,8 @@ class LanguageModel(L.LightningModule):
         config: LlamaConfig,
         attention: Callable[[int], AttentionStrategy] = Dense,
         recompute: Recompute = "none",
+        recompute_every: int = 1,
+        mlp_tiles: int = 1,
         compiled: bool = False,
         learning_rate: float = 3e-4,
         weight_decay: float = 0.1,
@@ -89,6 +95,8 @@ class LanguageModel(L.LightningModule):
         super().__init__()
         self.config = config
         self.recompute: Recompute = recompute
+        self.recompute_every = recompute_every
+        self.mlp_tiles = mlp_tiles
         self.compiled = compiled
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -109,8 +117,9 @@ class LanguageModel(L.LightningModule):
         with torch.device("meta"):
             self.llama = Llama(config, attention)
         if compiled:
-            compile_around_attention(self.llama)
-        recompute_in_backward(self.llama, recompute)
+            compile_around_attention(self.llama, has_tiles=mlp_tiles > 1)
+        tile_feed_forward(self.llama, mlp_tiles)
+        recompute_in_backward(self.llama, recompute, recompute_every)
         self._check_sizes()
         self.has_trained = False
         """Whether a training step was begun in this process."""
@@ -282,6 +291,8 @@ class LanguageModel(L.LightningModule):
             "schedule": (self.schedule in ("cosine", "wsd"), "cosine or wsd"),
             "decay_fraction": (0 <= self.decay_fraction <= 1, "between 0 and 1"),
             "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "between 0 and 1"),
+            "recompute_every": (self.recompute_every >= 1, "at least 1"),
+            "mlp_tiles": (self.mlp_tiles >= 1, "at least 1"),
             "loss_chunk": (self.loss_chunk >= 1, "at least 1"),
             "exact_val_batches": (self.exact_val_batches >= 0, "at least 0"),
         }
