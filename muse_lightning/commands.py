@@ -29,8 +29,9 @@ from muse_lightning.configuration.redact import without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
 from muse_lightning.data.ledger import FOLDER_NAME
 from muse_lightning.errors import UserError, find_cause, reason_of
-from muse_lightning.measure.info import environment, machine_report, recipe_report
+from muse_lightning.measure.info import environment, machine_report
 from muse_lightning.training.module import LanguageModel
+from muse_lightning.training.recipe_report import recipe_report
 from muse_lightning.training.run_folder import RunFolder
 from muse_lightning.training.weights import check_checkpoint, check_weights
 
@@ -313,12 +314,10 @@ def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str
     print(machine_report())
     print(
         recipe_report(
-            cli.model.llama,
+            cli.model,
             batch_size=cli.config.data.batch_size,
             seq_len=cli.config.data.seq_len,
             accumulate=cli.config.trainer.accumulate_grad_batches,
-            loss_chunk=cli.model.loss_chunk,
-            recompute=cli.model.recompute,
             precision=cli.config.trainer.precision,
             has_documents=cli.config.data.document_mask,
         )

@@ -10,8 +10,8 @@ import torch
 from muse_lightning.attention import Dense
 from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.measure.flops import training_flops_per_token
-from muse_lightning.measure.info import GIB, MIXED_DTYPES, TRUE_DTYPES, attention_kernels, devices
-from muse_lightning.measure.memory import step_memory
+from muse_lightning.measure.info import GIB, attention_kernels, devices
+from muse_lightning.training.memory import PHASES, step_memory
 from muse_lightning.training.module import LanguageModel
 
 ASSUMED_UTILISATION = 0.4
@@ -70,18 +70,16 @@ def _devices(trainer: L.Trainer) -> Iterator[str]:
 
 
 def _memory(trainer: L.Trainer, module: LanguageModel, batch_size: int, seq_len: int) -> Iterator[str]:
-    precision = str(trainer.precision)
     needed = step_memory(
-        module.config,
-        lambda layer: module.llama.blocks[layer].self_attn.attention,
+        module,
         batch_size=batch_size,
         seq_len=seq_len,
-        loss_chunk=module.loss_chunk,
-        recompute=module.recompute,
-        dtype=TRUE_DTYPES.get(precision, torch.float32),
-        autocast=MIXED_DTYPES.get(precision),
+        accumulate=trainer.accumulate_grad_batches,
+        precision=trainer.precision,
+        device_type="cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
     )
-    yield f"memory: about {needed.total / GIB:.1f} GiB per device and attention's workspace, nothing sharded"
+    when = f"at the peak, in the {PHASES[needed.phase]}"
+    yield f"memory: about {needed.total / GIB:.1f} GiB per device {when}; nothing sharded"
 
 
 def _data(trainer: L.Trainer, tokens_per_step: int) -> Iterator[str]:

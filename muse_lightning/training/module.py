@@ -92,7 +92,9 @@ class LanguageModel(L.LightningModule):
         seq_len: int | None = None,
         tokenizer_size: int | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self._arguments = arguments
         self.config = config
         self.recompute: Recompute = recompute
         self.recompute_every = recompute_every
@@ -129,6 +131,14 @@ class LanguageModel(L.LightningModule):
         self._eval_totals = Totals()
         self._exact_totals = Totals()
         self._token_bytes: Tensor | None = None
+
+    def twin(self, **changes: Any) -> Self:
+        """A model of the same options but for some, with no weights yet.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        return type(self)(**(self._arguments | changes))
 
     def configure_model(self) -> None:
         """Allocate and fill the weights, on the current default device; nothing if that has been done."""
