@@ -1,6 +1,6 @@
 """A function of single tokens run over pieces of them, so that what lies inside it exists for one piece at a time.
 
-Own code because `torch.utils.checkpoint` for each piece, inside a block that is computed again as a whole, would compute
+Own code because `torch.utils.checkpoint` for each piece, in a block that is computed again as a whole, would compute
 all pieces but one a third time.
 """
 
