@@ -1,6 +1,6 @@
 """What is applied to a model from outside: what is computed again in the backward pass, tiles, and compilation.
 
-In this order: `compile_around_attention`, `tile_feed_forward`, `recompute_in_backward`.
+In this order: `compile_around_attention`, `tile_feed_forward`, `recompute_in_backward`, `offload_kept`.
 """
 
 from functools import partial
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from muse_lightning.model.llama import Block, Llama
+from muse_lightning.offload import Offload
 from muse_lightning.tiles import in_tiles
 
 Recompute = Literal["none", "keep_attention", "block"]
@@ -33,6 +34,20 @@ def recompute_in_backward(llama: Llama, policy: Recompute, every: int = 1) -> No
     for block in llama.blocks[::every]:
         for name in {"none": (), "keep_attention": _AROUND_ATTENTION, "block": ("forward",)}[policy]:
             setattr(block, name, partial(checkpoint, getattr(block, name), use_reentrant=False))
+
+
+def offload_kept(llama: Llama, every: int = 1) -> Offload:
+    """Keep on the host what blocks that are computed again keep: their inputs; with "keep_attention" also what goes into
+    and comes out of attention.
+
+    Args:
+        llama: changed in place; its state dict is not.
+        every: as given to `recompute_in_backward`.
+    """
+    offload = Offload()
+    for index, block in enumerate(llama.blocks[::every]):
+        block.forward = partial(offload.run, block.forward, index == 0)  # type: ignore[method-assign]
+    return offload
 
 
 def tile_feed_forward(llama: Llama, tiles: int) -> None:

@@ -17,6 +17,7 @@ from muse_kernels.attention.options import ResolvedOptions
 from muse_lightning.data.batches import Batch
 from muse_lightning.measure.info import MIB, MIXED_DTYPES, TRUE_DTYPES
 from muse_lightning.measure.live_memory import LiveMemory
+from muse_lightning.offload import Transfers
 from muse_lightning.training.module import LanguageModel
 
 if HAS_TRITON:
@@ -94,6 +95,8 @@ def step_memory(
     twin = model.twin(compiled=False, weights=None, seq_len=None, tokenizer_size=None)
     with FakeTensorMode(), default_dtype(dtype), _fused_norms() if on_gpu else nullcontext():
         parameters = _without_content(twin)
+        if on_gpu and twin.offloading is not None:
+            twin.offloading.transfers = _ToNowhere()
         for parameter in parameters:
             live.label("parameters", parameter)
             live.add("optimizer", ADAMW_MOMENTS * parameter.nbytes)
@@ -137,6 +140,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class _ToNowhere(Transfers):
+    """Of a simulated GPU: what is on the host does not count."""
+
+    def to_host(self, x: Tensor) -> tuple[Tensor, None]:
+        return torch.empty_like(x, device="meta"), None
+
+    def to_device(self, host: Tensor, device: torch.device) -> tuple[Tensor, None]:
+        return torch.empty_like(host, device=device), None
 
 
 def _workspace_of_attention(func: Any, args: tuple[Any, ...]) -> int:

@@ -18,7 +18,13 @@ from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
-from muse_lightning.parallelize import Recompute, compile_around_attention, recompute_in_backward, tile_feed_forward
+from muse_lightning.parallelize import (
+    Recompute,
+    compile_around_attention,
+    offload_kept,
+    recompute_in_backward,
+    tile_feed_forward,
+)
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.log_step import ends_step, is_log_step
@@ -43,6 +49,8 @@ class LanguageModel(L.LightningModule):
             its dearest part on long contexts; "none" keeps everything.
         recompute_every: `recompute` is for one block in so many; the others keep everything. Larger is faster until the
             device is full.
+        offload: keep in the host's memory what blocks that are computed again keep; it comes and goes while the device
+            computes. It takes that memory on the host, pinned, instead.
         mlp_tiles: pieces of the tokens that the feed-forward network runs over, so that what lies inside it exists for
             one piece at a time. More take less memory; the network is computed again in the backward pass.
         compiled: compile what lies before and after attention in each block with torch.compile. The first step is slow;
@@ -76,6 +84,7 @@ class LanguageModel(L.LightningModule):
         attention: Callable[[int], AttentionStrategy] = Dense,
         recompute: Recompute = "none",
         recompute_every: int = 1,
+        offload: bool = False,
         mlp_tiles: int = 1,
         compiled: bool = False,
         learning_rate: float = 3e-4,
@@ -98,6 +107,7 @@ class LanguageModel(L.LightningModule):
         self.config = config
         self.recompute: Recompute = recompute
         self.recompute_every = recompute_every
+        self.offload = offload
         self.mlp_tiles = mlp_tiles
         self.compiled = compiled
         self.learning_rate = learning_rate
@@ -122,6 +132,7 @@ class LanguageModel(L.LightningModule):
             compile_around_attention(self.llama, has_tiles=mlp_tiles > 1)
         tile_feed_forward(self.llama, mlp_tiles)
         recompute_in_backward(self.llama, recompute, recompute_every)
+        self.offloading = offload_kept(self.llama, recompute_every) if offload else None
         self._check_sizes()
         self.has_trained = False
         """Whether a training step was begun in this process."""
@@ -309,6 +320,8 @@ class LanguageModel(L.LightningModule):
         for name, (is_accepted, text) in accepted.items():
             if not is_accepted:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; accepted: {text}")
+        if self.offload and self.recompute == "none":
+            raise UserError("model.offload is true; accepted with model.recompute block or keep_attention, found none")
 
     def _check_sizes(self) -> None:
         config = self.config

@@ -27,6 +27,7 @@ LEVERS: list[dict[str, Any]] = [
     {"recompute": "keep_attention"},
     {"recompute": "block", "recompute_every": 2},
     {"recompute": "block", "mlp_tiles": 4},
+    {"recompute": "keep_attention", "offload": True},
     {"mlp_tiles": 4, "loss_chunk": 64},
 ]
 SHORT = [",".join(f"{name}={value}" for name, value in levers.items()) or "none" for levers in LEVERS]
@@ -147,6 +148,18 @@ def test_a_fused_norm_keeps_its_input_and_a_number_a_token(dtype: torch.dtype) -
     out.sum().backward()
     assert norm.weight.grad is not None
     assert torch.equal(norm(x), expected)
+
+
+def test_on_a_simulated_gpu_what_is_on_the_host_does_not_count() -> None:
+    """Two blocks' inputs of six are on the device; the peak is in the backward pass of the last."""
+    options = {"recompute": "block", "layers": 6, "loss_chunk": 64}
+    without, with_offload = (
+        predicted(a_model(**options, offload=offload), seq_len=2048, accumulate=2, device_type="cuda")
+        for offload in (False, True)
+    )
+    hidden = BATCH_SIZE * 2048 * load_preset("demo").hidden_size * 4
+    assert without.phase == with_offload.phase == "backward"
+    assert without.total - with_offload.total == pytest.approx(4 * hidden, rel=0.02)
 
 
 def test_the_workspace_of_attention_counts_while_it_runs() -> None:

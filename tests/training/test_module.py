@@ -290,6 +290,10 @@ def test_max_steps_is_needed(tmp_path):
         ({"min_lr_ratio": 1.5}, "model.min_lr_ratio is 1.5; accepted: between 0 and 1"),
         ({"loss_chunk": 0}, "model.loss_chunk is 0; accepted: at least 1"),
         ({"recompute_every": 0}, "model.recompute_every is 0; accepted: at least 1"),
+        (
+            {"offload": True},
+            "model.offload is true; accepted with model.recompute block or keep_attention, found none",
+        ),
         ({"mlp_tiles": 0}, "model.mlp_tiles is 0; accepted: at least 1"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
