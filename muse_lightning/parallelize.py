@@ -37,7 +37,7 @@ def recompute_in_backward(llama: Llama, policy: Recompute, every: int = 1) -> No
 
 
 def offload_kept(llama: Llama, every: int = 1) -> Offload:
-    """Keep on the host what blocks that are computed again keep: their inputs; with "keep_attention" also what goes into
+    """Keep on the host what blocks that are computed again keep: their inputs; with "keep_attention", what goes into
     and comes out of attention.
 
     Args:
