@@ -70,9 +70,10 @@ class LiveMemory(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device.type == self._device_type:
+            if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                if storage._cdata not in self._known:
+                # The device last: of a tensor without content it takes long to ask.
+                if storage._cdata not in self._known and leaf.device.type == self._device_type:
                     self._remember(storage, self.kind)
         self._look(self._temporary(func, args))
         return result
