@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from muse_lightning.attention import Dense
+from muse_lightning.errors import UserError
 from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.measure.flops import training_flops_per_token
 from muse_lightning.measure.info import GIB, attention_kernels, devices
@@ -70,14 +71,19 @@ def _devices(trainer: L.Trainer) -> Iterator[str]:
 
 
 def _memory(trainer: L.Trainer, module: LanguageModel, batch_size: int, seq_len: int) -> Iterator[str]:
-    needed = step_memory(
-        module,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        accumulate=trainer.accumulate_grad_batches,
-        precision=trainer.precision,
-        device_type="cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
-    )
+    try:
+        needed = step_memory(
+            module,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            accumulate=trainer.accumulate_grad_batches,
+            precision=trainer.precision,
+            device_type="cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
+        )
+    except UserError as error:
+        # It may train all the same.
+        yield f"memory: {error}"
+        return
     when = f"at the peak, in the {PHASES[needed.phase]}"
     yield f"memory: about {needed.total / GIB:.1f} GiB per device {when}; nothing sharded"
 

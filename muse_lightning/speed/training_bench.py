@@ -136,14 +136,7 @@ def time_variants(cli: MuseCLI, bench: TrainingBench) -> Iterator[Timed]:
                 tokens = sum(lengths) * trainer["accumulate_grad_batches"]
                 per_token = training_flops_per_token(model.llama, lengths, has_documents=has_documents)
                 dense = training_flops_per_token(model.llama, lengths, [Dense(0)])
-                predicted = step_memory(
-                    model,
-                    batch_size=data.batch_size,
-                    seq_len=data.seq_len,
-                    accumulate=trainer["accumulate_grad_batches"],
-                    precision=trainer["precision"],
-                    device_type="cuda" if torch.cuda.is_available() else "cpu",
-                )
+                predicted = _predicted(model, data, trainer)
                 timed = Timed(attention, recompute, tokens, per_token * tokens, dense * tokens, predicted=predicted)
                 try:
                     timed = replace(timed, steps=time_steps(model, trainer, batch, bench.warmup, bench.steps))
@@ -153,6 +146,21 @@ def time_variants(cli: MuseCLI, bench: TrainingBench) -> Iterator[Timed]:
                 del model
                 gc.collect()
                 yield timed
+
+
+def _predicted(model: LanguageModel, data: Namespace, trainer: dict[str, Any]) -> StepMemory | None:
+    """Memory of a step; None where the attention strategy lets nobody tell."""
+    try:
+        return step_memory(
+            model,
+            batch_size=data.batch_size,
+            seq_len=data.seq_len,
+            accumulate=trainer["accumulate_grad_batches"],
+            precision=trainer["precision"],
+            device_type="cuda" if torch.cuda.is_available() else "cpu",
+        )
+    except UserError:
+        return None
 
 
 def make_variant(cli: MuseCLI, attention: str, recompute: Recompute) -> LanguageModel:

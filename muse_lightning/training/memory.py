@@ -8,13 +8,18 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.autograd.function import once_differentiable
 
 from muse_kernels.attention.chunks import num_rows
 from muse_kernels.attention.op import HAS_TRITON
 from muse_kernels.attention.options import ResolvedOptions
 from muse_lightning.data.batches import Batch
+from muse_lightning.errors import UserError, reason_of
 from muse_lightning.measure.info import MIB, MIXED_DTYPES, TRUE_DTYPES
 from muse_lightning.measure.live_memory import LiveMemory
 from muse_lightning.offload import Transfers
@@ -87,37 +92,57 @@ def step_memory(
         accumulate: micro-batches of a step: from the second on all gradients are there.
         precision: Lightning's name of it.
         device_type: "cuda" has fused norms, and workspaces of attention's kernels; "cpu" PyTorch's operations alone.
+    Raises:
+        UserError: the attention strategy reads values of tensors.
     """
     on_gpu = device_type == "cuda"
     autocast = MIXED_DTYPES.get(str(precision))
     live = LiveMemory("cpu", _workspace_of_attention if on_gpu else lambda *_: 0)
     dtype = TRUE_DTYPES.get(str(precision), torch.float32)
     twin = model.twin(compiled=False, weights=None, seq_len=None, tokenizer_size=None)
-    with FakeTensorMode(), default_dtype(dtype), _fused_norms() if on_gpu else nullcontext():
-        parameters = _without_content(twin)
-        if on_gpu and twin.offloading is not None:
-            twin.offloading.transfers = _ToNowhere()
-        for parameter in parameters:
-            live.label("parameters", parameter)
-            live.add("optimizer", ADAMW_MOMENTS * parameter.nbytes)
-            # Those of the step before, or of the micro-batch before.
-            parameter.grad = torch.empty_like(parameter)
-            live.label("gradients", parameter.grad)
-            parameter.register_post_accumulate_grad_hook(lambda p: live.label("gradients", p.grad))
-        twin.llama.model.register_forward_hook(lambda *_: setattr(live, "kind", "loss"))
-        with live:
-            live.kind = "forward"
-            input_ids, labels = (torch.zeros(batch_size, seq_len, dtype=torch.int64) for _ in range(2))
-            with torch.autocast("cpu", autocast) if autocast else nullcontext():
-                loss = twin.token_nats(Batch(input_ids=input_ids, labels=labels)).sum() / (batch_size * seq_len)
-            if accumulate == 1:
-                # Lightning clears gradients here, not before the forward pass.
-                for parameter in parameters:
-                    parameter.grad = None
-            live.kind = "backward"
-            loss.backward()
+    try:
+        with FakeTensorMode(), default_dtype(dtype), _fused_norms() if on_gpu else nullcontext():
+            _take_step(twin, live, batch_size, seq_len, accumulate, autocast, on_gpu)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        name = type(twin.llama.blocks[0].self_attn.attention).__name__
+        raise UserError(
+            f"memory cannot be predicted, for {name} reads values of tensors: {reason_of(error)}"
+        ) from error
     parts = {name: live.at_peak[name] for name in StepMemory.__dataclass_fields__ if name != "phase"}
     return StepMemory(**parts, phase=live.kind_at_peak)  # type: ignore[arg-type]
+
+
+def _take_step(
+    twin: LanguageModel,
+    live: LiveMemory,
+    batch_size: int,
+    seq_len: int,
+    accumulate: int,
+    autocast: torch.dtype | None,
+    on_gpu: bool,
+) -> None:
+    parameters = _without_content(twin)
+    if on_gpu and twin.offloading is not None:
+        twin.offloading.transfers = _ToNowhere()
+    for parameter in parameters:
+        live.label("parameters", parameter)
+        live.add("optimizer", ADAMW_MOMENTS * parameter.nbytes)
+        # Those of the step before, or of the micro-batch before.
+        parameter.grad = torch.empty_like(parameter)
+        live.label("gradients", parameter.grad)
+        parameter.register_post_accumulate_grad_hook(lambda p: live.label("gradients", p.grad))
+    twin.llama.model.register_forward_hook(lambda *_: setattr(live, "kind", "loss"))
+    with live:
+        live.kind = "forward"
+        input_ids, labels = (torch.zeros(batch_size, seq_len, dtype=torch.int64) for _ in range(2))
+        with torch.autocast("cpu", autocast) if autocast else nullcontext():
+            loss = twin.token_nats(Batch(input_ids=input_ids, labels=labels)).sum() / (batch_size * seq_len)
+        if accumulate == 1:
+            # Lightning clears gradients here, not before the forward pass.
+            for parameter in parameters:
+                parameter.grad = None
+        live.kind = "backward"
+        loss.backward()
 
 
 def _without_content(model: nn.Module) -> list[nn.Parameter]:

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from muse_lightning.attention import AttentionStrategy, Dense, Muse
+from muse_lightning.attention import AttentionStrategy, Dense, Muse, SlidingWindow, SpatialBlocks
+from muse_lightning.errors import UserError
 from muse_lightning.model import load_preset
 from muse_lightning.training.memory import StepMemory, _fused_norms, step_memory
 from muse_lightning.training.module import LanguageModel
@@ -177,6 +178,25 @@ def test_a_large_model_takes_no_memory_to_predict() -> None:
     assert memory.parameters == 8_030_261_248 * 4  # the published number of parameters of Llama 3.1 8B
     assert memory.forward > 100 * 1024**3
     assert not torch.cuda.is_initialized()
+
+
+class Reading(Dense):
+    """Reads a value."""
+
+    def forward(self, q: Tensor, *args: Any, **options: Any) -> Tensor:
+        return super().forward(q, *args, **options) * (1.0 if q.sum().item() > 0 else 2.0)
+
+
+@pytest.mark.parametrize("attention", [SlidingWindow, SpatialBlocks], ids=["SlidingWindow", "SpatialBlocks"])
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_other_strategies(attention: type[AttentionStrategy], device_type: str) -> None:
+    memory = predicted(a_model(attention, 1), device_type=device_type, seq_len=8192)
+    assert memory.total > memory.parameters + memory.optimizer
+
+
+def test_a_strategy_that_reads_values_is_named() -> None:
+    with pytest.raises(UserError, match="memory cannot be predicted, for Reading reads values of tensors"):
+        predicted(a_model(Reading))
 
 
 @pytest.mark.gpu
