@@ -10,6 +10,7 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
+from jsonargparse.typing import PositiveFloat
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -29,8 +30,10 @@ from muse_lightning.configuration.redact import without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
 from muse_lightning.data.ledger import FOLDER_NAME
 from muse_lightning.errors import UserError, find_cause, reason_of
-from muse_lightning.measure.info import environment, machine_report, recipe_report
+from muse_lightning.measure.info import GIB, environment, machine_report
+from muse_lightning.training.levers import Setting, longest_contexts, next_lever
 from muse_lightning.training.module import LanguageModel
+from muse_lightning.training.recipe_report import recipe_report
 from muse_lightning.training.run_folder import RunFolder
 from muse_lightning.training.weights import check_checkpoint, check_weights
 
@@ -137,6 +140,16 @@ class MuseCLI(LightningCLI):
         """Tie together values that must agree; the verb's own options."""
         if self.options is not None:
             parser.add_class_arguments(self.options, "bench")
+        if self.verb == "info":
+            parser.add_argument(
+                "--longest_context", type=bool, default=False, help="Say how long a context fits, lever by lever."
+            )
+            parser.add_argument(
+                "--memory_gib",
+                type=PositiveFloat | None,
+                default=None,
+                help="Memory of that GPU; null: this machine's.",
+            )
         for target, source in LINKS_AT_PARSE.items():
             parser.link_arguments(source, target)
         for target, source in LINKS_AT_INSTANTIATION.items():
@@ -279,7 +292,7 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
             if cli.trainer.is_global_zero:
                 print(f"run: {folder.path}", file=sys.stderr)
         except Exception as error:
-            mistake = as_user_error(error, cli.config)
+            mistake = out_of_memory(error, cli) or as_user_error(error, cli.config)
             if mistake is None:
                 raise
             if not cli.model.has_trained:
@@ -309,20 +322,64 @@ def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str
     if not args:
         print(machine_report())
         return
+    args = [f"{argument}=true" if argument == "--longest_context" else argument for argument in args]
     cli = MuseCLI(verb, description, args, allowed, builds="model")
+    if cli.config.longest_context:
+        print_longest_contexts(cli)
+        return
     print(machine_report())
+    setting = training_setting(cli)
     print(
         recipe_report(
-            cli.model.llama,
-            batch_size=cli.config.data.batch_size,
-            seq_len=cli.config.data.seq_len,
-            accumulate=cli.config.trainer.accumulate_grad_batches,
-            loss_chunk=cli.model.loss_chunk,
-            recompute=cli.model.recompute,
-            precision=cli.config.trainer.precision,
+            setting.model,
+            batch_size=setting.batch_size,
+            seq_len=setting.seq_len,
+            accumulate=setting.accumulate,
+            precision=setting.precision,
             has_documents=cli.config.data.document_mask,
         )
     )
+
+
+def print_longest_contexts(cli: MuseCLI) -> None:
+    """`muse info --longest_context`.
+
+    Raises:
+        UserError: there is no GPU, and no --memory_gib either.
+    """
+    memory_gib = cli.config.memory_gib
+    if memory_gib is None and not torch.cuda.is_available():
+        raise UserError("--longest_context: no GPU here; --memory_gib=80 says how much one has")
+    memory = torch.cuda.mem_get_info()[1] if memory_gib is None else int(memory_gib * GIB)
+    print(f"longest context by prediction on a GPU of {memory / GIB:.0f} GiB, then with one lever more on each line:")
+    for said, longest in longest_contexts(training_setting(cli), memory):
+        print(f"{longest:>12,}  {said}" if longest else f"{'does not fit':>12}  {said}", flush=True)
+    limit = cli.config.model.config.max_position_embeddings
+    print(f"model.config.max_position_embeddings, now {limit:,}, must be as long")
+
+
+def out_of_memory(error: Exception, cli: MuseCLI) -> UserError | None:
+    """What to do next where a device has no more memory; None if that is not the error."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return None
+    wanted = str(error).split("Tried to allocate ")[-1].split(".  ")[0].split(". ")[0]
+    said = f"out of GPU memory, {wanted} more was needed"
+    try:
+        advice = next_lever(training_setting(cli)) if cli.verb == "fit" else None
+    except Exception:
+        # A strategy of the user's may read values, which tensors without content do not have. The error is this one.
+        advice = None
+    if advice is None:
+        advice = (
+            f"lower data.seq_len (now {cli.config.data.seq_len}) or data.batch_size (now {cli.config.data.batch_size})"
+        )
+    return UserError(f"{said}; next: {advice}")
+
+
+def training_setting(cli: MuseCLI) -> Setting:
+    """Model and batches of a command line."""
+    data, trainer = cli.config.data, cli.config.trainer
+    return Setting(cli.model, data.batch_size, data.seq_len, trainer.accumulate_grad_batches, trainer.precision)
 
 
 def as_user_error(error: Exception, config: Namespace) -> UserError | None:
@@ -331,12 +388,6 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
     if mistake is not None:
         return mistake
     message = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        wanted = message.split("Tried to allocate ")[-1].split(".  ")[0].split(". ")[0]
-        return UserError(
-            f"out of GPU memory, {wanted} more was needed; next: lower data.batch_size (now "
-            f"{config.data.batch_size}, raising trainer.accumulate_grad_batches keeps the batch) or data.seq_len"
-        )
     if isinstance(error, MisconfigurationException):
         return UserError(f"trainer: {reason_of(error)}")
     if isinstance(error, ValueError) and "`val_check_interval`" in message:

@@ -338,10 +338,50 @@ class TestExitCodes:
         step_raises(
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity")
         )
-        assert muse.error("fit", "--config=recipe.yaml") == (
-            "out of GPU memory, 2.50 GiB more was needed; next: lower data.batch_size (now 2, raising "
-            "trainer.accumulate_grad_batches keeps the batch) or data.seq_len"
+        said = muse.error("fit", "--config=recipe.yaml", "--trainer.accumulate_grad_batches=3")
+        assert said.startswith(
+            "out of GPU memory, 2.50 GiB more was needed; next: data.batch_size=1 trainer.accumulate_grad_batches=6 "
+            "(predicted peak "
         )
+
+    def test_out_of_gpu_memory_where_no_prediction_can_be_made(
+        self, muse: Muse, step_raises: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert muse.with_recipe("prepare")[0] == 0
+        step_raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"))
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("a strategy that reads values")
+
+        monkeypatch.setattr("muse_lightning.commands.next_lever", fail)
+        assert muse.error("fit", "--config=recipe.yaml").endswith(
+            "next: lower data.seq_len (now 32) or data.batch_size (now 2)"
+        )
+
+    def test_the_longest_context(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        whole = ("--data.batch_size=1", "--model.loss_chunk=1024")
+        monkeypatch.setattr("muse_lightning.training.levers.Setting.peak", lambda _, tokens: 10**6 + 1000 * tokens)
+        code, out, err = muse.with_recipe("info", "--longest_context", "--memory_gib=0.0035", *whole)
+        assert code == 0, err
+        head, as_it_is, *levers, limit = out.splitlines()
+        assert head.startswith("longest context by prediction on a GPU of 0 GiB")
+        assert as_it_is.endswith("  as it is")
+        # All but a twentieth of the memory, in whole chunks of the recipe's attention.
+        longest = int(as_it_is.split()[0].replace(",", ""))
+        assert longest % 16 == 0
+        assert 0.97 < longest / ((0.95 * 0.0035 * 2**30 - 10**6) / 1000) <= 1
+        assert [line.split()[1] for line in levers] == [
+            "model.mlp_tiles=8",
+            "model.recompute=keep_attention",
+            "model.recompute=block",
+            "model.offload=true",
+        ]
+        assert limit == "model.config.max_position_embeddings, now 64, must be as long"
+        assert muse.error("info", "--config=recipe.yaml", "--longest_context") == (
+            "--longest_context: no GPU here; --memory_gib=80 says how much one has"
+        )
+        assert "memory_gib" in muse.error("info", "--config=recipe.yaml", "--longest_context", "--memory_gib=-1")
 
     def test_traceback_on_request(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MUSE_TRACEBACK", "1")

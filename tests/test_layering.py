@@ -16,7 +16,7 @@ SOURCES = {"muse_lightning": ROOT / "muse_lightning", "muse_kernels": ROOT / "ke
 # A unit may always import itself; a dotted entry admits that module alone.
 OPEN_TO_ALL = {"errors", "files", "safe_path"}
 OPERATORS = {"muse_kernels", "collectives"}
-TRAINING = {"training", "model", "attention", "data", "parallelize", "measure", "pretrained", *OPERATORS}
+TRAINING = {"training", "model", "attention", "data", "parallelize", "offload", "measure", "pretrained", *OPERATORS}
 CLI = {"cli", "commands", "function_commands", "configuration", "libraries"}
 MAY_IMPORT: dict[str, set[str]] = {
     "muse_kernels": set(),
@@ -35,7 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *(f"data.{module}" for module in ("card", "filesystems", "ledger", "token_bytes", "tokenizer")),
     }
     | OPEN_TO_ALL,
-    "parallelize": {"model", "attention", *OPERATORS} | OPEN_TO_ALL,
+    "tiles": set(),
+    "offload": set(),
+    "parallelize": {"model", "attention", "tiles", "offload", *OPERATORS} | OPEN_TO_ALL,
     # What a recipe takes depends on what is recomputed.
     "measure": {"parallelize", "model", "attention", "pretrained", *OPERATORS} | OPEN_TO_ALL,
     "training": TRAINING | OPEN_TO_ALL,
@@ -51,6 +53,8 @@ EXTERNAL: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "safe_path": set(),
+    "tiles": {"torch"},
+    "offload": {"torch"},
     "cli": set(),
 }
 # Imports inside functions: the command line starts quickly by them, and a package that need not be there needs them.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
 from muse_lightning.parallelize import (
     Recompute,
+    arrange,
     compile_around_attention,
     recompute_in_backward,
     residual_in_autocast,
+    tile_feed_forward,
 )
 
 CONFIG = LlamaConfig(
@@ -43,12 +45,12 @@ def nothing_compiled() -> Iterator[None]:
 
 
 class Counted(Dense):
-    """Exact attention that counts its calls."""
+    """Exact attention that notes the layer of each call."""
 
-    calls = 0
+    calls: ClassVar[list[int]] = []
 
     def forward(self, *args: Tensor, **options: object) -> Tensor:
-        Counted.calls += 1
+        Counted.calls.append(self.layer_idx)
         return super().forward(*args, **options)  # type: ignore[arg-type]
 
 
@@ -58,15 +60,23 @@ def train_step(
     backend: str | Callable[..., Any] | None = None,
     documents: tuple[int, ...] = (0, 60, 100),
     autocast: bool = False,
+    every: int = 1,
+    tiles: int = 1,
 ) -> tuple[dict[str, Tensor], int]:
     """Gradients of one step, and the number of elements kept for the backward pass; `autocast` is to bf16, the residual
     stream too."""
     torch.manual_seed(0)
     llama = Llama(CONFIG, attention)
-    recompute_in_backward(llama, policy)
-    if backend is not None:
-        compile_around_attention(llama, backend=backend)
-    residual_in_autocast(llama)
+    options = {"backend": backend} if backend is not None else {}
+    arrange(
+        llama,
+        recompute=policy,
+        recompute_every=every,
+        mlp_tiles=tiles,
+        compiled=backend is not None,
+        residual_dtype="autocast",
+        **options,
+    )
     kept = 0
 
     def keep(x: Tensor) -> Tensor:
@@ -94,27 +104,70 @@ def test_gradients_are_equal_and_less_is_kept(attention: type[AttentionStrategy]
     assert kept_with_attention < plain[1] / 2
 
 
-@pytest.mark.parametrize(("policy", "calls"), [("none", 1), ("keep_attention", 1), ("block", 2)])
-def test_attention_is_computed_again_only_with_its_block(policy: Recompute, calls: int) -> None:
-    Counted.calls = 0
-    train_step(policy, Counted)
-    assert Counted.calls == calls * CONFIG.num_hidden_layers
+@pytest.mark.parametrize("every", [2, 3, 4])
+@pytest.mark.parametrize("policy", ["keep_attention", "block"])
+def test_blocks_between_are_left_alone(policy: Recompute, every: int) -> None:
+    plain, of_all = train_step("none", Dense), train_step(policy, Dense)
+    of_some = train_step(policy, Dense, every=every)
+    for name, gradient in plain[0].items():
+        assert torch.equal(gradient, of_some[0][name]), name
+    recomputed = len(range(0, CONFIG.num_hidden_layers, every))
+    per_block = (plain[1] - of_all[1]) // CONFIG.num_hidden_layers
+    assert of_some[1] == plain[1] - recomputed * per_block
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize(("policy", "again"), [("none", 0), ("keep_attention", 0), ("block", 1)])
+def test_attention_is_computed_again_only_with_its_block(policy: Recompute, again: int, every: int) -> None:
+    Counted.calls.clear()
+    train_step(policy, Counted, every=every)
+    layers = range(CONFIG.num_hidden_layers)
+    assert Counted.calls == [*layers, *(again * [layer for layer in reversed(layers) if layer % every == 0])]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("tiles", [2, 3, 200])
+def test_tiles_change_no_gradient_and_no_more_is_kept(policy: Recompute, tiles: int) -> None:
+    """200 are more than there are tokens."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        (plain, kept), (tiled, kept_by_tiles) = (train_step(policy, Dense, tiles=count) for count in (1, tiles))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, gradient in plain.items():
+        assert (tiled[name] - gradient).norm() < 1e-13 * gradient.norm(), name
+    assert kept_by_tiles < kept if policy == "none" else kept_by_tiles == kept
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_feed_forward_network_runs_twice_whatever_else_is_computed_again(policy: Recompute) -> None:
+    """By calls of one of its projections: a block that is computed again does not run the tiles once more."""
+    llama = Llama(CONFIG, Dense)
+    tile_feed_forward(llama, 4)
+    recompute_in_backward(llama, policy)
+    sizes: list[int] = []
+    for block in llama.blocks:
+        block.mlp.gate_proj.register_forward_hook(lambda _, inputs, output: sizes.append(output.shape[0]))
+    llama(torch.randint(64, (2, 50))).square().sum().backward()
+    assert sizes == [25] * 4 * 2 * CONFIG.num_hidden_layers
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("attention", [Dense, MUSE], ids=["Dense", "Muse"])
-def test_traced_gradients_are_equal(attention: type[AttentionStrategy], policy: Recompute) -> None:
-    compare_with_plain(attention, policy, "aot_eager")
+def test_traced_gradients_are_equal(attention: type[AttentionStrategy], policy: Recompute, tiles: int) -> None:
+    compare_with_plain(attention, policy, "aot_eager", tiles)
 
 
 @pytest.mark.slow
-def test_compiled_gradients_are_equal() -> None:
-    compare_with_plain(MUSE, "keep_attention", "inductor")
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_compiled_gradients_are_equal(tiles: int) -> None:
+    compare_with_plain(MUSE, "keep_attention", "inductor", tiles)
 
 
-def compare_with_plain(attention: type[AttentionStrategy], policy: Recompute, backend: str) -> None:
+def compare_with_plain(attention: type[AttentionStrategy], policy: Recompute, backend: str, tiles: int) -> None:
     plain, _ = train_step("none", attention)
-    compiled, _ = train_step(policy, attention, backend)
+    compiled, _ = train_step(policy, attention, backend, tiles=tiles)
     for name, gradient in plain.items():
         # Fused kernels round elsewhere.
         assert (compiled[name] - gradient).norm() < 1e-5 * gradient.norm(), name
@@ -161,7 +214,7 @@ def test_compiled_no_more_is_kept(policy: Recompute) -> None:
 def test_the_state_dict_is_the_same(policy: Recompute) -> None:
     llama = Llama(CONFIG, Dense)
     names = list(llama.state_dict())
-    recompute_in_backward(llama, policy)
+    recompute_in_backward(llama, policy, every=2)
     compile_around_attention(llama, backend="eager")
     residual_in_autocast(llama)
     assert list(llama.state_dict()) == names

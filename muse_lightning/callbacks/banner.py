@@ -8,10 +8,11 @@ import lightning as L
 import torch
 
 from muse_lightning.attention import Dense
+from muse_lightning.errors import UserError
 from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
-from muse_lightning.measure.info import GIB, MIXED_DTYPES, TRUE_DTYPES, attention_kernels, devices
-from muse_lightning.measure.memory import step_memory
+from muse_lightning.measure.info import GIB, attention_kernels, devices
+from muse_lightning.training.memory import PHASES, step_memory
 from muse_lightning.training.module import LanguageModel
 
 ASSUMED_UTILISATION = 0.4
@@ -71,18 +72,21 @@ def _devices(trainer: L.Trainer) -> Iterator[str]:
 
 
 def _memory(trainer: L.Trainer, module: LanguageModel, batch_size: int, seq_len: int) -> Iterator[str]:
-    precision = str(trainer.precision)
-    needed = step_memory(
-        module.config,
-        lambda layer: module.llama.blocks[layer].self_attn.attention,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        loss_chunk=module.loss_chunk,
-        recompute=module.recompute,
-        dtype=TRUE_DTYPES.get(precision, torch.float32),
-        autocast=MIXED_DTYPES.get(precision),
-    )
-    yield f"memory: about {needed.total / GIB:.1f} GiB per device and attention's workspace, nothing sharded"
+    try:
+        needed = step_memory(
+            module,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            accumulate=trainer.accumulate_grad_batches,
+            precision=trainer.precision,
+            device_type="cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
+        )
+    except UserError as error:
+        # It may train all the same.
+        yield f"memory: {error}"
+        return
+    when = f"at the peak, in the {PHASES[needed.phase]}"
+    yield f"memory: about {needed.total / GIB:.1f} GiB per device {when}; nothing sharded"
 
 
 def _data(trainer: L.Trainer, tokens_per_step: int) -> Iterator[str]:

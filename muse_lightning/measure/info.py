@@ -1,6 +1,5 @@
-"""What `muse info` says: versions, devices, attention kernels, and what a recipe takes."""
+"""What `muse info` says of a machine: versions, devices, attention kernels."""
 
-import dataclasses
 import platform
 import re
 import shlex
@@ -17,11 +16,6 @@ import torch
 
 from muse_kernels.attention.op import HAS_TRITON
 from muse_lightning import __version__
-from muse_lightning.attention import Dense
-from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
-from muse_lightning.measure.memory import step_memory
-from muse_lightning.model.llama import Llama
-from muse_lightning.parallelize import Recompute
 
 PACKAGES = ("torch", "lightning", "triton", "litdata", "jsonargparse", "tokenizers", "numpy")
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
@@ -129,58 +123,6 @@ def machine_report() -> str:
     lines += [f"device {index}: {text}" for index, text in enumerate(found["devices"])]
     lines += [f"attention kernel, {kind}: {kernel}" for kind, kernel in attention_kernels().items()]
     return "\n".join(lines)
-
-
-def recipe_report(
-    llama: Llama,
-    *,
-    batch_size: int,
-    seq_len: int,
-    accumulate: int,
-    loss_chunk: int,
-    recompute: Recompute,
-    precision: str | int | None,
-    has_documents: bool,
-) -> str:
-    """What `muse info` prints about training a model on one device: sizes, FLOPs, and memory by part.
-
-    Args:
-        llama: the model, on the meta device or any other.
-        batch_size, seq_len: sequences per device and micro-batch, and their tokens.
-        accumulate: micro-batches per step.
-        loss_chunk: tokens whose logits exist at once.
-        recompute: what is computed again in the backward pass.
-        precision: Lightning's name of it.
-        has_documents: attention is told where documents are.
-    """
-    parameters = sum(parameter.numel() for parameter in llama.parameters())
-    flops = training_flops_per_token(llama, [seq_len], has_documents=has_documents)
-    attention = attention_flops_per_token(llama, [seq_len], has_documents=has_documents)
-    dense = training_flops_per_token(llama, [seq_len], [Dense(0)])
-    tokens = batch_size * seq_len * accumulate
-    memory = step_memory(
-        llama.config,
-        lambda layer: llama.blocks[layer].self_attn.attention,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        loss_chunk=loss_chunk,
-        recompute=recompute,
-        dtype=TRUE_DTYPES.get(str(precision), torch.float32),
-        autocast=MIXED_DTYPES.get(str(precision)),
-    )
-    lines = [
-        f"parameters: {parameters:,}",
-        f"tokens per step and device: {tokens:,} = {batch_size} x {seq_len:,} x {accumulate} accumulated",
-        f"training FLOPs per token: {flops:.3e} at a context of one document, {attention / flops:.0%} of it attention "
-        f"({dense:.3e} with dense attention)",
-        f"memory per device: {_memory(memory.total)} and attention's workspace; recompute={recompute}, nothing sharded",
-    ]
-    parts = dataclasses.asdict(memory).items()
-    return "\n".join([*lines, *(f"  {name}: {_memory(size)}" for name, size in parts)])
-
-
-def _memory(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
 def _version(package: str) -> str | None:

@@ -85,7 +85,8 @@ class Block(nn.Module):
         q, k, v = self.before_attention(x, cos, sin)
         return self.after_attention(x, self.self_attn.attend(q, k, v, cu_seqlens))
 
-    # Apart from attention, so that parallelize.py can compile them, and compute them again, without it.
+    # Apart, so that parallelize.py can compile what is not attention, compute it again, and run the last over pieces of
+    # the tokens.
 
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the residual stream x."""
@@ -93,7 +94,14 @@ class Block(nn.Module):
 
     def after_attention(self, x: Tensor, out: Tensor) -> Tensor:
         """The residual stream with what attention and the feed-forward network add to it."""
-        x = x + self.self_attn.merge(out)
+        return self.feed_forward(self.add_attention(x, out))
+
+    def add_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        """The residual stream x with attention's result out [B, H, N, D]."""
+        return x + self.self_attn.merge(out)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The residual stream x with what the feed-forward network adds, each token by itself."""
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

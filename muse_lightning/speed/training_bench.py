@@ -25,6 +25,7 @@ from muse_lightning.measure.info import result_header
 from muse_lightning.parallelize import Recompute
 from muse_lightning.speed.batches import check_documents, random_batch
 from muse_lightning.speed.steps import Steps, time_steps
+from muse_lightning.training.memory import StepMemory, step_memory
 from muse_lightning.training.module import LanguageModel
 
 GIB = 1024**3
@@ -71,6 +72,7 @@ class Timed:
         attention_flops: Attention's part of them.
         dense_flops: What exact attention would have to do.
         reason: Why nothing was timed.
+        predicted: Memory of a step as training/memory.py predicts it, of whole rows.
     """
 
     attention: str
@@ -81,6 +83,7 @@ class Timed:
     dense_flops: float
     steps: Steps | None = None
     reason: str | None = None
+    predicted: StepMemory | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -90,6 +93,8 @@ class Timed:
     def record(self, peak: float | None) -> dict[str, Any]:
         """For JSON; `peak` is the device's FLOP/s."""
         found = {**asdict(self), "record": "steps"}
+        found["predicted_peak_bytes"] = None if self.predicted is None else self.predicted.total
+        found["measured_peak_bytes"] = None if self.steps is None else self.steps.peak_bytes
         if self.seconds is not None:
             found["tokens_per_sec"] = self.tokens / self.seconds
             if peak is not None:
@@ -136,7 +141,7 @@ def time_variants(cli: MuseCLI, bench: TrainingBench) -> Iterator[Timed]:
                 of_attention = attention_flops_per_token(model.llama, lengths, has_documents=has_documents)
                 dense = training_flops_per_token(model.llama, lengths, [Dense(0)])
                 flops = (per_token * tokens, of_attention * tokens, dense * tokens)
-                timed = Timed(attention, recompute, tokens, *flops)
+                timed = Timed(attention, recompute, tokens, *flops, predicted=_predicted(model, data, trainer))
                 try:
                     timed = replace(timed, steps=time_steps(model, trainer, batch, bench.warmup, bench.steps))
                 except torch.OutOfMemoryError:
@@ -145,6 +150,21 @@ def time_variants(cli: MuseCLI, bench: TrainingBench) -> Iterator[Timed]:
                 del model
                 gc.collect()
                 yield timed
+
+
+def _predicted(model: LanguageModel, data: Namespace, trainer: dict[str, Any]) -> StepMemory | None:
+    """Memory of a step; None where the attention strategy lets nobody tell."""
+    try:
+        return step_memory(
+            model,
+            batch_size=data.batch_size,
+            seq_len=data.seq_len,
+            accumulate=trainer["accumulate_grad_batches"],
+            precision=trainer["precision"],
+            device_type="cuda" if torch.cuda.is_available() else "cpu",
+        )
+    except UserError:
+        return None
 
 
 def make_variant(cli: MuseCLI, attention: str, recompute: Recompute) -> LanguageModel:
@@ -160,11 +180,13 @@ def make_variant(cli: MuseCLI, attention: str, recompute: Recompute) -> Language
 def table(found: Sequence[Timed], peak: float | None) -> list[Row]:
     """A row for each variant and round."""
     mfus = {"MFU": "mfu", "of it attention": "mfu_attention", "dense-equivalent": "mfu_dense_equivalent"}
-    rows: list[Row] = [["attention", "recompute", "tokens/s", "x dense", "step s", "min-max", *mfus, "peak GiB"]]
+    times = ["tokens/s", "x dense", "step s", "min-max"]
+    rows: list[Row] = [["attention", "recompute", *times, *mfus, "peak GiB", "predicted GiB"]]
     for timed in found:
         cells = [timed.attention, timed.recompute]
         if timed.steps is None or timed.seconds is None:
-            rows.append([*cells, timed.reason or NONE])
+            size = None if timed.predicted is None else timed.predicted.total
+            rows.append([*cells, timed.reason or NONE, *[NONE] * len(times), _gib(size)])
             continue
         twins = [t.seconds for t in found if t.attention == "dense" and t.seconds]
         record = timed.record(peak)
@@ -176,10 +198,15 @@ def table(found: Sequence[Timed], peak: float | None) -> list[Row]:
                 f"{timed.seconds:.3f}",
                 f"{min(timed.steps.seconds):.3f}-{max(timed.steps.seconds):.3f}",
                 *(f"{record[name]:.1%}" if name in record else NONE for name in mfus.values()),
-                NONE if timed.steps.peak_bytes is None else f"{timed.steps.peak_bytes / GIB:.1f}",
+                _gib(timed.steps.peak_bytes),
+                _gib(None if timed.predicted is None else timed.predicted.total),
             ]
         )
     return rows
+
+
+def _gib(size: int | None) -> str:
+    return NONE if size is None else f"{size / GIB:.1f}"
 
 
 def _page(header: dict[str, Any], found: Sequence[Timed], peak: float | None) -> str:
@@ -190,7 +217,8 @@ def _page(header: dict[str, Any], found: Sequence[Timed], peak: float | None) ->
         "Whole optimizer steps of Lightning's loop on random tokens, in one process, one variant after the other: the "
         "median. `x dense`: how many times as fast as the fastest dense row. MFU: FLOPs of the step, nothing that is "
         "computed again counted, over time and the device's peak; of it attention: the part of query-key pairs; "
-        "dense-equivalent: what exact attention would have had to do. Peak: of everything in memory.",
+        "dense-equivalent: what exact attention would have had to do. Peak: of everything in memory; predicted: "
+        "without compilation and libraries (training/memory.py).",
         markdown(table(found, peak)),
         "Model and trainer options, and every step's time, are in results.jsonl.",
     ]

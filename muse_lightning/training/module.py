@@ -22,9 +22,7 @@ from muse_lightning.model.llama import Llama
 from muse_lightning.parallelize import (
     Recompute,
     ResidualDtype,
-    compile_around_attention,
-    recompute_in_backward,
-    residual_in_autocast,
+    arrange,
     shard_parameters,
 )
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
@@ -59,6 +57,12 @@ class LanguageModel(L.LightningModule):
         recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: far less
             memory for about a third more work; "keep_attention" also keeps what goes into and comes out of attention,
             its dearest part on long contexts; "none" keeps everything.
+        recompute_every: `recompute` is for one block in so many; the others keep everything. Larger is faster until the
+            device is full.
+        offload: keep in the host's memory what blocks that are computed again keep; it comes and goes while the device
+            computes. It takes that memory on the host, pinned, instead.
+        mlp_tiles: pieces of the tokens that the feed-forward network runs over, so that what lies inside it exists for
+            one piece at a time. More take less memory; the network is computed again in the backward pass.
         compiled: compile what lies before and after attention in each block, and the loss after its matrix products,
             with torch.compile. The first step is slow; needs a C compiler.
         residual_dtype: of the residual stream between blocks; "parameters" is float32 in mixed precision, "autocast"
@@ -94,6 +98,9 @@ class LanguageModel(L.LightningModule):
         config: LlamaConfig,
         attention: Callable[[int], AttentionStrategy] = Dense,
         recompute: Recompute = "none",
+        recompute_every: int = 1,
+        offload: bool = False,
+        mlp_tiles: int = 1,
         compiled: bool = False,
         residual_dtype: ResidualDtype = "parameters",
         optimizer: OptimizerName = "adamw",
@@ -112,9 +119,14 @@ class LanguageModel(L.LightningModule):
         seq_len: int | None = None,
         tokenizer_size: int | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self._arguments = arguments
         self.config = config
         self.recompute: Recompute = recompute
+        self.recompute_every = recompute_every
+        self.offload = offload
+        self.mlp_tiles = mlp_tiles
         self.compiled = compiled
         self.residual_dtype: ResidualDtype = residual_dtype
         self.optimizer: OptimizerName = optimizer
@@ -137,11 +149,15 @@ class LanguageModel(L.LightningModule):
         # On the meta device a model of any size is free; `configure_model` makes it real on the device it will live on.
         with torch.device("meta"):
             self.llama = Llama(config, attention)
-        recompute_in_backward(self.llama, recompute)
-        if compiled:
-            compile_around_attention(self.llama)
-        if residual_dtype == "autocast":
-            residual_in_autocast(self.llama)
+        self.offloading = arrange(
+            self.llama,
+            recompute=recompute,
+            recompute_every=recompute_every,
+            mlp_tiles=mlp_tiles,
+            offload=offload,
+            compiled=compiled,
+            residual_dtype=residual_dtype,
+        )
         self._check_sizes()
         self.has_trained = False
         """Whether a training step was begun in this process."""
@@ -151,6 +167,14 @@ class LanguageModel(L.LightningModule):
         self._eval_totals = Totals()
         self._exact_totals = Totals()
         self._token_bytes: Tensor | None = None
+
+    def twin(self, **changes: Any) -> Self:
+        """A model of the same options but for some, with no weights yet.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        return type(self)(**(self._arguments | changes))
 
     def configure_model(self) -> None:
         """Allocate and fill the weights, on the current default device; nothing if that has been done."""
@@ -344,12 +368,16 @@ class LanguageModel(L.LightningModule):
             "schedule": (self.schedule in ("cosine", "wsd"), "cosine or wsd"),
             "decay_fraction": (0 <= self.decay_fraction <= 1, "between 0 and 1"),
             "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "between 0 and 1"),
+            "recompute_every": (self.recompute_every >= 1, "at least 1"),
+            "mlp_tiles": (self.mlp_tiles >= 1, "at least 1"),
             "loss_chunk": (self.loss_chunk >= 1, "at least 1"),
             "exact_val_batches": (self.exact_val_batches >= 0, "at least 0"),
         }
         for name, (is_accepted, text) in accepted.items():
             if not is_accepted:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; accepted: {text}")
+        if self.offload and self.recompute == "none":
+            raise UserError("model.offload is true; accepted with model.recompute block or keep_attention, found none")
 
     def _check_sizes(self) -> None:
         config = self.config

@@ -8,6 +8,7 @@ import torch
 
 from muse_lightning.callbacks import banner as under_test
 from muse_lightning.callbacks.banner import ASSUMED_UTILISATION, banner
+from muse_lightning.errors import UserError
 from tests.recipe import Muse
 from tests.tiny import tiny_model, tiny_muse, tiny_trainer
 
@@ -62,3 +63,13 @@ def test_without_a_data_module(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
     lines = banner(trainer, tiny_model(attention=tiny_muse))
     assert [line.split(":")[0] for line in lines] == ["model", "attention", "device"]
+
+
+def test_memory_that_cannot_be_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise UserError("memory cannot be predicted")
+
+    monkeypatch.setattr(under_test, "step_memory", fail)
+    assert list(under_test._memory(tiny_trainer(tmp_path), tiny_model(), 1, 48)) == [
+        "memory: memory cannot be predicted"
+    ]

@@ -1,16 +1,12 @@
 """What `muse info` says."""
 
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from muse_lightning.attention import Muse
 from muse_lightning.measure import info
-from muse_lightning.measure.flops import matrix_parameters
-from muse_lightning.model import Llama, load_preset
 
 
 def test_environment_names_versions_and_devices() -> None:
@@ -66,47 +62,3 @@ def test_the_kernels_of_muse_are_those_of_auto(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(info, "HAS_TRITON", has_triton)
     assert info.attention_kernels()["muse"].startswith(kernel)
-
-
-def test_report_of_a_recipe() -> None:
-    with torch.device("meta"):
-        llama = Llama(load_preset("1b"), Muse)
-    report = info.recipe_report(
-        llama,
-        batch_size=2,
-        seq_len=65536,
-        accumulate=4,
-        loss_chunk=2048,
-        recompute="none",
-        precision="bf16-mixed",
-        has_documents=False,
-    ).splitlines()
-    assert report[0] == "parameters: 1,235,814,400"  # as published for Llama 3.2 1B
-    assert report[1] == "tokens per step and device: 524,288 = 2 x 65,536 x 4 accumulated"
-    sizes = dict(line.strip().split(": ") for line in report[3:])
-    assert sizes["parameters"] == "4.60 GiB"
-    assert sizes["optimizer"] == "9.21 GiB"
-    assert list(sizes)[1:] == ["parameters", "gradients", "optimizer", "activations", "loss"]
-
-
-def test_flops_of_a_recipe_are_those_of_its_documents() -> None:
-    """Up to 7 chunks a row is exact, packed documents up to 2."""
-    with torch.device("meta"):
-        llama = Llama(load_preset("1b"), Muse)
-    packed, whole = (
-        info.recipe_report(
-            llama,
-            batch_size=1,
-            seq_len=8192,
-            accumulate=1,
-            loss_chunk=2048,
-            recompute="none",
-            precision="bf16-mixed",
-            has_documents=has_documents,
-        ).splitlines()[2]
-        for has_documents in (True, False)
-    )
-    flops, dense = re.findall(r"\d\.\d+e\+\d+", whole)
-    assert flops == dense
-    assert f"{1 - 6 * matrix_parameters(llama) / float(dense):.0%} of it attention" in whole
-    assert float(re.findall(r"\d\.\d+e\+\d+", packed)[0]) < float(dense)

@@ -60,6 +60,11 @@ def test_a_recipe_beside_its_twin(muse: Muse) -> None:
         *(("recipe", "none"), ("recipe", "block"), ("dense", "none"), ("dense", "block"))
     ]
     assert all(each["tokens_per_sec"] > 0 and len(each["steps"]["seconds"]) == 2 for each in timed)
+    for each in timed:
+        assert each["measured_peak_bytes"] is None  # on a processor
+        assert each["predicted_peak_bytes"] == sum(v for name, v in each["predicted"].items() if name != "phase")
+    assert timed[0]["predicted_peak_bytes"] > timed[1]["predicted_peak_bytes"] > 4 * 4 * 9808  # its parameters
+    assert "predicted GiB" in out
     assert timed[0]["flops"] != timed[2]["flops"] == timed[2]["dense_flops"]
     weights = {each["flops"] - each["attention_flops"] for each in timed}
     assert len(weights) == 1, "all but attention is the same work"

@@ -341,6 +341,12 @@ def test_max_steps_is_needed(tmp_path):
         ({"residual_dtype": "bf16"}, "model.residual_dtype is 'bf16'; accepted: parameters or autocast"),
         ({"min_lr_ratio": 1.5}, "model.min_lr_ratio is 1.5; accepted: between 0 and 1"),
         ({"loss_chunk": 0}, "model.loss_chunk is 0; accepted: at least 1"),
+        ({"recompute_every": 0}, "model.recompute_every is 0; accepted: at least 1"),
+        (
+            {"offload": True},
+            "model.offload is true; accepted with model.recompute block or keep_attention, found none",
+        ),
+        ({"mlp_tiles": 0}, "model.mlp_tiles is 0; accepted: at least 1"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -348,6 +354,19 @@ def test_refused_at_construction(options, message):
     with pytest.raises(UserError) as error:
         tiny_model(**options)
     assert str(error.value) == message
+
+
+def test_what_trades_time_for_memory_reaches_the_blocks():
+    """By calls: attention of every second block twice, its projections over three tiles twice."""
+    model = tiny_model(config={"num_hidden_layers": 3}, recompute="block", recompute_every=2, mlp_tiles=3)
+    model.configure_model()
+    attention, projections = [], []
+    for layer, block in enumerate(model.llama.blocks):
+        block.self_attn.attention.register_forward_hook(lambda *_, layer=layer: attention.append(layer))
+        block.mlp.up_proj.register_forward_hook(lambda *_: projections.append(1))
+    model.token_nats(batches(1)[0]).sum().backward()
+    assert attention == [0, 1, 2, 2, 0]
+    assert len(projections) == 3 * 3 * 2
 
 
 def test_the_strategy_is_asked_about_the_sizes():

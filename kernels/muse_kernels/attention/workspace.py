@@ -57,6 +57,16 @@ class Workspace:
                 far_chunks = sum(self.far_chunks[rows])
                 yield Group(heads, rows, far_chunks, rows.start == 0, rows.stop == self.row_count)
 
+    def largest_group(self) -> int:
+        """Bytes that a group takes at most: no more than `workspace_mib`, unless one head needs it."""
+        sizes = [0]
+        for group in self.groups():
+            numbers = 2 * self.row_count * self.options.chunk * self.head_dim  # k and v of one head
+            is_split = not (group.is_first and group.is_last)
+            keys = numbers * (self.dtype.itemsize + (4 if self.backward and is_split else 0))
+            sizes.append(group.num_heads * (keys + sum(map(self._bytes_per_row, self.far_chunks[group.rows]))))
+        return max(sizes)
+
     def _bytes_per_row(self, far_chunks: int) -> int:
         """What a row adds: summaries and what lies beside them; forward, scores; backward, its queries."""
         options = self.options
