@@ -136,7 +136,7 @@ def _take_step(
         live.kind = "forward"
         input_ids, labels = (torch.zeros(batch_size, seq_len, dtype=torch.int64) for _ in range(2))
         with torch.autocast("cpu", autocast) if autocast else nullcontext():
-            loss = twin.token_nats(Batch(input_ids=input_ids, labels=labels)).sum() / (batch_size * seq_len)
+            loss = twin.total_nats(Batch(input_ids=input_ids, labels=labels)) / (batch_size * seq_len)
         if accumulate == 1:
             # Lightning clears gradients here, not before the forward pass.
             for parameter in parameters:
