@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from muse_lightning.checkpoints.choice import report, step_path
@@ -83,9 +84,18 @@ class DurableCheckpoint(Checkpoint):
     # Set-up
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder, and let the trainer save by our own CheckpointIO."""
+        """Find the folder, and let the trainer save by our own CheckpointIO.
+
+        Raises:
+            UserError: no one file can hold what the strategy has.
+        """
         if stage != TrainerFn.FITTING:
             return
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise UserError(
+                f"trainer.strategy: {type(trainer.strategy).__name__} saves in shards, DurableCheckpoint in one file; "
+                "accepted: ddp or auto, or another Checkpoint among trainer.callbacks"
+            )
         # On every rank, for it waits for all.
         run_folder = trainer.log_dir or trainer.default_root_dir
         self._folder = Path(trainer.strategy.broadcast(str(self.dirpath or Path(run_folder) / "checkpoints")))
@@ -197,18 +207,17 @@ class DurableCheckpoint(Checkpoint):
         if trainer.global_step > 0 and not _is_trial(trainer):
             self._step = trainer.global_step
             self._finish(trainer)
+        self._signals.restore()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the states of the random generators of all ranks."""
         checkpoint["random_states"] = self._agreement.gather(random_state())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Finish what is being written."""
-        self._io.wait()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Listen no longer."""
+        """Finish what is being written, and listen no longer."""
+        # Not in `teardown`, before which Lightning has already put back the handlers that there were before its own.
         self._signals.restore()
+        self._io.wait()
 
     @property
     def _path(self) -> Path:
