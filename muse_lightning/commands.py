@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonito
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # A class is known by its bare name once it has been imported.
 import muse_lightning.attention
@@ -424,8 +424,6 @@ def as_ending(error: Exception, config: Namespace) -> UserError | RetryError | S
         return ending
     if is_storage_error(error):
         return StorageError(f"the run ended, as its storage does not take what must be kept: {reason_of(error)}")
-    if isinstance(error, SIGTERMException):
-        return RetryError("preempted; nothing was saved, for no DurableCheckpoint is among trainer.callbacks")
     return None
 
 

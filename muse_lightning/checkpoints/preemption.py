@@ -55,8 +55,8 @@ class SignalFlags:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, as long as nothing else handles it, SIGTERM raises RetryError: for what comes before the first step.
-    SIGUSR1 does nothing: there is nothing to save."""
+    """Inside, as long as nothing else handles it, SIGTERM raises RetryError: for what comes before the first step, and
+    for a training that saves nothing. SIGUSR1 does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,7 +66,7 @@ def stoppable() -> Iterator[None]:
         if os.getpid() != pid:
             _die_of(number)
         elif number == STOP:
-            raise RetryError("preempted before the first step; nothing was saved")
+            raise RetryError("preempted outside of training by DurableCheckpoint; nothing more was saved")
 
     before = {number: signal.signal(number, handle) for number in (STOP, SAVE)}
     try:
