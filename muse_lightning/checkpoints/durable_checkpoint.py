@@ -80,6 +80,7 @@ class DurableCheckpoint(Checkpoint):
         self._saved_at = 0.0
         self._has_stopped = False
         self._is_flush_due = False
+        self._is_prepared = False
 
     # Set-up
 
@@ -158,6 +159,10 @@ class DurableCheckpoint(Checkpoint):
             self._signals.save = False
         if stop or asked or is_due or self._step == trainer.max_steps:
             self._save(trainer)
+        elif not self._is_prepared and trainer.is_global_zero:
+            # Only now has the optimizer its moments.
+            self._io.prepare([pl_module.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]])
+            self._is_prepared = True
         if asked and trainer.is_global_zero:
             report(f"checkpoint: SIGUSR1 at step {self._step}: saving {self._path}")
         if stop:
