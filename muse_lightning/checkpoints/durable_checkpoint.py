@@ -219,10 +219,9 @@ class DurableCheckpoint(Checkpoint):
         checkpoint["random_states"] = self._agreement.gather(random_state())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Finish what is being written, and listen no longer."""
+        """Listen no longer. What is being written is finished when the trainer takes its CheckpointIO down."""
         # Not in `teardown`, before which Lightning has already put back the handlers that there were before its own.
         self._signals.restore()
-        self._io.wait()
 
     @property
     def _path(self) -> Path:
