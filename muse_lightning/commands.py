@@ -53,6 +53,7 @@ from muse_lightning.training.levers import Setting, longest_contexts, next_lever
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.recipe_report import recipe_report
 from muse_lightning.training.run_folder import RunFolder, find_checkpoint
+from muse_lightning.training.sharded import ShardedStrategy  # noqa: F401  known by its name from here on
 from muse_lightning.training.weights import check_checkpoint, check_weights
 
 # Some of Lightning's defaults are enumerations that are strings too, which PyYAML does not know how to write.

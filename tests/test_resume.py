@@ -188,14 +188,14 @@ def test_two_processes_of_which_the_first_is_told_to_stop(muse: Muse) -> None:
 
 def test_shards_resumed_in_place(muse: Muse) -> None:
     """Two processes with a part of every parameter each: what goes on from the middle ends where the whole run did."""
-    Path("sharded.yaml").write_text("""
-trainer:
-  devices: 2
-  strategy:
-    class_path: lightning.pytorch.strategies.ModelParallelStrategy
-    init_args: {tensor_parallel_size: 1, process_group_backend: gloo, save_distributed_checkpoint: false}
-""")
-    command = ["fit", "--config=recipe.yaml", "--config=sharded.yaml", "--trainer.max_steps=6", *OFTEN]
+    command = [
+        "fit",
+        "--config=recipe.yaml",
+        "--trainer.devices=2",
+        "--trainer.strategy=sharded",
+        "--trainer.max_steps=6",
+        *OFTEN,
+    ]
     folder = Path("runs/tiny/version_0/checkpoints")
     states = []
     for flags in ([], ["--resume"]):

@@ -97,8 +97,7 @@ class DurableCheckpoint(Checkpoint):
         if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not gathers:
             raise UserError(
                 f"trainer.strategy: {type(strategy).__name__} saves in shards, DurableCheckpoint in one file; "
-                "accepted: auto, ddp, ModelParallelStrategy with save_distributed_checkpoint=False, or another "
-                "Checkpoint among trainer.callbacks"
+                "accepted: auto, ddp, sharded, or another Checkpoint among trainer.callbacks"
             )
         # On every rank, for it waits for all.
         run_folder = trainer.log_dir or trainer.default_root_dir

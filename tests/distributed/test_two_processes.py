@@ -57,7 +57,7 @@ def test_two_processes_equal_accumulation(optimizer: str, two: Any, tmp_path: Pa
 
 
 @pytest.mark.multi_process
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp-recompute"])
+@pytest.mark.parametrize("strategy", ["sharded", "sharded-recompute"])
 def test_shards_equal_replicas(strategy: str, two: Any, tmp_path: Path) -> None:
     """From the same first weights to the same last ones: initialisation, gathering, gradients, clipping."""
     sharded = train(tmp_path / "sharded", devices=2, accumulate=1, strategy=strategy)

@@ -2,7 +2,7 @@
 
 usage: python train_tiny.py FOLDER DEVICES ACCUMULATE STRATEGY OPTIMIZER
 
-STRATEGY: auto, ddp, fsdp or fsdp-recompute.
+STRATEGY: auto, ddp, sharded or sharded-recompute.
 
 Each optimizer step sees the same batches whatever the split: device d of n takes batches d, d + n, ... in order.
 """
@@ -13,10 +13,11 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
 from muse_lightning.training.optim import OptimizerName
+from muse_lightning.training.sharded import ShardedStrategy
 from tests.tiny import BatchLoader, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
 TAGS = ("train/loss", "train/tokens", "val/loss", "val/loss_exact", "val/bpb")
@@ -39,8 +40,8 @@ class Sharded(TinyData):
 def strategy(name: str) -> Any:
     if name == "ddp":
         return DDPStrategy(process_group_backend="gloo")
-    if name.startswith("fsdp"):
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    if name.startswith("sharded"):
+        return ShardedStrategy(process_group_backend="gloo")
     return name
 
 
