@@ -66,6 +66,23 @@ def test_memory_is_reused_and_holds_what_is_distinct_once() -> None:
     assert len(copier._buffer) == 0
 
 
+def test_memory_that_cannot_be_pinned_is_reused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            asked.append(size)
+            return 1
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    copier = HostCopy()
+    copier.reserve(4096, is_pinned=True)
+    buffer = copier._buffer
+    copier.reserve(4096, is_pinned=True)
+    assert copier._buffer is buffer
+    assert asked == [4096]
+
+
 def test_a_file_holds_each_tensor_alone(tmp_path: Any) -> None:
     """Not the whole buffer once for every tensor."""
     state = {str(index): torch.randn(1000) for index in range(20)}
