@@ -28,7 +28,8 @@ from muse_lightning.training.module import LanguageModel
 if HAS_TRITON:
     from muse_kernels.attention.workspace import Workspace
 
-ADAMW_MOMENTS = 2
+ADAMW_MOMENTS, MUON_MOMENTS = 2, 1
+"""Numbers per weight."""
 FLOAT32 = 4
 """Bytes."""
 Phase = Literal["forward", "loss", "backward"]
@@ -42,7 +43,7 @@ class StepMemory:
 
     Attributes:
         parameters: They are always there.
-        optimizer: AdamW's moments, as well.
+        optimizer: AdamW's or Muon's moments, as well.
         gradients: Of parameters, as many as there are at the peak.
         forward: Made in the forward pass and still there: what the backward pass needs, and weights in the dtype of
             mixed precision.
@@ -83,8 +84,8 @@ def step_memory(
 
     A twin of the model takes the step on tensors without content, forward and backward, in Lightning's order, and what
     is alive is counted: the prediction follows model, attention and what is computed again as they are. Nothing is
-    compiled; a compiled model takes less. The optimizer is left out: fused AdamW and clipping make nothing, and
-    activations are gone by then.
+    compiled; a compiled model takes less. The optimizer's step is left out: fused AdamW and clipping make nothing, Muon
+    one matrix's worth, and activations are gone by then.
 
     Args:
         model: on any device; only its options matter.
@@ -124,9 +125,11 @@ def _take_step(
     parameters = _without_content(twin)
     if on_gpu and twin.offloading is not None:
         twin.offloading.transfers = _ToNowhere()
+    for group in twin.parameter_groups():
+        moments = MUON_MOMENTS if "momentum" in group else ADAMW_MOMENTS
+        live.add("optimizer", moments * sum(parameter.nbytes for parameter in group["params"]))
     for parameter in parameters:
         live.label("parameters", parameter)
-        live.add("optimizer", ADAMW_MOMENTS * parameter.nbytes)
         # Those of the step before, or of the micro-batch before.
         parameter.grad = torch.empty_like(parameter)
         live.label("gradients", parameter.grad)

@@ -133,6 +133,9 @@ def test_weights_moments_and_gradients() -> None:
     assert single.total == sum(single.parts.values())
     half = predicted(model, precision="bf16-true")
     assert (half.parameters, half.optimizer) == within_a_hundredth((weights / 2, weights))
+    muon = a_model(optimizer="muon")
+    of_blocks = 4 * sum(p.numel() for p in muon.llama.model.layers.parameters() if p.ndim == 2)
+    assert predicted(muon).optimizer == 2 * weights - of_blocks
     assert torch.get_default_dtype() == torch.float32
 
 
