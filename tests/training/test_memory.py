@@ -197,9 +197,24 @@ def test_other_strategies(attention: type[AttentionStrategy], device_type: str) 
     assert memory.total > memory.parameters + memory.optimizer
 
 
-def test_a_strategy_that_reads_values_is_named() -> None:
-    with pytest.raises(UserError, match="memory cannot be predicted, for Reading reads values of tensors"):
-        predicted(a_model(Reading))
+@torch.library.custom_op("muse_tests::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    """Does not say what it returns."""
+    return x.clone()
+
+
+class Opaque(Dense):
+    """Calls it."""
+
+    def forward(self, q: Tensor, *args: Any, **options: Any) -> Tensor:
+        return super().forward(opaque(q), *args, **options)
+
+
+@pytest.mark.parametrize("attention", [Reading, Opaque], ids=["Reading", "Opaque"])
+def test_a_strategy_that_needs_content_is_named(attention: type[AttentionStrategy]) -> None:
+    name = attention.__name__
+    with pytest.raises(UserError, match=f"memory cannot be predicted, for {name} does not run on tensors without"):
+        predicted(a_model(attention))
 
 
 @pytest.mark.gpu
