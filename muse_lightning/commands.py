@@ -344,7 +344,6 @@ class MuseCLI(LightningCLI):
                 callback.dirpath = self.run_folder.checkpoints
         return callbacks
 
-
     def _plugins(self, chosen: Any) -> list[Any]:
         """The user's plugins, and our way to save unless there is another."""
         plugins = list(chosen) if isinstance(chosen, list) else [] if chosen is None else [chosen]
@@ -455,9 +454,10 @@ def print_longest_contexts(cli: MuseCLI) -> None:
 
 def out_of_memory(error: Exception, cli: MuseCLI) -> UserError | None:
     """What to do next where a device has no more memory; None if that is not the error."""
-    if not isinstance(error, torch.OutOfMemoryError):
+    found = find_cause(error, torch.OutOfMemoryError)
+    if found is None:
         return None
-    wanted = str(error).split("Tried to allocate ")[-1].split(".  ")[0].split(". ")[0]
+    wanted = str(found).split("Tried to allocate ")[-1].split(".  ")[0].split(". ")[0]
     said = f"out of GPU memory, {wanted} more was needed"
     try:
         advice = next_lever(training_setting(cli)) if cli.verb == "fit" else None
