@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from muse_lightning import __version__
-from muse_lightning.errors import ExitCode, UserError, find_cause, nearest, shown_url
+from muse_lightning.errors import ExitCode, RetryError, StorageError, UserError, find_cause, nearest, shown_url
 
 ALLOW_MODULE = "--allow_module"
 TRACEBACK_VARIABLE = "MUSE_TRACEBACK"
@@ -63,9 +63,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             _print_traceback()
-        # In one piece: ranks share a terminal.
-        sys.stderr.write(f"{_rank_prefix()}error: {shown_url(' '.join(str(error).split()))}\n")
+        _print_line(f"error: {error}")
         return ExitCode.USER_ERROR
+    except RetryError as reason:
+        _print_line(str(reason))
+        return ExitCode.RETRY
+    except StorageError as error:
+        _print_line(f"error: {error}")
+        return ExitCode.STORAGE
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except SystemExit as stop:
@@ -166,6 +171,11 @@ def take_allowed_modules(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _print_traceback() -> None:
     sys.stderr.write(shown_url(traceback.format_exc()))
+
+
+def _print_line(text: str) -> None:
+    # In one piece: ranks share a terminal.
+    sys.stderr.write(f"{_rank_prefix()}{shown_url(' '.join(text.split()))}\n")
 
 
 def _rank_prefix() -> str:

@@ -3,6 +3,7 @@
 import enum
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +11,11 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
-from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # A class is known by its bare name once it has been imported.
@@ -22,20 +25,38 @@ from muse_lightning.callbacks import DEFAULT_CALLBACKS, LONG_CONTEXT_CALLBACKS, 
 from muse_lightning.callbacks.ledger import Ledger
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import progress_bar
+from muse_lightning.checkpoints.choice import report, step_of
+from muse_lightning.checkpoints.durable_checkpoint import DurableCheckpoint
+from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
+from muse_lightning.checkpoints.preemption import stoppable
 from muse_lightning.configuration.check import ConfigCheck, explain
+from muse_lightning.configuration.differences import differences
 from muse_lightning.configuration.layers import load_with_presets, read_layers
 from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
 from muse_lightning.data.ledger import FOLDER_NAME
-from muse_lightning.errors import UserError, find_cause, reason_of
+from muse_lightning.errors import (
+    ExitCode,
+    RetryError,
+    StorageError,
+    UserError,
+    find_cause,
+    is_storage_error,
+    reason_of,
+    shown_url,
+)
 from muse_lightning.measure.info import environment, machine_report, recipe_report
+from muse_lightning.pretrained.run_folder import configuration_behind
 from muse_lightning.training.module import LanguageModel
-from muse_lightning.training.run_folder import RunFolder
+from muse_lightning.training.run_folder import RunFolder, find_checkpoint
 from muse_lightning.training.weights import check_checkpoint, check_weights
 
 # Some of Lightning's defaults are enumerations that are strings too, which PyYAML does not know how to write.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_str(member.name))
+
+say = rank_zero_only(report)
+"""Prints a line to standard error, on one rank."""
 
 LINKS_AT_PARSE = {"model.seq_len": "data.seq_len", "data.seed": "seed_everything"}
 LINKS_AT_INSTANTIATION = {"model.tokenizer_size": "data.vocab_size"}
@@ -81,8 +102,8 @@ class MuseCLI(LightningCLI):
     """
 
     run_folder: RunFolder
-    has_own_checkpoints = False
-    """Whether the default callback saves checkpoints, not one that the user chose."""
+    checkpoint: Path | None = None
+    """What the run goes on from, or is evaluated."""
 
     def __init__(
         self,
@@ -112,7 +133,8 @@ class MuseCLI(LightningCLI):
                 "exit_on_error": False,
             },
             auto_configure_optimizers=False,
-            args=resolve_arguments(args),
+            # Alone, as other switches are written; jsonargparse wants a value.
+            args=["--resume=true" if arg == "--resume" else arg for arg in resolve_arguments(args)],
             run=False,
         )
 
@@ -130,7 +152,15 @@ class MuseCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Checkpoint to start from. Its weights and training state are taken, never its configuration.",
+            help="Checkpoint to start from: a path, or last or best of run.name. Its weights and training state are "
+            "taken, never its configuration.",
+        )
+        parser.add_argument(
+            "--resume",
+            type=bool,
+            default=False,
+            help="Go on with the newest run of run.name, in its folder, from its last checkpoint that is whole; with "
+            "a new one if there is none.",
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -160,9 +190,23 @@ class MuseCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(explain(error, check)) from error
+        if self.config.resume and self.verb != "fit":
+            raise UserError(f"resume: true found; muse {self.verb} resumes nothing, muse fit does")
+        if self.config.resume and self.config.ckpt_path is not None:
+            raise UserError(f"resume: true found beside ckpt_path {shown_url(self.config.ckpt_path)}; give one of them")
         if self.config.ckpt_path is not None:
-            max_steps = self.config.trainer.max_steps
-            check_checkpoint(self.config.ckpt_path, for_training=self.verb == "fit", max_steps=max_steps)
+            self.checkpoint = self._chosen_checkpoint(self.config.ckpt_path)
+
+    def _chosen_checkpoint(self, chosen: str) -> Path:
+        """What --ckpt_path means.
+
+        Raises:
+            UserError: it cannot be gone on from.
+        """
+        run = self.config.run
+        path = str(find_checkpoint(run.root, run.name, chosen)) if chosen in ("last", "best") else chosen
+        check_checkpoint(path, for_training=self.verb == "fit", max_steps=self.config.trainer.max_steps)
+        return Path(path)
 
     def instantiate_classes(self) -> None:
         """Build what the verb needs."""
@@ -187,37 +231,81 @@ class MuseCLI(LightningCLI):
         return parser.instantiate(Namespace(model=config)).model
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Create the run's folder, and a trainer that writes to it."""
-        run = self.config.run
-        self.run_folder = RunFolder.create(run.root, run.name, run.version)
+        """Create the run's folder, or go on in one, and a trainer that writes to it."""
+        self.run_folder = self._open_run_folder()
         try:
-            self.run_folder.write("config.yaml", self._config_text())
+            self._report_differences()
+            self.run_folder.write(self.run_folder.record("config", "yaml"), self._config_text())
             self.run_folder.write_environment(environment())
             trainer = self.config_init["trainer"]
             return super().instantiate_trainer(
                 logger=self._logger(trainer["logger"]),
                 callbacks=self._callbacks(trainer),
+                plugins=self._plugins(trainer["plugins"]),
                 default_root_dir=trainer["default_root_dir"] or self.run_folder.path,
                 **kwargs,
             )
         except Exception as error:
-            self.run_folder.discard()
+            with self.run_folder as folder:
+                folder.discard()
             if isinstance(error, (MisconfigurationException, ValueError, TypeError)):
                 raise UserError(f"trainer: {reason_of(error)}") from error
             raise
+
+    def _open_run_folder(self) -> RunFolder:
+        run = self.config.run
+        if not self.config.resume:
+            return RunFolder.create(run.root, run.name, run.version)
+        resumed = RunFolder.resume(run.root, run.name, run.version)
+        if resumed is None:
+            say(f"resume: no run in {run.root / run.name} has a checkpoint that is whole; a new run starts")
+            return RunFolder.create(run.root, run.name, run.version)
+        try:
+            self._check_resumed(resumed)
+        except BaseException:
+            resumed.close()
+            raise
+        return resumed
+
+    def _check_resumed(self, resumed: RunFolder) -> None:
+        assert resumed.resumed is not None
+        self.checkpoint = resumed.resumed
+        step, max_steps = step_of(self.checkpoint), self.config.trainer.max_steps
+        if 0 <= max_steps <= step:
+            # Not a mistake: who starts the same command again until it succeeds has come to the end.
+            say(f"resume: {resumed.path} is at step {step}, trainer.max_steps is {max_steps}: nothing is left to train")
+            raise SystemExit(ExitCode.DONE)
+        check_checkpoint(str(self.checkpoint), for_training=True, max_steps=max_steps)
+        say(f"resume: from {self.checkpoint}")
+
+    def _report_differences(self) -> None:
+        """Say what the recipe has otherwise than the run that it goes on from, where that has left its own."""
+        if self.verb != "fit" or self.checkpoint is None:
+            return
+        try:
+            before = configuration_behind(self.checkpoint)
+        except UserError:
+            return
+        for line in differences(before, yaml.safe_load(self._config_text()), where=str(self.checkpoint)):
+            say(line)
 
     def _config_text(self) -> str:
         """The whole configuration as YAML: running it again repeats the run, in a new version."""
         config = self.config.clone()
         config.pop("config", None)
         config.run.version = None
+        config.resume = False
+        config.ckpt_path = None if self.config.ckpt_path is None else str(self.checkpoint)
         return without_credentials(self.parser.dump(config, skip_unset=False))
 
     def _logger(self, chosen: Any) -> Logger | Sequence[Logger] | bool:
         if chosen not in (None, True):
             return chosen
-        folder = self.run_folder.path
-        return TensorBoardLogger(save_dir=folder.parent.parent, name=folder.parent.name, version=folder.name)
+        folder, resumed = self.run_folder.path, self.run_folder.resumed
+        # What was logged after the checkpoint is logged again.
+        purge_step = None if resumed is None else step_of(resumed)
+        save_dir, name = folder.parent.parent, folder.parent.name
+        return TensorBoardLogger(save_dir=save_dir, name=name, version=folder.name, purge_step=purge_step)
 
     def _callbacks(self, trainer: Namespace) -> list[Callback]:
         """The user's callbacks, and the default ones of kinds that the user has none of."""
@@ -238,20 +326,16 @@ class MuseCLI(LightningCLI):
                 callbacks.append(make())
         return callbacks
 
-    def _checkpoint_callback(self) -> ModelCheckpoint:
-        self.has_own_checkpoints = True
-        return ModelCheckpoint(
-            dirpath=self.run_folder.checkpoints if self.run_folder.is_owner else None,
-            filename="step={step}",
-            auto_insert_metric_name=False,
-            save_top_k=1,
-        )
+    def _checkpoint_callback(self) -> DurableCheckpoint:
+        return DurableCheckpoint(dirpath=self.run_folder.checkpoints if self.run_folder.is_owner else None)
 
-    def save_end_of_fit(self) -> None:
-        """Save where a fit ended, unless a validation there has: Lightning saves after validations alone."""
-        path = self.run_folder.checkpoints / f"step={self.trainer.global_step}.ckpt"
-        if self.has_own_checkpoints and not self.trainer.strategy.broadcast(path.exists()):
-            self.trainer.save_checkpoint(path, weights_only=False)
+    def _plugins(self, chosen: Any) -> list[Any]:
+        """The user's plugins, and our way to save unless there is another."""
+        plugins = list(chosen) if isinstance(chosen, list) else [] if chosen is None else [chosen]
+        has_io = getattr(self.config_init["trainer"]["strategy"], "_checkpoint_io", None) is not None
+        if has_io or any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            return plugins
+        return [*plugins, DurableCheckpointIO()]
 
 
 def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
@@ -260,31 +344,39 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
     Raises:
         UserError: what the configuration, the data or the checkpoint do not allow. A run that had not trained yet
             leaves no folder.
+        RetryError: it was preempted, or its folder is in use.
+        StorageError: what must be kept cannot be written.
     """
-    cli = MuseCLI(verb, description, args, allowed, builds="trainer")
+    with stoppable() if verb == "fit" else nullcontext():
+        cli = MuseCLI(verb, description, args, allowed, builds="trainer")
+        with cli.run_folder as folder:
+            try:
+                _run(verb, cli)
+                if cli.trainer.is_global_zero:
+                    print(f"run: {folder.path}", file=sys.stderr)
+            except Exception as error:
+                ending = as_ending(error, cli.config)
+                if ending is None:
+                    raise
+                if not cli.model.has_trained:
+                    folder.discard()
+                if not isinstance(ending, UserError) and folder.is_inherited:
+                    # Lightning kills all ranks as soon as one that it has started ends with anything but 0.
+                    return
+                raise ending from error
+
+
+def _run(verb: str, cli: MuseCLI) -> None:
     options: dict[str, Any] = {"return_predictions": False} if verb == "predict" else {}
-    with cli.run_folder as folder:
-        try:
-            if cli.config.ckpt_path is None and cli.model.weights is not None:
-                # Before data is prepared, which may take hours.
-                check_weights(cli.model.llama, cli.model.weights)
-            elif verb != "fit" and cli.config.ckpt_path is None:
-                said = f"muse {verb}: warning: fresh random weights; give --ckpt_path or --model.weights"
-                print(said, file=sys.stderr)
-            getattr(cli.trainer, verb)(
-                cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True, **options
-            )
-            if verb == "fit":
-                cli.save_end_of_fit()
-            if cli.trainer.is_global_zero:
-                print(f"run: {folder.path}", file=sys.stderr)
-        except Exception as error:
-            mistake = as_user_error(error, cli.config)
-            if mistake is None:
-                raise
-            if not cli.model.has_trained:
-                folder.discard()
-            raise mistake from error
+    if cli.checkpoint is None and cli.model.weights is not None:
+        # Before data is prepared, which may take hours.
+        check_weights(cli.model.llama, cli.model.weights)
+    elif verb != "fit" and cli.checkpoint is None:
+        said = f"muse {verb}: warning: fresh random weights; give --ckpt_path or --model.weights"
+        print(said, file=sys.stderr)
+    checkpoint = None if cli.checkpoint is None else str(cli.checkpoint)
+    run = getattr(cli.trainer, verb)
+    run(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True, **options)
 
 
 def prepare(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
@@ -323,6 +415,16 @@ def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str
             has_documents=cli.config.data.document_mask,
         )
     )
+
+
+def as_ending(error: Exception, config: Namespace) -> UserError | RetryError | StorageError | None:
+    """What ends a run in one line behind an error of a library; None if it is a bug."""
+    ending = find_cause(error, RetryError) or find_cause(error, StorageError) or as_user_error(error, config)
+    if ending is not None:
+        return ending
+    if is_storage_error(error):
+        return StorageError(f"the run ended, as its storage does not take what must be kept: {reason_of(error)}")
+    return None
 
 
 def as_user_error(error: Exception, config: Namespace) -> UserError | None:

@@ -1,6 +1,7 @@
 """Errors that a user caused, and the exit codes of every command. All packages may import this file."""
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 from enum import IntEnum
@@ -23,6 +24,7 @@ QUERY_IN_URL = re.compile(
     r"\?(?!\.\.\.[^\w%&=]*(?:\s|$))((?:[^\s#'\"<>]|['\"](?=[\w%'\"]))*)",
     re.IGNORECASE,
 )
+_STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _LONGEST_REASON = 300
 _PLACE = re.compile(r"\S+/\S+")
 
@@ -33,6 +35,8 @@ class ExitCode(IntEnum):
     DONE = 0
     BUG = 1
     USER_ERROR = 2
+    RETRY = 75
+    STORAGE = 77
     INTERRUPTED = 130
 
 
@@ -41,6 +45,15 @@ class UserError(Exception):
 
     The message says what (key, file, argument), the value found, and what would be accepted.
     """
+
+
+class RetryError(Exception):
+    """Nothing is wrong, and the same command can go on later: preempted, or a run folder is in use. Reported as one
+    line, exit code 75."""
+
+
+class StorageError(Exception):
+    """The storage does not take what must be kept: full, read-only or broken. Reported as one line, exit code 77."""
 
 
 def find_cause(error: BaseException, kind: type[Cause]) -> Cause | None:
@@ -54,6 +67,12 @@ def find_cause(error: BaseException, kind: type[Cause]) -> Cause | None:
             return found
         found = found.__cause__ or found.__context__
     return None
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether behind an error is storage that is full, read-only or broken."""
+    found = find_cause(error, OSError)
+    return found is not None and found.errno in _STORAGE_FAULTS
 
 
 def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:

@@ -1,6 +1,7 @@
 """Files that are either whole or absent: temporary name in the target folder, fsync, rename. All packages may import
 this file."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -9,8 +10,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from muse_lightning.errors import UserError, reason_of
+
+PARTIAL = ".partial-"
+"""In the name of what is being written, before a random suffix; the name begins with a dot."""
+_CANNOT_RENAME = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV, errno.EINVAL}
+"""What storage answers that has no such operation."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -40,19 +47,47 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         path: The file to write or to replace. Its folder must exist.
         data: The whole content; text is encoded as UTF-8.
     """
-    content = data.encode() if isinstance(data, str) else data
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_file(path: Path, *, may_copy: bool = False) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the `with` block ends without an error, and is on the disk then.
+
+    Args:
+        path: The file to write or to replace. Its folder must exist.
+        may_copy: Where the storage can rename nothing, as mounted buckets, copy instead. A kill leaves a part then:
+            only for a file whose readers know a part when they see it.
+    Yields:
+        A temporary file beside it, open for writing in bytes.
+    Raises:
+        OSError: the storage does not take it; `path` is as it was.
+    """
     # In the target's own folder: a rename across file systems would be a copy, which can be torn.
-    temporary = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if not may_copy or error.errno not in _CANNOT_RENAME:
+                raise
+            shutil.copyfile(temporary, path)
+            fsync_path(path)
+            temporary.unlink()
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
-    fsync_path(path.parent)
+    try:
+        fsync_path(path.parent)
+    except OSError as error:
+        if not may_copy or error.errno not in _CANNOT_RENAME:
+            raise
 
 
 @contextmanager
@@ -66,10 +101,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Leftovers of killed builds of the same folder are removed first, so at most one process may build it: hold
     `exclusive_lock(path)`.
     """
-    for leftover in path.parent.glob(f".{path.name}.partial-*"):
+    for leftover in path.parent.glob(f".{path.name}{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     suffix = uuid.uuid4().hex[:8]
-    temporary = path.with_name(f".{path.name}.partial-{suffix}")
+    temporary = path.with_name(f".{path.name}{PARTIAL}{suffix}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -80,7 +115,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         if path.exists():
             # A folder cannot be renamed onto a non-empty one. A kill between the two renames leaves no folder, never a
             # mixed one.
-            replaced = path.with_name(f".{path.name}.partial-{suffix}-replaced")
+            replaced = path.with_name(f".{path.name}{PARTIAL}{suffix}-replaced")
             os.rename(path, replaced)
             os.rename(temporary, path)
             shutil.rmtree(replaced, ignore_errors=True)

@@ -11,8 +11,9 @@ WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # Predictions are numbered by batch, in stored order.
     r"Couldn't infer the batch indices fetched from your dataloader",
-    # Every run has a folder of its own, so that of the checkpoint is always another one.
+    # Of a user's own ModelCheckpoint: every run has a folder of its own, or goes on in it.
     r"The dirpath has changed from .* therefore `best_model_score`",
+    r"Checkpoint directory .* exists and is not empty",
 )
 LOG_LINES = (
     # An advertisement for a hosted service.

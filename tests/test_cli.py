@@ -160,7 +160,8 @@ class TestRunFolder:
         run = Path("runs/tiny/version_0")
         environment = json.loads((run / "environment.json").read_text())
         assert environment["packages"]["torch"] == torch.__version__
-        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step=2.ckpt"]
+        saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert saved == ["step=2.ckpt", "step=2.manifest.json"]
         events = EventAccumulator(str(run)).Reload()
         assert {"train/loss", "lr-AdamW/pg1"} <= set(events.Tags()["scalars"])
         assert "step 2/2" in out
@@ -171,9 +172,9 @@ class TestRunFolder:
         assert yaml.safe_load(printed) == written
 
     def test_a_fit_ends_with_a_checkpoint(self, muse: Muse) -> None:
-        """Also where no validation, after which Lightning saves, came with the last step; and it can be resumed."""
+        """Also where no validation came with the last step; and it can be resumed."""
         assert muse.with_recipe("fit", "--trainer.max_steps=3", "--trainer.val_check_interval=2")[0] == 0
-        saved = sorted(Path("runs/tiny/version_0/checkpoints").iterdir())
+        saved = sorted(Path("runs/tiny/version_0/checkpoints").glob("*.ckpt"))
         assert [path.name for path in saved] == ["step=2.ckpt", "step=3.ckpt"]
         code, out, err = muse.with_recipe("fit", "--trainer.max_steps=4", "--ckpt_path", str(saved[-1]))
         assert code == 0, err
@@ -276,7 +277,8 @@ class TestRunFolder:
     def test_defaults_give_way_to_the_users_own(self, muse: Muse) -> None:
         flags = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=mine"]
         assert muse.with_recipe("fit", *flags, "--trainer.enable_progress_bar=false")[0] == 0
-        assert [path.name for path in Path("runs/tiny/version_0/checkpoints").iterdir()] == ["mine.ckpt"]
+        saved = sorted(path.name for path in Path("runs/tiny/version_0/checkpoints").iterdir())
+        assert saved == ["mine.ckpt", "mine.manifest.json"]
         assert muse.with_recipe("fit", "--trainer.logger=false", "--trainer.enable_checkpointing=false")[0] == 0
         assert sorted(path.name for path in Path("runs/tiny/version_1").iterdir()) == [
             "config.yaml",

@@ -16,7 +16,7 @@ SOURCES = {"muse_lightning": ROOT / "muse_lightning", "muse_kernels": ROOT / "ke
 # A unit may always import itself; a dotted entry admits that module alone.
 OPEN_TO_ALL = {"errors", "files", "safe_path"}
 OPERATORS = {"muse_kernels", "collectives"}
-TRAINING = {"training", "model", "attention", "data", "parallelize", "measure", "pretrained", *OPERATORS}
+TRAINING = {"training", "checkpoints", "model", "attention", "data", "parallelize", "measure", "pretrained", *OPERATORS}
 CLI = {"cli", "commands", "function_commands", "configuration", "libraries"}
 MAY_IMPORT: dict[str, set[str]] = {
     "muse_kernels": set(),
@@ -27,11 +27,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attention": OPERATORS | OPEN_TO_ALL,
     "model": {"attention.base"} | OPEN_TO_ALL,
     "data": OPEN_TO_ALL,
+    "checkpoints": OPEN_TO_ALL,
     "drop_in": {"attention", *OPERATORS} | OPEN_TO_ALL,
     # What a run's data says of its tokenizer.
     "pretrained": {
         "model",
         "attention",
+        "checkpoints.choice",
         *(f"data.{module}" for module in ("card", "filesystems", "ledger", "token_bytes", "tokenizer")),
     }
     | OPEN_TO_ALL,

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from muse_lightning.checkpoints.choice import has_manifest, last_checkpoint, step_of, stored
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig, RopeScaling
 from muse_lightning.pretrained.tensors import TensorStore, open_pickle
@@ -17,20 +18,27 @@ SHARDS_FILE = "meta.pt"
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The checkpoint of a run that was written last.
+    """The checkpoint of a run of the highest step that is whole; damaged ones are named on standard error. Where none
+    has a manifest, that of the highest step in its name.
 
     Raises:
         UserError: there is none, or it is in shards.
     """
-    every = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    checkpoints = folder / "checkpoints"
+    if has_manifest(checkpoints):
+        whole = last_checkpoint(checkpoints)
+        if whole is None:
+            raise UserError(f"{folder} is a run without a checkpoint that is whole")
+        return whole
+    every = [path for _, path in stored(checkpoints)]
     files = [path for path in every if path.is_file()]
     found = [path for path in every if path in files or is_sharded(path)]
     if not found:
-        raise UserError(f"{folder} is a run without a checkpoint: no file {folder / 'checkpoints' / '*.ckpt'}")
-    if found[-1] not in files:
-        older = f", such as the older {files[-1]}" if files else ""
-        raise UserError(f"{found[-1]} is a checkpoint in shards; accepted: a checkpoint in one file{older}")
-    return found[-1]
+        raise UserError(f"{folder} is a run without a checkpoint: no file {checkpoints / '*.ckpt'}")
+    if found[0] not in files:
+        older = f", such as the older {files[0]}" if files else ""
+        raise UserError(f"{found[0]} is a checkpoint in shards; accepted: a checkpoint in one file{older}")
+    return found[0]
 
 
 def is_sharded(path: Path) -> bool:
@@ -62,13 +70,25 @@ def run_of(checkpoint: Path) -> Path:
     )
 
 
-def run_configuration(folder: Path) -> dict[str, Any]:
+def configuration_behind(checkpoint: Path) -> dict[str, Any]:
+    """The configuration by which a checkpoint was trained: that of the last start of its run before it.
+
+    Raises:
+        UserError: it lies in no run folder, or that is not YAML of a run.
+    """
+    folder, step = run_of(checkpoint), step_of(checkpoint)
+    starts = {int(path.name[12:-5]): path for path in folder.glob("config.step=*.yaml") if path.name[12:-5].isdigit()}
+    before = [start for start in starts if start < step]
+    return run_configuration(folder, starts[max(before)].name if before else CONFIG_FILE)
+
+
+def run_configuration(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
     """Content of a run's config.yaml.
 
     Raises:
         UserError: it is not YAML of a run.
     """
-    path = folder / CONFIG_FILE
+    path = folder / name
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

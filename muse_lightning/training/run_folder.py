@@ -1,33 +1,41 @@
-"""The folder of one run, `ROOT/NAME/version_N`: created exclusively, locked while the run lives."""
+"""The folder of one run, `ROOT/NAME/version_N`: created exclusively, or gone on in, and locked while the run lives."""
 
-import fcntl
 import json
 import os
 import shutil
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from muse_lightning.errors import UserError
+from muse_lightning.checkpoints.choice import best_checkpoint, has_manifest, last_checkpoint
+from muse_lightning.checkpoints.lock import FolderLock, holder_of
+from muse_lightning.errors import StorageError, UserError, is_storage_error, reason_of
 from muse_lightning.files import atomic_write
 
 RUN_FOLDER_VARIABLE = "MUSE_RUN_FOLDER"
 """Environment variable that tells the other ranks of a node, which rank 0 starts, the folder that rank 0 created."""
+CHECKPOINT_VARIABLE = "MUSE_CHECKPOINT"
+"""Likewise the checkpoint that rank 0 goes on from."""
+CHECKPOINTS = "checkpoints"
 
 
 class RunFolder:
     """A run's folder. Use as a context manager: leaving it releases the lock.
 
-    `is_owner` is true on rank 0, the one process that writes here; other ranks only know the path.
+    `is_owner` is true on rank 0, the one process that writes here; other ranks only know the path. `resumed` is the
+    checkpoint that an earlier run has left here and this one goes on from.
     """
 
-    def __init__(self, path: Path, lock: IO[str] | None = None, made: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, path: Path, lock: FolderLock | None = None, made: Sequence[Path] = (), resumed: Path | None = None
+    ) -> None:
         self.path = path
+        self.resumed = resumed
         self._lock = lock
         self._made = made
+        self._found = set(path.rglob("*")) if lock is not None and resumed is not None else set()
 
     @classmethod
     def create(cls, root: Path, name: str, version: int | None = None) -> "RunFolder":
@@ -39,9 +47,10 @@ class RunFolder:
             root, name: the folder is `root/name/version_N`.
             version: N. None: the first number above all that exist.
         Raises:
-            UserError: this version exists already (and whether a run is using it), or the folder cannot be created.
+            UserError: this version exists already (and whether a run is using it), or no folder can be there.
+            StorageError: the folder cannot be created: full, read-only, no permission.
         """
-        if getattr(rank_zero_only, "rank", 0) != 0:
+        if not _is_rank_zero():
             # A launcher that starts all ranks at once (torchrun, SLURM) leaves them without the variable: Lightning
             # then sends rank 0's paths to them, and nothing is ever written to this one.
             return cls(Path(os.environ.get(RUN_FOLDER_VARIABLE, root / name / "unknown")))
@@ -50,11 +59,52 @@ class RunFolder:
             made = [folder for folder in (parent, root) if not folder.exists()]
             parent.mkdir(parents=True, exist_ok=True)
             path = _make_version(parent, version)
-            lock = _acquire(path)
+            lock = FolderLock.acquire(path)
         except OSError as error:
-            raise UserError(f"run.root: cannot create a folder in {parent}: {error.strerror}") from None
+            raise _refusal(f"run.root: cannot create a folder in {parent}", error) from None
         os.environ[RUN_FOLDER_VARIABLE] = str(path.resolve())
         return cls(path, lock, made)
+
+    @classmethod
+    def resume(cls, root: Path, name: str, version: int | None = None) -> "RunFolder | None":
+        """Go on in the newest version that has a checkpoint which is whole; None where there is none.
+
+        Args:
+            root, name: folders are `root/name/version_N`.
+            version: N, to look at that one alone.
+        Raises:
+            RetryError: another process uses it.
+            UserError: likewise, on a terminal.
+            StorageError: it cannot be written.
+        """
+        if not _is_rank_zero():
+            return cls._resumed_by_rank_zero(root, name, version)
+        for path in versions_with_checkpoints(root, name, version):
+            try:
+                lock = FolderLock.acquire(path)
+            except OSError as error:
+                raise _refusal(f"run.root: cannot write in {path}", error) from None
+            checkpoint = last_checkpoint(path / CHECKPOINTS)
+            if checkpoint is not None:
+                os.environ[RUN_FOLDER_VARIABLE] = str(path.resolve())
+                os.environ[CHECKPOINT_VARIABLE] = str(checkpoint.resolve())
+                return cls(path, lock, resumed=checkpoint)
+            lock.release()
+        return None
+
+    @classmethod
+    def _resumed_by_rank_zero(cls, root: Path, name: str, version: int | None) -> "RunFolder | None":
+        if CHECKPOINT_VARIABLE in os.environ:
+            checkpoint = Path(os.environ[CHECKPOINT_VARIABLE])
+            return cls(checkpoint.parent.parent, resumed=checkpoint)
+        if RUN_FOLDER_VARIABLE in os.environ:
+            return None
+        # Started beside rank 0: the same files have the same answer.
+        for path in versions_with_checkpoints(root, name, version):
+            found = last_checkpoint(path / CHECKPOINTS, say=lambda line: None)
+            if found is not None:
+                return cls(path, resumed=found)
+        return None
 
     @property
     def is_owner(self) -> bool:
@@ -62,9 +112,14 @@ class RunFolder:
         return self._lock is not None
 
     @property
+    def is_inherited(self) -> bool:
+        """Whether rank 0 has started this process."""
+        return not self.is_owner and RUN_FOLDER_VARIABLE in os.environ
+
+    @property
     def checkpoints(self) -> Path:
         """Where checkpoints go."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def write(self, name: str, text: str) -> None:
         """Write a small file whole or not at all; does nothing on other ranks."""
@@ -72,24 +127,82 @@ class RunFolder:
             atomic_write(self.path / name, text)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """Write `environment.json`: what the run ran on."""
-        self.write("environment.json", json.dumps(environment, indent=2) + "\n")
+        """Write `environment.json`: what the run runs on; of one that goes on, `environment.step=N.json`."""
+        self.write(self.record("environment", "json"), json.dumps(environment, indent=2) + "\n")
+
+    def record(self, stem: str, suffix: str) -> str:
+        """Name of a file that each start of a run writes: that of the first, or with the step that it goes on from."""
+        return f"{stem}.{suffix}" if self.resumed is None else f"{stem}.{self.resumed.stem}.{suffix}"
 
     def discard(self) -> None:
-        """Remove the folder: for a run that ended before it trained, so that nothing half-made is left."""
-        if self.is_owner:
-            shutil.rmtree(self.path)
-            for folder in self._made:
-                if not any(folder.iterdir()):
-                    folder.rmdir()
+        """Remove the folder: for a run that ended before it trained, so that nothing half-made is left. Of one that
+        was to go on, only what is new in it."""
+        if not self.is_owner:
+            return
+        if self.resumed is not None:
+            for path in sorted(set(self.path.rglob("*")) - self._found, reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            return
+        shutil.rmtree(self.path)
+        for folder in self._made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.release()
+            os.environ.pop(RUN_FOLDER_VARIABLE, None)
+            os.environ.pop(CHECKPOINT_VARIABLE, None)
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            os.environ.pop(RUN_FOLDER_VARIABLE, None)
+        self.close()
+
+
+def find_checkpoint(root: Path, name: str, which: str, version: int | None = None) -> Path:
+    """The last or the best checkpoint of the newest version that has one.
+
+    Args:
+        root, name: folders are `root/name/version_N`.
+        which: "last" or "best".
+    Raises:
+        UserError: there is none.
+    """
+    find = {"last": last_checkpoint, "best": best_checkpoint}[which]
+    if not _is_rank_zero() and CHECKPOINT_VARIABLE in os.environ:
+        return Path(os.environ[CHECKPOINT_VARIABLE])
+    for path in versions_with_checkpoints(root, name, version):
+        found = find(path / CHECKPOINTS)
+        if found is not None:
+            if _is_rank_zero():
+                os.environ[CHECKPOINT_VARIABLE] = str(found.resolve())
+            return found
+    wanted = "" if which == "last" else ", measured by a validation"
+    raise UserError(f"ckpt_path: {which} found, but no run in {root / name} has a checkpoint that is whole{wanted}")
+
+
+def versions_with_checkpoints(root: Path, name: str, version: int | None = None) -> Iterator[Path]:
+    """Run folders of a name that have a checkpoint with a manifest, the newest version first."""
+    for number in sorted(_versions(root / name), reverse=True):
+        path = root / name / f"version_{number}"
+        if version in (None, number) and has_manifest(path / CHECKPOINTS):
+            yield path
+
+
+def _refusal(what: str, error: OSError) -> UserError | StorageError:
+    has_fault = is_storage_error(error) or isinstance(error, PermissionError)
+    return (StorageError if has_fault else UserError)(f"{what}: {reason_of(error)}")
+
+
+def _is_rank_zero() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _versions(parent: Path) -> list[int]:
+    return [int(path.name[8:]) for path in parent.glob("version_*") if path.name[8:].isdigit()]
 
 
 def _make_version(parent: Path, version: int | None) -> Path:
@@ -98,10 +211,11 @@ def _make_version(parent: Path, version: int | None) -> Path:
         try:
             path.mkdir()
         except FileExistsError:
-            raise UserError(f"run.version: {path} {_state(path)}; leave run.version out for a new one") from None
+            holder = holder_of(path)
+            state = "exists already" if holder is None else f"is in use by {holder}"
+            raise UserError(f"run.version: {path} {state}; leave run.version out for a new one") from None
         return path
-    numbers = [int(p.name.removeprefix("version_")) for p in parent.glob("version_*") if p.name[8:].isdigit()]
-    number = max(numbers, default=-1) + 1
+    number = max(_versions(parent), default=-1) + 1
     while True:
         path = parent / f"version_{number}"
         try:
@@ -110,29 +224,3 @@ def _make_version(parent: Path, version: int | None) -> Path:
             number += 1
         else:
             return path
-
-
-def _lock_file(path: Path) -> Path:
-    return path / "lock"
-
-
-def _acquire(path: Path) -> IO[str]:
-    lock = _lock_file(path).open("w", encoding="utf-8")
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    json.dump({"host": socket.gethostname(), "pid": os.getpid()}, lock)
-    lock.flush()
-    return lock
-
-
-def _state(path: Path) -> str:
-    """Whether the run of an existing folder is still going, in words."""
-    try:
-        with _lock_file(path).open(encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = json.loads(lock.read())
-                return f"is in use by process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError):
-        pass
-    return "exists already"

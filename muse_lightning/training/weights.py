@@ -3,6 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
+from muse_lightning.checkpoints.choice import report
+from muse_lightning.checkpoints.manifest import manifest_path, problem_of
 from muse_lightning.errors import UserError, shown_url
 from muse_lightning.model.llama import Llama
 from muse_lightning.pretrained.reference import copy_weights, known_config, open_weights
@@ -52,6 +56,7 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
         if not is_sharded(Path(path)):
             raise UserError(f"ckpt_path: {path} is a folder without {SHARDS_FILE}; {expected}")
         return
+    _check_manifest(Path(path))
     needed = ["pytorch-lightning_version", *(["optimizer_states", "lr_schedulers"] if for_training else [])]
     checkpoint = read_checkpoint(Path(path), "ckpt_path")
     missing = [name for name in needed if name not in checkpoint]
@@ -70,6 +75,17 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
             f"trainer.max_steps: {max_steps} found, but ckpt_path {path} is of step {step}: nothing is left to train; "
             f"give more than {step}"
         )
+
+
+@rank_zero_only
+def _check_manifest(path: Path) -> None:
+    """Refuse a checkpoint that has changed since it was saved; say so if that cannot be known."""
+    if not manifest_path(path).exists():
+        report(f"ckpt_path: warning: {path} has no {manifest_path(path).name}: whether it is damaged cannot be known")
+        return
+    problem = problem_of(path)
+    if problem is not None:
+        raise UserError(f"ckpt_path: {path} is damaged: {problem}; give another checkpoint, or last")
 
 
 def check_weights(llama: Llama, path: Path) -> TensorStore:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from muse_lightning.attention import Dense, SlidingWindow
+from muse_lightning.checkpoints.manifest import Manifest
 from muse_lightning.errors import UserError
+from muse_lightning.files import sha256_file
 from muse_lightning.model import Llama, RopeScaling
 from muse_lightning.pretrained.reference import ModelReference, open_model, open_weights
 from tests.pretrained.checkpoints import bpe_tokenizer, tiny_llama, write_hf, write_run
@@ -46,12 +48,16 @@ def test_each_form(tmp_path: Path, form: str, tied: bool) -> None:
 
 
 def test_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
+    """By step, whichever was written last; of those with a manifest, if there are such, the newest that is whole."""
     run = tmp_path / "run"
     for step, seed in ((9, 1), (10, 2), (8, 3)):
         write_run(run, tiny_llama(seed=seed), step=step)
-        os.utime(run / "checkpoints" / f"step={step}.ckpt", ns=(step, step))
     assert same_weights(open_model(run), tiny_llama(seed=2))
-    os.utime(run / "checkpoints" / "step=8.ckpt", ns=(11, 11))
+    for step in (8, 9):
+        path = run / "checkpoints" / f"step={step}.ckpt"
+        Manifest(step, path.stat().st_size, sha256_file(path)).write(path)
+    assert same_weights(open_model(run), tiny_llama(seed=1))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert same_weights(open_model(run), tiny_llama(seed=3))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
-from muse_lightning.errors import UserError
+from muse_lightning.errors import StorageError, UserError
 from muse_lightning.training.run_folder import RUN_FOLDER_VARIABLE, RunFolder
 
 
@@ -43,7 +43,7 @@ def test_a_root_that_cannot_be_looked_into_is_one_line(tmp_path: Path, monkeypat
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "exists", refuse)
-    with pytest.raises(UserError, match=r"run.root: cannot create a folder in .*/closed/name: Permission denied"):
+    with pytest.raises(StorageError, match=r"run.root: cannot create a folder in .*/closed/name: Permission denied"):
         RunFolder.create(tmp_path / "closed", "name")
 
 

@@ -1,0 +1,88 @@
+"""Which checkpoint of a folder is the last, or the best: by manifest and step, never by time; each is read to the end
+before it is trusted, and one that is damaged is named and passed over."""
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from muse_lightning.checkpoints.manifest import (
+    CHECKPOINT_SUFFIX,
+    MANIFEST_SUFFIX,
+    Manifest,
+    problem_of,
+)
+
+MONITOR = "val/loss"
+"""The metric by which `best` is the lowest."""
+_NAME = re.compile(r"step=(\d+)")
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"step={step}{CHECKPOINT_SUFFIX}"
+
+
+def stored(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints of a folder, or what is left of them, with their steps (`step_of`), the newest first."""
+    names = {path.name.removesuffix(CHECKPOINT_SUFFIX) for path in folder.glob(f"*{CHECKPOINT_SUFFIX}")}
+    names |= {path.name.removesuffix(MANIFEST_SUFFIX) for path in folder.glob(f"*{MANIFEST_SUFFIX}")}
+    paths = [folder / f"{name}{CHECKPOINT_SUFFIX}" for name in names if not name.startswith(".")]
+    return sorted(((step_of(path), path) for path in paths), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint: its manifest's, or, without one, its name's; -1 if neither says it."""
+    match = _NAME.search(path.name)
+    try:
+        return Manifest.read(path).step
+    except (OSError, ValueError):
+        return int(match[1]) if match else -1
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder has a checkpoint that seems whole."""
+    return any(folder.glob(f"*{MANIFEST_SUFFIX}"))
+
+
+def report(line: str) -> None:
+    """Where the lines go that name a damaged checkpoint."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def last_checkpoint(folder: Path, say: Callable[[str], None] = report) -> Path | None:
+    """The checkpoint of the highest step that is whole; None where there is none.
+
+    Args:
+        folder: `checkpoints` of a run.
+        say: told, in one line each, which newer ones are damaged.
+    """
+    return _first_whole((path for _, path in stored(folder)), say)
+
+
+def best_checkpoint(folder: Path, say: Callable[[str], None] = report) -> Path | None:
+    """The checkpoint with the lowest `MONITOR` that is whole; None where none was measured."""
+    return _first_whole(by_metric(folder), say)
+
+
+def by_metric(folder: Path) -> list[Path]:
+    """Checkpoints that were measured, the best first; of equal ones the newer."""
+    measured = []
+    for step, path in stored(folder):
+        try:
+            value = Manifest.read(path).metrics.get(MONITOR)
+        except (OSError, ValueError):
+            continue
+        # Not a number, if training has diverged, is neither lower nor higher.
+        if value is not None and value == value:
+            measured.append((value, -step, path))
+    return [path for _, _, path in sorted(measured)]
+
+
+def _first_whole(paths: Iterable[Path], say: Callable[[str], None]) -> Path | None:
+    for path in paths:
+        problem = problem_of(path)
+        if problem is None:
+            return path
+        say(f"checkpoint {path} is not used: {problem}")
+    return None

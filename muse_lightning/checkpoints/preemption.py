@@ -1,0 +1,107 @@
+"""Signals that ask a training to save: they set a flag, which is looked at when a step has ended."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from muse_lightning.errors import RetryError
+
+STOP, SAVE = signal.SIGTERM, signal.SIGUSR1
+"""SIGTERM: save and stop. SIGUSR1: save and go on."""
+
+
+class SignalFlags:
+    """Flags that SIGTERM and SIGUSR1 set between `install` and `restore`.
+
+    Nothing else happens in the handlers: a save inside of one would find the training halfway through a step.
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.save = False
+        self._before: dict[int, Any] = {}
+        self._pid = 0
+
+    def install(self) -> None:
+        """Take the place of the handlers that there are; outside of the main thread, which gets no signals, nothing."""
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        self._pid = os.getpid()
+        for number in (STOP, SAVE):
+            self._before[number] = signal.signal(number, self._set)
+
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._before = {}
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            _die_of(number)
+        elif number == STOP:
+            self.stop = True
+        else:
+            self.save = True
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, as long as nothing else handles it, SIGTERM raises RetryError: for what comes before the first step, and
+    for a training that saves nothing. SIGUSR1 does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pid = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != pid:
+            _die_of(number)
+        elif number == STOP:
+            raise RetryError("preempted outside of training by DurableCheckpoint; nothing more was saved")
+
+    before = {number: signal.signal(number, handle) for number in (STOP, SAVE)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _die_of(number: int) -> None:
+    """In a forked process, such as a data worker, which inherits handlers: what the signal does by default."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+class Agreement:
+    """Lets all ranks do what one of them has to. It goes over the network of the processors: flags on a GPU would make
+    the processor wait for it in every step."""
+
+    def __init__(self, timeout: timedelta = timedelta(hours=2)) -> None:
+        is_needed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if is_needed else None
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag, if it is set on any rank. Every rank must call it, as often."""
+        if self._group is None:
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
+        return [bool(vote) for vote in votes.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values

@@ -1,0 +1,67 @@
+"""Which checkpoints of a run stay: the last few and the best, by step."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from muse_lightning.checkpoints.choice import by_metric, step_path, stored
+from muse_lightning.checkpoints.durable_io import remove_checkpoint
+from muse_lightning.checkpoints.manifest import Manifest
+from muse_lightning.files import PARTIAL
+
+FEWEST = 2
+
+
+class Retention:
+    """Keeps the newest checkpoints that are known to be whole, and the best one, and removes the others.
+
+    Known to be whole are those that this process has brought to the disk, and those up to the one that it was resumed
+    from, which was read to the end. Newer ones that were found damaged count for nothing.
+
+    Args:
+        keep_last: how many of the newest stay, at least 2: while one is being written, one more is on the disk.
+        keep_best: whether the one of the lowest validation loss stays too.
+        resumed: step that the run was resumed from, in the same folder; it stays until two newer ones are whole.
+    """
+
+    def __init__(self, keep_last: int, keep_best: bool, resumed: int | None = None) -> None:
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.resumed = resumed
+        self._saved: set[int] = set()
+
+    def add(self, step: int) -> None:
+        """Note that a checkpoint of this step is on the disk."""
+        self._saved.add(step)
+
+    def removable(self, folder: Path) -> list[Path]:
+        """What may go, the oldest first; nothing while fewer than `keep_last` are known to be whole."""
+        own = {step: path for step, path in stored(folder) if path == step_path(folder, step)}
+        whole = [step for step, path in own.items() if self._is_whole(step, path)]
+        if len(whole) < self.keep_last:
+            return []
+        kept = set(whole[: self.keep_last])
+        if self.resumed is not None and sum(step > self.resumed for step in whole) < FEWEST:
+            kept.add(self.resumed)
+        best = by_metric(folder)[:1] if self.keep_best else []
+        return [path for step, path in reversed(own.items()) if step not in kept and path not in best]
+
+    def apply(self, folder: Path) -> None:
+        """Remove what may go. What cannot be removed stays, for another time."""
+        for path in self.removable(folder):
+            with suppress(OSError):
+                remove_checkpoint(path)
+
+    def _is_whole(self, step: int, path: Path) -> bool:
+        if step not in self._saved and (self.resumed is None or step > self.resumed):
+            return False
+        try:
+            return Manifest.read(path).size_bytes == path.stat().st_size
+        except (OSError, ValueError):
+            return False
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed saves have left; nothing may be saving there."""
+    for path in folder.glob(f".*{PARTIAL}*"):
+        with suppress(OSError):
+            path.unlink()

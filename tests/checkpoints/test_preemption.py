@@ -1,0 +1,97 @@
+"""Signals set flags, in the process that asked for it alone; ranks agree on what any of them was told."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from muse_lightning.checkpoints.preemption import Agreement, SignalFlags, stoppable
+from muse_lightning.errors import RetryError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Whatever a test does, handlers are those from before afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    found = {number: signal.getsignal(number) for number in before}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert found == before
+
+
+def test_flags() -> None:
+    flags = SignalFlags()
+    flags.install()
+    flags.install()
+    assert (flags.stop, flags.save) == (False, False)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert (flags.stop, flags.save) == (False, True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert (flags.stop, flags.save) == (True, True)
+    flags.restore()
+
+
+def test_another_thread_leaves_the_handlers_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    flags = SignalFlags()
+    thread = threading.Thread(target=flags.install)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("kind", ["flags", "stoppable"])
+def test_a_forked_process_dies_of_the_signal(number: signal.Signals, kind: str) -> None:
+    """A data worker that could not be terminated would be waited for."""
+    flags = SignalFlags()
+    guard = stoppable()
+    flags.install() if kind == "flags" else guard.__enter__()
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), number)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    flags.restore() if kind == "flags" else guard.__exit__(None, None, None)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == number
+
+
+def test_before_the_first_step() -> None:
+    with stoppable():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(RetryError, match="preempted outside of training"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_alone_one_agrees_with_oneself() -> None:
+    assert Agreement().any(True, False) == [True, False]
+    assert Agreement().gather({"a": 1}) == [{"a": 1}]
+
+
+PROGRAM = """
+import sys, torch.distributed as dist
+from muse_lightning.checkpoints.preemption import Agreement
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+agreement = Agreement()
+print(agreement.any(rank == 0, rank == 1, False), agreement.gather(rank))
+"""
+
+
+@pytest.mark.multi_process
+def test_two_processes_agree(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["[True, True, False] [0, 1]\n"] * 2

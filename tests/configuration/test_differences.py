@@ -1,0 +1,44 @@
+"""What a recipe says otherwise than the run before: each value once, in one line."""
+
+from typing import Any
+
+import pytest
+
+from muse_lightning.configuration.differences import differences
+
+BEFORE = {
+    "trainer": {"max_steps": 10, "callbacks": None},
+    "model": {"attention": {"class_path": "Muse", "init_args": {"top_k": 2}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("now", "lines"),
+    [
+        (BEFORE, []),
+        (
+            BEFORE | {"trainer": {"max_steps": 20, "callbacks": None}},
+            ["trainer.max_steps: 10 in X, 20 in this recipe, which wins"],
+        ),
+        (
+            BEFORE | {"model": {"attention": {"class_path": "Dense"}}},
+            [
+                "model.attention.class_path: Muse in X, Dense in this recipe, which wins",
+                "model.attention.init_args.top_k: 2 in X, not given in this recipe, which wins",
+            ],
+        ),
+        (BEFORE | {"data": {}}, ["data: not given in X, {} in this recipe, which wins"]),
+        (
+            BEFORE | {"data": {"sources": ["a" * 100, "b\nc"]}},
+            [f"data.sources: not given in X, ['{'a' * 55}... in this recipe, which wins"],
+        ),
+        (BEFORE | {"run": {"name": "x"}, "ckpt_path": "last", "resume": True}, []),
+    ],
+    ids=["same", "value", "class", "group", "long", "of-the-start"],
+)
+def test_differences(now: dict[str, Any], lines: list[str]) -> None:
+    assert differences(BEFORE, now, "X") == lines
+
+
+def test_what_the_training_says_itself() -> None:
+    assert differences({"model": {"learning_rate": 1.0}}, {"model": {"learning_rate": 2.0}}, "X") == []
