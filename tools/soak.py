@@ -35,6 +35,7 @@ FLAGS = (
     "--trainer.log_every_n_steps=10",
     "--trainer.enable_model_summary=false",
     "--data.num_workers=2",
+    "--data.batch_size=4",
     # Clusters of 8 in chunks of 32: MuSe approximates at the 256 tokens of the overlay.
     "--model.attention.chunk=32",
     "--model.attention.query_cluster=8",

@@ -74,7 +74,7 @@ def test_the_slope_is_that_of_numpy() -> None:
 
 
 def test_the_error_is_honest_where_neighbours_are_alike() -> None:
-    """Flat series of correlated noise seldom have a slope of three standard errors: 5 %; without blocks a quarter has."""
+    """Flat series of correlated noise rarely have a slope of three standard errors: 5 %; without blocks, a quarter."""
     rng = np.random.default_rng(0)
     seconds = (np.arange(480) * 9.0).tolist()
     noise = rng.normal(size=(200, 480 + 9))
