@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from muse_lightning.checkpoints.choice import last_checkpoint
 from muse_lightning.data.ledger import LedgerBatch, ledger_files, read_ledger
 from tests.recipe import Muse, start
 
@@ -119,3 +121,66 @@ def test_two_processes_killed_then_two_and_one(muse: Muse) -> None:
     assert [blocks for _, blocks in batches(3)] == [blocks for _, blocks in one]
     for version in (1, 3):
         audit(muse, version)
+
+
+SAVES = ("--trainer.callbacks+=DurableCheckpoint", "--trainer.callbacks.every_n_steps=5")
+
+
+def logged(folder: Path) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
+
+
+@pytest.mark.parametrize("is_asynchronous", ["true", "false"], ids=["asynchronous", "synchronous"])
+def test_killed_three_times_in_one_folder(muse: Muse, is_asynchronous: str) -> None:
+    """The same command line each time; every step is trained as by a run that nobody kills, and logged once."""
+    assert muse.with_recipe("prepare")[0] == 0
+    flags = ("--trainer.max_steps=200", *SAVES, f"--trainer.callbacks.is_asynchronous={is_asynchronous}")
+    for steps in (10, 50, 90):
+        kill_after(steps, 0, *flags, "--resume")
+    code, _, err = muse.with_recipe("fit", *flags, *OFTEN, "--resume")
+    assert code == 0, err
+    assert muse.versions() == ["runs/tiny/version_0"]
+    assert muse.with_recipe("fit", *flags, *OFTEN)[0] == 0
+    assert batches(0) == batches(1)
+    found, wanted = (logged(Path(f"runs/tiny/version_{version}")) for version in (0, 1))
+    assert [step for step, _ in found] == list(range(200))
+    assert found == wanted
+    assert len(list(Path("runs/tiny/version_0").glob("config.step=*.yaml"))) == 3
+    assert audit(muse, 0).endswith("problems: 0\n")
+    weights = [torch.load(f"runs/tiny/version_{n}/checkpoints/step=200.ckpt", weights_only=True) for n in (0, 1)]
+    assert weights[0]["TokenDataModule"] == weights[1]["TokenDataModule"]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(weights[0][part], weights[1][part], atol=0, rtol=0, msg=part)
+
+
+def test_two_processes_of_which_the_first_is_told_to_stop(muse: Muse) -> None:
+    """Both save the same step and stop; the same command goes on, and is the run that nobody stopped."""
+    assert muse.with_recipe("prepare")[0] == 0
+    ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1", "--trainer.max_steps=2000", *SAVES)
+    command = ["fit", "--config=recipe.yaml", *ranks, "--resume"]
+    run = start(command, Path("log"))
+    assert run.pid is not None
+    folder = Path("runs/tiny/version_0/checkpoints")
+    deadline = time.monotonic() + 240
+    while not any(step >= 20 for step, _ in saved(folder)):
+        assert run.is_alive(), Path("log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGTERM)
+    run.join(120)
+    log = Path("log").read_text()
+    assert run.exitcode == 75, log
+    assert "error: " not in log
+    (line,) = [line for line in log.splitlines() if line.startswith("preempted at step ")]
+    stopped = int(line.split()[3].rstrip(","))
+    assert last_checkpoint(folder) == folder / f"step={stopped}.ckpt"
+    assert len(logged(Path("runs/tiny/version_0"))) == stopped
+    more = [flag.replace("max_steps=2000", f"max_steps={stopped + 20}") for flag in command]
+    resumed = start(more, Path("log"))
+    resumed.join(240)
+    assert resumed.exitcode == 0, Path("log").read_text()
+    whole = start([flag for flag in more if flag != "--resume"], Path("log"))
+    whole.join(240)
+    assert whole.exitcode == 0, Path("log").read_text()
+    assert batches(0) == batches(1)
+    assert len(logged(Path("runs/tiny/version_0"))) == stopped + 20

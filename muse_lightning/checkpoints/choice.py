@@ -27,7 +27,7 @@ def stored(folder: Path) -> list[tuple[int, Path]]:
     """Checkpoints of a folder, or what is left of them, with their steps (`step_of`), the newest first."""
     names = {path.name.removesuffix(CHECKPOINT_SUFFIX) for path in folder.glob(f"*{CHECKPOINT_SUFFIX}")}
     names |= {path.name.removesuffix(MANIFEST_SUFFIX) for path in folder.glob(f"*{MANIFEST_SUFFIX}")}
-    paths = [folder / f"{name}{CHECKPOINT_SUFFIX}" for name in names if not name.startswith(".")]
+    paths = [folder / f"{name}{CHECKPOINT_SUFFIX}" for name in names]
     return sorted(((step_of(path), path) for path in paths), reverse=True)
 
 

@@ -80,6 +80,7 @@ class DurableCheckpoint(Checkpoint):
         self._saved_at = 0.0
         self._has_stopped = False
         self._is_flush_due = False
+        self._is_prepared = False
 
     # Set-up
 
@@ -158,6 +159,10 @@ class DurableCheckpoint(Checkpoint):
             self._signals.save = False
         if stop or asked or is_due or self._step == trainer.max_steps:
             self._save(trainer)
+        elif not self._is_prepared and trainer.is_global_zero:
+            # Only now has the optimizer its moments.
+            self._io.prepare([pl_module.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]])
+            self._is_prepared = True
         if asked and trainer.is_global_zero:
             report(f"checkpoint: SIGUSR1 at step {self._step}: saving {self._path}")
         if stop:
@@ -214,10 +219,9 @@ class DurableCheckpoint(Checkpoint):
         checkpoint["random_states"] = self._agreement.gather(random_state())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Finish what is being written, and listen no longer."""
+        """Listen no longer. What is being written is finished when the trainer takes its CheckpointIO down."""
         # Not in `teardown`, before which Lightning has already put back the handlers that there were before its own.
         self._signals.restore()
-        self._io.wait()
 
     @property
     def _path(self) -> Path:

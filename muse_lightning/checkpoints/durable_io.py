@@ -16,6 +16,9 @@ from muse_lightning.checkpoints.manifest import FORMAT_VERSION, Manifest, manife
 from muse_lightning.errors import reason_of
 from muse_lightning.files import atomic_file, fsync_path
 
+_SLACK = 1 << 20
+"""Bytes for what a checkpoint has besides weights and optimizer: random states of all ranks, counters."""
+
 
 class DurableCheckpointIO(CheckpointIO):
     """Saves `NAME.ckpt`, then `NAME.manifest.json` (manifest.py), each in a temporary file of the target's folder that
@@ -59,6 +62,16 @@ class DurableCheckpointIO(CheckpointIO):
         if not self.is_asynchronous:
             self.wait()
         self.blocked_s = time.perf_counter() - started
+
+    def prepare(self, state: Any) -> None:
+        """Get the memory for the copies, in the background, so that the first save finds it.
+
+        Args:
+            state: nested dictionaries and lists with the tensors that will be saved, or nearly all.
+        """
+        if self.is_asynchronous:
+            size, is_pinned = self._host_copy.needed(state)
+            self.submit(lambda: self._host_copy.reserve(size + _SLACK, is_pinned))
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run something after everything that is being written, in the same thread."""

@@ -31,7 +31,7 @@ class HostCopy:
         """
         tensors = {_identity(tensor): tensor for tensor in _tensors(checkpoint)}
         devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
-        self._reserve(sum(_room(tensor) for tensor in tensors.values()), is_pinned=bool(devices))
+        self.reserve(*self.needed(checkpoint))
         copies: dict[tuple[Any, ...], Tensor] = {}
         offset = 0
         for identity, tensor in tensors.items():
@@ -42,11 +42,16 @@ class HostCopy:
             torch.cuda.synchronize(device)
         return _replaced(checkpoint, copies)
 
-    def _reserve(self, size: int, is_pinned: bool) -> None:
+    def reserve(self, size: int, is_pinned: bool) -> None:
+        """Get memory for so many bytes, if there is less.
+
+        The system gives pages when they are first written, which for the first copy would take longer than the copy.
+        """
         if size <= len(self._buffer) and is_pinned == self._is_pinned:
             return
         self.free()
         self._buffer = np.empty(size, dtype=np.uint8)
+        self._buffer.fill(0)
         if is_pinned:
             # Not pin_memory: its allocator rounds up to a power of two.
             runtime = torch.cuda.cudart()
@@ -54,6 +59,12 @@ class HostCopy:
             self._is_pinned = int(runtime.cudaHostRegister(address, size, 0)) == 0
             if self._is_pinned:
                 weakref.finalize(self._buffer, runtime.cudaHostUnregister, address)
+
+    @staticmethod
+    def needed(state: Any) -> tuple[int, bool]:
+        """Bytes that a copy of a state takes, and whether they should be pinned."""
+        tensors = {_identity(tensor): tensor for tensor in _tensors(state)}
+        return sum(map(_room, tensors.values())), any(tensor.is_cuda for tensor in tensors.values())
 
     def free(self) -> None:
         """Give the memory back."""

@@ -37,6 +37,11 @@ def test_flags() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     assert (flags.stop, flags.save) == (True, True)
     flags.restore()
+    flags.stop = False
+    flags.install()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert flags.stop
+    flags.restore()
 
 
 def test_another_thread_leaves_the_handlers_alone() -> None:
