@@ -10,6 +10,7 @@ Exit code 1 if one grows that must not, or if the training ends by itself. Linux
 import argparse
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -171,7 +172,7 @@ def watch(command: Sequence[str], folder: Path, *, seconds: float, every: float)
     started = time.monotonic()
     samples: list[Sample] = []
     with (folder / "output.log").open("w") as log, (folder / "samples.jsonl").open("w") as lines:
-        child = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         process = psutil.Process(child.pid)
         try:
             while (elapsed := time.monotonic() - started) < seconds:
@@ -195,6 +196,9 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+    # What it may have left behind.
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def training(samples: Sequence[Sample]) -> list[Sample]:

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tools import soak
@@ -53,11 +55,14 @@ def test_a_process_that_ends_is_told(tmp_path: Path) -> None:
     assert watch("raise SystemExit(3)", tmp_path, 10)[1] == 3
 
 
-def test_children_count(tmp_path: Path) -> None:
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {IDLE!r}])"
+def test_children_count_and_end(tmp_path: Path) -> None:
+    program = f"import os; open('pid', 'w').write(str(os.getpid())); {IDLE}"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}])"
     samples, _ = watch(parent, tmp_path, 1.5)
     assert samples[-1].processes == 2
     assert samples[-1].pss_mib > samples[-1].rss_mib + 30
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "pid").read_text())).wait(5)
 
 
 def test_the_slope_is_that_of_numpy() -> None:
