@@ -33,7 +33,13 @@ CONTIGUOUS_QUERIES = Setting(
     num_heads=4,
     head_dim=8,
 )
-"""The one setting that is known to leak, without any mistake in the code: docs/attention.md, "Causality"."""
+SEMANTIC_QUERIES = Setting(
+    _muse(chunk=16, query_cluster=8, key_cluster=2, summary_cluster=16, top_k=0, implementation="reference"),
+    seq_len=64,
+    batch_size=16,
+    steps=600,
+)
+"""This and the one before are known to leak, without any mistake in the code: docs/attention.md, "Causality"."""
 
 REAL_CHUNKS = Setting(
     _muse(chunk=2048, query_cluster=128, key_cluster=64, top_k=12, implementation="triton"),
