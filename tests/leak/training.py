@@ -16,7 +16,7 @@ from torch import Tensor
 from muse_lightning.attention import AttentionStrategy, Dense, Muse
 from muse_lightning.model import LlamaConfig
 from muse_lightning.model.llama import Llama
-from muse_lightning.training.loss import next_token_nats
+from muse_lightning.training.loss import total_nats
 
 VOCAB = 8
 ERRORS = 5.0
@@ -115,7 +115,7 @@ def train(setting: Setting, seed: int) -> Llama:
         input_ids, labels = _batch(setting, generator)
         with torch.autocast(setting.device, setting.precision, enabled=setting.precision != torch.float32):
             hidden = model.hidden_states(input_ids)
-            loss = next_token_nats(hidden, model.lm_head.weight, labels, chunk=labels.numel()).mean()
+            loss = total_nats(hidden, model.lm_head.weight, labels, chunk=labels.numel()) / labels.numel()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
