@@ -84,6 +84,7 @@ def outputs_and_gradients(name: str, implementation: str) -> list[Tensor]:
         return [out.detach(), *torch.autograd.grad(out.sin().sum(), qkv)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTROLS)
 def test_kernels_leak_as_plain_pytorch_does(name: str) -> None:
     """What turns the small training red is what turns the one on a GPU red."""
