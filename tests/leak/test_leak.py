@@ -18,9 +18,10 @@ from tests.leak.leaks import CONTROLS, HONEST
 from tests.leak.settings import CONTIGUOUS_QUERIES, REAL_CHUNKS, SEMANTIC_QUERIES, SMALL, SUMMARIES_ALONE
 from tests.leak.training import ERRORS, Result, Setting, train_and_evaluate
 
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 HONEST_SETTINGS = [
     pytest.param(SMALL, marks=pytest.mark.slow, id="small"),
-    pytest.param(SUMMARIES_ALONE, marks=pytest.mark.slow, id="summaries-alone"),
+    pytest.param(SUMMARIES_ALONE, marks=EXHAUSTIVE, id="summaries-alone"),
     pytest.param(REAL_CHUNKS, marks=pytest.mark.gpu, id="real-chunks"),
 ]
 CONTROL_SETTINGS = [
@@ -54,6 +55,7 @@ def test_training_finds_a_leak_that_is_there(name: str, setting: Setting) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("setting", [CONTIGUOUS_QUERIES, SEMANTIC_QUERIES], ids=["contiguous", "semantic"])
 def test_centroids_of_few_queries_leak(setting: Setting) -> None:
     """What docs/attention.md, "Causality", allows, training can use, where a cluster's mean tells queries apart."""
@@ -61,6 +63,7 @@ def test_centroids_of_few_queries_leak(setting: Setting) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("setting", [CONTIGUOUS_QUERIES, SEMANTIC_QUERIES], ids=["contiguous", "semantic"])
 def test_without_centroids_they_do_not(setting: Setting) -> None:
     setting = replace(setting, muse=setting.muse | {"expansion": "zero", "top_k": 0})
