@@ -90,6 +90,7 @@ class _TotalNats(torch.autograd.Function):
                     grad_hidden[rows] = grad_logits @ weight
                 if grad_weight is not None:
                     _add_product(grad_weight, grad_logits.mT, states)
+                del grad_logits  # before the next ones are made
         ctx.save_for_backward(None if grad_hidden is None else grad_hidden.view(shape), grad_weight)
         return total
 

@@ -19,13 +19,13 @@ from muse_lightning.errors import UserError, reason_of
 from muse_lightning.measure.info import MIB, MIXED_DTYPES, TRUE_DTYPES
 from muse_lightning.measure.live_memory import LiveMemory
 from muse_lightning.offload import Transfers
+from muse_lightning.training import loss as loss_module
 from muse_lightning.training.module import LanguageModel
 
 if HAS_TRITON:
     from muse_kernels.attention.workspace import Workspace
 
 ADAMW_MOMENTS, MUON_MOMENTS = 2, 1
-"""Numbers per weight."""
 FLOAT32 = 4
 """Bytes."""
 Phase = Literal["forward", "loss", "backward"]
@@ -79,9 +79,9 @@ def step_memory(
     """Predict the memory of a training step, all parameters on one device, each row of the batch one document.
 
     A twin of the model takes the step on tensors without content, forward and backward, in Lightning's order, and what
-    is alive is counted: the prediction follows model, attention and what is computed again as they are. Nothing is
-    compiled; a compiled model takes less. The optimizer's step is left out: fused AdamW and clipping make nothing, Muon
-    one matrix's worth, and activations are gone by then.
+    is alive is counted: the prediction follows model, attention and what is computed again as they are. Blocks are
+    not compiled; compiled ones take less. The optimizer is left out: fused AdamW and clipping make nothing, and
+    activations are gone by then.
 
     Args:
         model: on any device; only its options matter.
@@ -98,7 +98,12 @@ def step_memory(
     dtype = TRUE_DTYPES.get(str(precision), torch.float32)
     twin = model.twin(compiled=False, weights=None, seq_len=None, tokenizer_size=None)
     try:
-        with FakeTensorMode(), default_dtype(dtype), _fused_norms() if on_gpu else nullcontext():
+        with (
+            FakeTensorMode(),
+            default_dtype(dtype),
+            _fused_norms() if on_gpu else nullcontext(),
+            _loss_of_a_gpu(model.compiled) if on_gpu else nullcontext(),
+        ):
             _take_step(twin, live, batch_size, seq_len, accumulate, autocast, on_gpu)
     except RuntimeError as error:
         # It reads values, or has an operation that does not say what it returns: with content it may train.
@@ -120,13 +125,12 @@ def _take_step(
     on_gpu: bool,
 ) -> None:
     parameters = _without_content(twin)
+    of_muon = {p for group in twin.parameter_groups() if "momentum" in group for p in group["params"]}
     if on_gpu and twin.offloading is not None:
         twin.offloading.transfers = _ToNowhere()
-    for group in twin.parameter_groups():
-        moments = MUON_MOMENTS if "momentum" in group else ADAMW_MOMENTS
-        live.add("optimizer", moments * sum(parameter.nbytes for parameter in group["params"]))
     for parameter in parameters:
         live.label("parameters", parameter)
+        live.add("optimizer", (MUON_MOMENTS if parameter in of_muon else ADAMW_MOMENTS) * parameter.nbytes)
         # Those of the step before, or of the micro-batch before.
         parameter.grad = torch.empty_like(parameter)
         live.label("gradients", parameter.grad)
@@ -215,6 +219,24 @@ def _fused_norms() -> Iterator[None]:
         yield
     finally:
         F.rms_norm = before
+
+
+@contextmanager
+def _loss_of_a_gpu(compiled: bool) -> Iterator[None]:
+    """The loss as it is on a GPU: products are added to the head's gradient where they are made; compiled, softmax
+    takes the place of the logits and makes nothing besides."""
+
+    def in_place(logits: Tensor, labels: Tensor, *, with_softmax: bool) -> Tensor:
+        return logits.new_empty(labels.shape, dtype=torch.float32)
+
+    before = loss_module._nats, loss_module._add_product
+    loss_module._add_product = lambda total, a, b: None
+    if compiled:
+        loss_module._nats = in_place
+    try:
+        yield
+    finally:
+        loss_module._nats, loss_module._add_product = before
 
 
 class _FusedNorm(torch.autograd.Function):

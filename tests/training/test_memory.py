@@ -1,5 +1,6 @@
 """The prediction of memory against runs of Lightning's loop that really allocate it."""
 
+import gc
 import weakref
 from functools import partial
 from typing import Any
@@ -77,6 +78,7 @@ def train(
 def test_against_the_allocator(levers: dict[str, Any], accumulate: int) -> None:
     """Every allocation of the processor's allocator, those inside operations too, from the model's weights on. In
     float32: products of half precision take buffers on a processor that a GPU does not need."""
+    gc.collect()  # what other tests left: it would be freed while this one counts
     model = a_model(**levers)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train(model, accumulate, "32-true")
