@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from muse_lightning.checkpoints.choice import by_metric, step_path, stored
+from muse_lightning.checkpoints.choice import by_metric, step_of, step_path, stored
 from muse_lightning.checkpoints.durable_io import remove_checkpoint
 from muse_lightning.checkpoints.manifest import Manifest
 from muse_lightning.files import PARTIAL
@@ -42,8 +42,10 @@ class Retention:
         kept = set(whole[: self.keep_last])
         if self.resumed is not None and sum(step > self.resumed for step in whole) < FEWEST:
             kept.add(self.resumed)
-        best = by_metric(folder)[:1] if self.keep_best else []
-        return [path for step, path in reversed(own.items()) if step not in kept and path not in best]
+        if self.keep_best:
+            best_first = [step for step in map(step_of, by_metric(folder)) if step in whole]
+            kept.update(best_first[:1])
+        return [path for step, path in reversed(own.items()) if step not in kept]
 
     def apply(self, folder: Path) -> None:
         """Remove what may go. What cannot be removed stays, for another time."""

@@ -47,6 +47,16 @@ def test_what_was_resumed_from_stays_until_two_newer_are_there(tmp_path: Path) -
     assert last_checkpoint(tmp_path) == tmp_path / "step=30.ckpt"
 
 
+def test_a_damaged_one_takes_no_best_ones_place(tmp_path: Path) -> None:
+    for step, loss in ((10, 3.0), (20, 2.0), (30, 1.0)):
+        put(tmp_path, step, loss)
+    damage(tmp_path / "step=30.ckpt")
+    retention = Retention(2, keep_best=True, resumed=20)
+    for step in (40, 50, 60):
+        save(retention, tmp_path, step, loss=4.0)
+    assert steps(tmp_path) == [20, 50, 60]
+
+
 def test_nothing_is_removed_before_two_are_whole(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         damage(put(tmp_path, step))
