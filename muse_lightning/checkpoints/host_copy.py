@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 _ALIGNMENT = 64
 
@@ -63,9 +64,11 @@ class HostCopy:
 
     @staticmethod
     def needed(state: Any) -> tuple[int, bool]:
-        """Bytes that a copy of a state takes, and whether they should be pinned."""
+        """Bytes that a copy of a state takes, and whether they should be pinned. Shards (DTensor) stand for what is
+        gathered from them at a save, whole and on the host."""
         tensors = {_identity(tensor): tensor for tensor in _tensors(state)}
-        return sum(map(_room, tensors.values())), any(tensor.is_cuda for tensor in tensors.values())
+        is_pinned = any(tensor.is_cuda and not isinstance(tensor, DTensor) for tensor in tensors.values())
+        return sum(map(_room, tensors.values())), is_pinned
 
     def free(self) -> None:
         """Give the memory back."""
@@ -81,7 +84,9 @@ class HostCopy:
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    # A DTensor has no address of its own.
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.device, own.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _room(tensor: Tensor) -> int:

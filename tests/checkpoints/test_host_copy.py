@@ -1,11 +1,16 @@
 """A copy of a checkpoint: equal, its own, never larger than what is distinct in it."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from muse_lightning.checkpoints.host_copy import HostCopy
 
@@ -65,6 +70,19 @@ def test_memory_is_reused_and_holds_what_is_distinct_once() -> None:
     assert second["a"].data_ptr() == first["a"].data_ptr()
     copier.free()
     assert len(copier._buffer) == 0
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[DeviceMesh]:
+    """As the first of them sees it; nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield DeviceMesh("cpu", [0, 1])
+    dist.destroy_process_group()
+
+
+def test_shards_count_as_what_is_gathered_from_them(two_ranks: DeviceMesh) -> None:
+    parts = [DTensor.from_local(torch.randn(500, 100), two_ranks, [Shard(0)]) for _ in range(2)]
+    assert HostCopy.needed({"a": parts[0], "b": parts[1], "c": parts[1]}) == (2 * 1000 * 100 * 4, False)
 
 
 def test_memory_that_cannot_be_pinned_is_reused_too(monkeypatch: pytest.MonkeyPatch) -> None:
