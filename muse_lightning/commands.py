@@ -328,7 +328,7 @@ class MuseCLI(LightningCLI):
         kinds: list[tuple[bool, type[Callback], Callable[[], Callback]]] = [
             (trainer["enable_progress_bar"] is not False, ProgressBar, progress_bar),
             (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
-            (trainer["enable_checkpointing"] is not False, Checkpoint, self._checkpoint_callback),
+            (trainer["enable_checkpointing"] is not False, Checkpoint, DurableCheckpoint),
             (self.verb == "fit" and trainer["enable_progress_bar"] is not False, Banner, Banner),
             (self.verb == "fit", Ledger, lambda: Ledger(self.run_folder.path / FOLDER_NAME)),
             (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),
@@ -338,10 +338,11 @@ class MuseCLI(LightningCLI):
         for is_wanted, kind, make in kinds:
             if is_wanted and not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(make())
+        for callback in callbacks:
+            # Where --resume looks; a logger of the user's may have a folder elsewhere.
+            if isinstance(callback, DurableCheckpoint) and callback.dirpath is None and self.run_folder.is_owner:
+                callback.dirpath = self.run_folder.checkpoints
         return callbacks
-
-    def _checkpoint_callback(self) -> DurableCheckpoint:
-        return DurableCheckpoint(dirpath=self.run_folder.checkpoints if self.run_folder.is_owner else None)
 
     def _plugins(self, chosen: Any) -> list[Any]:
         """The user's plugins, and our way to save unless there is another."""
@@ -453,9 +454,10 @@ def print_longest_contexts(cli: MuseCLI) -> None:
 
 def out_of_memory(error: Exception, cli: MuseCLI) -> UserError | None:
     """What to do next where a device has no more memory; None if that is not the error."""
-    if not isinstance(error, torch.OutOfMemoryError):
+    found = find_cause(error, torch.OutOfMemoryError)
+    if found is None:
         return None
-    wanted = str(error).split("Tried to allocate ")[-1].split(".  ")[0].split(". ")[0]
+    wanted = str(found).split("Tried to allocate ")[-1].split(".  ")[0].split(". ")[0]
     said = f"out of GPU memory, {wanted} more was needed"
     try:
         advice = next_lever(training_setting(cli)) if cli.verb == "fit" else None

@@ -335,11 +335,14 @@ class TestExitCodes:
         step_raises(KeyboardInterrupt())
         assert muse.with_recipe("fit")[0] == 130
 
-    def test_out_of_gpu_memory(self, muse: Muse, step_raises: Any) -> None:
+    @pytest.mark.parametrize("is_behind", [False, True], ids=["itself", "behind-another"])
+    def test_out_of_gpu_memory(self, muse: Muse, step_raises: Any, is_behind: bool) -> None:
         assert muse.with_recipe("prepare")[0] == 0
-        step_raises(
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity")
-        )
+        error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total")
+        if is_behind:
+            other = RuntimeError("a compiled function has failed")
+            other.__cause__, error = error, other
+        step_raises(error)
         said = muse.error("fit", "--config=recipe.yaml", "--trainer.accumulate_grad_batches=3")
         assert said.startswith(
             "out of GPU memory, 2.50 GiB more was needed; next: data.batch_size=1 trainer.accumulate_grad_batches=6 "

@@ -101,6 +101,13 @@ def test_preempted_twice_it_is_the_run_that_was_not(muse: Muse, monkeypatch: pyt
     }
 
 
+def test_checkpoints_are_where_resume_looks_whatever_the_logger(muse: Muse) -> None:
+    flags = ("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=elsewhere", *EVERY_STEP)
+    ok(muse.with_recipe("fit", "--trainer.max_steps=1", *flags))
+    err = ok(muse.with_recipe("fit", "--trainer.max_steps=2", "--resume", *flags))
+    assert f"resume: from {checkpoint(1)}\n" in err
+
+
 def test_with_nothing_to_resume_a_new_run_starts(muse: Muse) -> None:
     err = ok(muse.with_recipe("fit", "--resume", "--trainer.max_steps=1"))
     assert "resume: no run in runs/tiny has a checkpoint that is whole; a new run starts\n" in err

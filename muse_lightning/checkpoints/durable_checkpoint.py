@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from muse_lightning.checkpoints.choice import report, step_path
+from muse_lightning.checkpoints.choice import has_manifest, report, step_path
 from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
 from muse_lightning.checkpoints.manifest import Manifest
 from muse_lightning.checkpoints.preemption import Agreement, SignalFlags
@@ -28,7 +28,7 @@ class DurableCheckpoint(Checkpoint):
     files by rules of its own, and each of its hooks would have to be overridden.
 
     Args:
-        dirpath: where they go; None: `checkpoints` in the folder of the run.
+        dirpath: where they go, a folder for this run alone; None: `checkpoints` in the folder of the run.
         every_n_steps: optimizer steps between two saves; None: no matter how many.
         every_n_minutes: minutes between two saves; None: no matter how many. More often loses less of a run that is
             killed; a save that is due waits until the one before has been written.
@@ -113,7 +113,7 @@ class DurableCheckpoint(Checkpoint):
         """Begin to listen and to count.
 
         Raises:
-            UserError: ranks have resumed from different checkpoints.
+            UserError: ranks have resumed from different checkpoints, or the folder is another run's.
         """
         self._agreement = Agreement()
         self._step = trainer.global_step
@@ -121,8 +121,16 @@ class DurableCheckpoint(Checkpoint):
         if len(set(steps)) > 1:
             raise UserError(f"ckpt_path: ranks resumed from steps {steps}; all must see the same files")
         resumed = None
-        if trainer.ckpt_path and Path(trainer.ckpt_path).absolute().parent == self._folder.absolute():
+        if trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent == self._folder.resolve():
             resumed = self._submitted = self._durable = self._step
+        # Retention would remove them, as if this run had left them behind.
+        is_new_here = trainer.is_global_zero and self._durable is None and not _is_trial(trainer)
+        (has_others,) = self._agreement.any(is_new_here and has_manifest(self._folder))
+        if has_others:
+            raise UserError(
+                f"DurableCheckpoint: dirpath {self._folder} has checkpoints of another run; accepted: a new folder, or "
+                "one of them as ckpt_path"
+            )
         self._retention = Retention(self.keep_last, self.keep_best, resumed)
         if trainer.is_global_zero:
             remove_partial(self._folder)

@@ -20,7 +20,7 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffer = np.empty(0, dtype=np.uint8)
-        self._is_pinned = False
+        self._is_for_gpu = False
 
     def take(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """A copy that shares nothing with the original. It is valid until the next call.
@@ -47,17 +47,18 @@ class HostCopy:
 
         The system gives pages when they are first written, which for the first copy would take longer than the copy.
         """
-        if size <= len(self._buffer) and is_pinned == self._is_pinned:
+        if size <= len(self._buffer) and is_pinned == self._is_for_gpu:
             return
         self.free()
         self._buffer = np.empty(size, dtype=np.uint8)
         self._buffer.fill(0)
+        self._is_for_gpu = is_pinned
         if is_pinned:
             # Not pin_memory: its allocator rounds up to a power of two.
             runtime = torch.cuda.cudart()
             address = self._buffer.ctypes.data
-            self._is_pinned = int(runtime.cudaHostRegister(address, size, 0)) == 0
-            if self._is_pinned:
+            # Where the system refuses, as by a limit on locked memory, the copy is slower.
+            if int(runtime.cudaHostRegister(address, size, 0)) == 0:
                 weakref.finalize(self._buffer, runtime.cudaHostUnregister, address)
 
     @staticmethod
@@ -69,7 +70,7 @@ class HostCopy:
     def free(self) -> None:
         """Give the memory back."""
         self._buffer = np.empty(0, dtype=np.uint8)
-        self._is_pinned = False
+        self._is_for_gpu = False
 
     def _view(self, offset: int, like: Tensor) -> Tensor:
         if like.numel() == 0:

@@ -5,7 +5,7 @@ from typing import Any
 
 _NOT_COMPARED = ("run", "ckpt_path", "resume")
 # The training says these itself, by what the checkpoint's optimizer has, which another start may have changed.
-_SAID_ELSEWHERE = ("model.learning_rate", "model.weight_decay", "model.betas", "model.eps")
+_SAID_ELSEWHERE = ("model.learning_rate", "model.weight_decay", "model.betas", "model.eps", "model.momentum")
 _MISSING = object()
 _LONGEST = 60
 

@@ -113,7 +113,7 @@ def longest_contexts(setting: Setting, memory: int) -> Iterator[tuple[str, int]]
 
 def _longest(setting: Setting, budget: int, unit: int) -> int:
     """The largest multiple of `unit` whose peak is within the budget, to a fiftieth: the peak is nearly linear."""
-    # Weights, gradients and AdamW's moments, with no token.
+    # Weights, gradients and at most two moments, with no token.
     fits, fitting_peak = 0, 4 * sum(parameter.nbytes for parameter in setting.model.parameters())
     too_long, guess = None, max(unit, setting.seq_len // unit * unit)
     while too_long is None or too_long - fits > unit:

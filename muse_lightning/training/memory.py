@@ -8,11 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 
 from muse_kernels.attention.chunks import num_rows
@@ -30,6 +26,7 @@ if HAS_TRITON:
     from muse_kernels.attention.workspace import Workspace
 
 ADAMW_MOMENTS, MUON_MOMENTS = 2, 1
+"""Numbers per weight."""
 FLOAT32 = 4
 """Bytes."""
 Phase = Literal["forward", "loss", "backward"]
@@ -43,7 +40,7 @@ class StepMemory:
 
     Attributes:
         parameters: They are always there.
-        optimizer: AdamW's moments, as well.
+        optimizer: AdamW's or Muon's moments, as well.
         gradients: Of parameters, as many as there are at the peak.
         forward: Made in the forward pass and still there: what the backward pass needs, and weights in the dtype of
             mixed precision.
@@ -84,8 +81,8 @@ def step_memory(
 
     A twin of the model takes the step on tensors without content, forward and backward, in Lightning's order, and what
     is alive is counted: the prediction follows model, attention and what is computed again as they are. Blocks are
-    not compiled; compiled ones take less. The optimizer is left out: fused AdamW and clipping make nothing, and
-    activations are gone by then.
+    not compiled; compiled ones take less. The optimizer's step is left out: fused AdamW and clipping make nothing, Muon
+    one matrix's worth, and activations are gone by then.
 
     Args:
         model: on any device; only its options matter.
@@ -94,7 +91,7 @@ def step_memory(
         precision: Lightning's name of it.
         device_type: "cuda" has fused norms, and workspaces of attention's kernels; "cpu" PyTorch's operations alone.
     Raises:
-        UserError: the attention strategy reads values of tensors.
+        UserError: the attention strategy does not run on tensors without content.
     """
     on_gpu = device_type == "cuda"
     autocast = MIXED_DTYPES.get(str(precision))
@@ -109,10 +106,11 @@ def step_memory(
             _loss_of_a_gpu(model.compiled) if on_gpu else nullcontext(),
         ):
             _take_step(twin, live, batch_size, seq_len, accumulate, autocast, on_gpu)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except RuntimeError as error:
+        # It reads values, or has an operation that does not say what it returns: with content it may train.
         name = type(twin.llama.blocks[0].self_attn.attention).__name__
         raise UserError(
-            f"memory cannot be predicted, for {name} reads values of tensors: {reason_of(error)}"
+            f"memory cannot be predicted, for {name} does not run on tensors without content: {reason_of(error)}"
         ) from error
     parts = {name: live.at_peak[name] for name in StepMemory.__dataclass_fields__ if name != "phase"}
     return StepMemory(**parts, phase=live.kind_at_peak)  # type: ignore[arg-type]
@@ -128,12 +126,13 @@ def _take_step(
     on_gpu: bool,
 ) -> None:
     parameters = _without_content(twin)
-    of_muon = {p for group in twin.parameter_groups() if "momentum" in group for p in group["params"]}
     if on_gpu and twin.offloading is not None:
         twin.offloading.transfers = _ToNowhere()
+    for group in twin.parameter_groups():
+        moments = MUON_MOMENTS if "momentum" in group else ADAMW_MOMENTS
+        live.add("optimizer", moments * sum(parameter.nbytes for parameter in group["params"]))
     for parameter in parameters:
         live.label("parameters", parameter)
-        live.add("optimizer", (MUON_MOMENTS if parameter in of_muon else ADAMW_MOMENTS) * parameter.nbytes)
         # Those of the step before, or of the micro-batch before.
         parameter.grad = torch.empty_like(parameter)
         live.label("gradients", parameter.grad)

@@ -346,6 +346,19 @@ def test_resumed_in_place_it_does_not_save_the_same_step_again(tmp_path: Path) -
     assert steps(tmp_path / "a") == [4, 5]
 
 
+def test_a_folder_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:
+    fit(tmp_path / "first", DurableCheckpoint(tmp_path / "a"), max_steps=2)
+    before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    message = rf"dirpath {tmp_path}/a has checkpoints of another run; accepted: a new folder, or one of them"
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path / "second", DurableCheckpoint(tmp_path / "a", every_n_steps=1), max_steps=8)
+    assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    # By another name it is still the folder of the checkpoint that is gone on from.
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    fit(tmp_path / "third", DurableCheckpoint(tmp_path / "a"), max_steps=3, resume=tmp_path / "link" / "step=2.ckpt")
+    assert steps(tmp_path / "a") == [2, 3]
+
+
 def test_a_trial_run_saves_nothing(tmp_path: Path) -> None:
     fit(tmp_path, DurableCheckpoint(tmp_path / "a"), fast_dev_run=True)
     assert not (tmp_path / "a").exists()

@@ -1,6 +1,7 @@
 """A copy of a checkpoint: equal, its own, never larger than what is distinct in it."""
 
 from collections import OrderedDict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,22 @@ def test_memory_is_reused_and_holds_what_is_distinct_once() -> None:
     assert second["a"].data_ptr() == first["a"].data_ptr()
     copier.free()
     assert len(copier._buffer) == 0
+
+
+def test_memory_that_cannot_be_pinned_is_reused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def register(address: int, size: int, flags: int) -> int:
+        asked.append(size)
+        return 1
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    copier = HostCopy()
+    copier.reserve(4096, is_pinned=True)
+    buffer = copier._buffer
+    copier.reserve(4096, is_pinned=True)
+    assert copier._buffer is buffer
+    assert asked == [4096]
 
 
 def test_a_file_holds_each_tensor_alone(tmp_path: Any) -> None:

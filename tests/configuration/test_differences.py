@@ -40,5 +40,6 @@ def test_differences(now: dict[str, Any], lines: list[str]) -> None:
     assert differences(BEFORE, now, "X") == lines
 
 
-def test_what_the_training_says_itself() -> None:
-    assert differences({"model": {"learning_rate": 1.0}}, {"model": {"learning_rate": 2.0}}, "X") == []
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "betas", "eps", "momentum"])
+def test_what_the_training_says_itself(name: str) -> None:
+    assert differences({"model": {name: 1.0}}, {"model": {name: 2.0}}, "X") == []

@@ -135,6 +135,9 @@ def test_weights_moments_and_gradients() -> None:
     assert single.total == sum(single.parts.values())
     half = predicted(model, precision="bf16-true")
     assert (half.parameters, half.optimizer) == within_a_hundredth((weights / 2, weights))
+    muon = a_model(optimizer="muon")
+    of_blocks = 4 * sum(p.numel() for p in muon.llama.model.layers.parameters() if p.ndim == 2)
+    assert predicted(muon).optimizer == 2 * weights - of_blocks
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -196,9 +199,24 @@ def test_other_strategies(attention: type[AttentionStrategy], device_type: str) 
     assert memory.total > memory.parameters + memory.optimizer
 
 
-def test_a_strategy_that_reads_values_is_named() -> None:
-    with pytest.raises(UserError, match="memory cannot be predicted, for Reading reads values of tensors"):
-        predicted(a_model(Reading))
+@torch.library.custom_op("muse_tests::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    """Does not say what it returns."""
+    return x.clone()
+
+
+class Opaque(Dense):
+    """Calls it."""
+
+    def forward(self, q: Tensor, *args: Any, **options: Any) -> Tensor:
+        return super().forward(opaque(q), *args, **options)
+
+
+@pytest.mark.parametrize("attention", [Reading, Opaque], ids=["Reading", "Opaque"])
+def test_a_strategy_that_needs_content_is_named(attention: type[AttentionStrategy]) -> None:
+    name = attention.__name__
+    with pytest.raises(UserError, match=f"memory cannot be predicted, for {name} does not run on tensors without"):
+        predicted(a_model(attention))
 
 
 @pytest.mark.gpu
