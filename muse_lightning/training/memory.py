@@ -26,6 +26,7 @@ if HAS_TRITON:
     from muse_kernels.attention.workspace import Workspace
 
 ADAMW_MOMENTS, MUON_MOMENTS = 2, 1
+"""Numbers per weight."""
 FLOAT32 = 4
 """Bytes."""
 Phase = Literal["forward", "loss", "backward"]
@@ -80,8 +81,8 @@ def step_memory(
 
     A twin of the model takes the step on tensors without content, forward and backward, in Lightning's order, and what
     is alive is counted: the prediction follows model, attention and what is computed again as they are. Blocks are
-    not compiled; compiled ones take less. The optimizer is left out: fused AdamW and clipping make nothing, and
-    activations are gone by then.
+    not compiled; compiled ones take less. The optimizer's step is left out: fused AdamW and clipping make nothing, Muon
+    one matrix's worth, and activations are gone by then.
 
     Args:
         model: on any device; only its options matter.
@@ -125,12 +126,13 @@ def _take_step(
     on_gpu: bool,
 ) -> None:
     parameters = _without_content(twin)
-    of_muon = {p for group in twin.parameter_groups() if "momentum" in group for p in group["params"]}
     if on_gpu and twin.offloading is not None:
         twin.offloading.transfers = _ToNowhere()
+    for group in twin.parameter_groups():
+        moments = MUON_MOMENTS if "momentum" in group else ADAMW_MOMENTS
+        live.add("optimizer", moments * sum(parameter.nbytes for parameter in group["params"]))
     for parameter in parameters:
         live.label("parameters", parameter)
-        live.add("optimizer", (MUON_MOMENTS if parameter in of_muon else ADAMW_MOMENTS) * parameter.nbytes)
         # Those of the step before, or of the micro-batch before.
         parameter.grad = torch.empty_like(parameter)
         live.label("gradients", parameter.grad)
