@@ -27,15 +27,16 @@ def in_tiles(function: Callable[[Tensor], Tensor], tiles: int, parameters: Seque
     """
     rows = x.flatten(0, -2)
     if not torch.is_grad_enabled():
-        return _run(function, tiles, rows).view(x.shape)
+        return _run(function, tiles, rows, x.shape)
     # Before anything is computed: if all that a surrounding checkpoint wants is x, it stops here.
     kept = _Keep.apply(rows, torch.empty(0, device=x.device, requires_grad=True))
-    return _InTiles.apply(function, tiles, kept.grad_fn, rows, *parameters).view(x.shape)
+    return _InTiles.apply(function, tiles, kept.grad_fn, x.shape, rows, *parameters)
 
 
-def _run(function: Callable[[Tensor], Tensor], tiles: int, rows: Tensor) -> Tensor:
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    for piece, result in zip(rows.chunk(tiles), out.chunk(tiles), strict=True):
+def _run(function: Callable[[Tensor], Tensor], tiles: int, rows: Tensor, shape: torch.Size) -> Tensor:
+    # In its final shape: FSDP2 warns of a block that returns a view.
+    out = rows.new_empty(shape)
+    for piece, result in zip(rows.chunk(tiles), out.view(rows.shape).chunk(tiles), strict=True):
         result.copy_(function(piece))
     return out
 
@@ -56,20 +57,27 @@ class _Keep(torch.autograd.Function):
 class _InTiles(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, function: Callable[[Tensor], Tensor], tiles: int, kept: Any, rows: Tensor, *parameters: Tensor
+        ctx: Any,
+        function: Callable[[Tensor], Tensor],
+        tiles: int,
+        kept: Any,
+        shape: torch.Size,
+        rows: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.function, ctx.tiles, ctx.kept, ctx.parameters = function, tiles, kept, parameters
         ctx.autocast = _autocast_of(rows.device.type)
-        return _run(function, tiles, rows)
+        return _run(function, tiles, rows, shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.kept.saved_tensors
         ctx.kept = None
-        needs_rows, *needs = ctx.needs_input_grad[3:]
+        needs_rows, *needs = ctx.needs_input_grad[4:]
         wanted = [parameter for parameter, is_needed in zip(ctx.parameters, needs, strict=True) if is_needed]
         grad_rows = torch.empty_like(rows) if needs_rows else None
+        grad_out = grad_out.flatten(0, -2)
         sums: list[Tensor] = []
         with torch.enable_grad(), ctx.autocast():
             for index, piece in enumerate(rows.chunk(ctx.tiles)):
@@ -85,7 +93,7 @@ class _InTiles(torch.autograd.Function):
                 # Or they would live while the next piece's come into being.
                 del out, grad_piece, grads
         found = iter(sums)
-        return None, None, None, grad_rows, *(next(found) if is_needed else None for is_needed in needs)
+        return None, None, None, None, grad_rows, *(next(found) if is_needed else None for is_needed in needs)
 
 
 def _autocast_of(device_type: str) -> Callable[[], AbstractContextManager[object]]:

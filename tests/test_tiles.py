@@ -31,6 +31,12 @@ def test_results_and_gradients(network: nn.Sequential, tiles: int) -> None:
         assert torch.allclose(found, expected, rtol=1e-12)
 
 
+def test_the_result_is_no_view(network: nn.Sequential) -> None:
+    """Of which FSDP2 would warn."""
+    out = in_tiles(network, 3, list(network.parameters()), torch.randn(2, 7, 8, requires_grad=True))
+    assert (out.shape, out.is_contiguous(), out._is_view()) == ((2, 7, 8), True, False)
+
+
 def test_what_lies_inside_exists_for_one_tile_at_a_time(network: nn.Sequential) -> None:
     x = torch.randn(TOKENS, WIDTH, requires_grad=True)
     with LargestTensor() as largest:
