@@ -444,11 +444,13 @@ def print_longest_contexts(cli: MuseCLI) -> None:
     if memory_gib is None and not torch.cuda.is_available():
         raise UserError("--longest_context: no GPU here; --memory_gib=80 says how much one has")
     memory = torch.cuda.mem_get_info()[1] if memory_gib is None else int(memory_gib * GIB)
-    print(f"longest context by prediction on a GPU of {memory / GIB:.0f} GiB, then with one lever more on each line:")
+    print(f"longest context by prediction on a GPU of {memory / GIB:.3g} GiB, then with one lever more on each line:")
+    limit, beyond = cli.config.model.config.max_position_embeddings, False
     for said, longest in longest_contexts(training_setting(cli), memory):
         print(f"{longest:>12,}  {said}" if longest else f"{'does not fit':>12}  {said}", flush=True)
-    limit = cli.config.model.config.max_position_embeddings
-    print(f"model.config.max_position_embeddings, now {limit:,}, must be as long")
+        beyond |= (longest or 0) > limit
+    if beyond:
+        print(f"model.config.max_position_embeddings, now {limit:,}, must be as long")
 
 
 def out_of_memory(error: Exception, cli: MuseCLI) -> UserError | None:
