@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -44,6 +45,7 @@ from muse_lightning.errors import (
     UserError,
     find_cause,
     is_storage_error,
+    nearest,
     reason_of,
     shown_url,
 )
@@ -252,6 +254,7 @@ class MuseCLI(LightningCLI):
             self.run_folder.write(self.run_folder.record("config", "yaml"), self._config_text())
             self.run_folder.write_environment(environment())
             trainer = self.config_init["trainer"]
+            _check_strategy(trainer["strategy"])
             return super().instantiate_trainer(
                 logger=self._logger(trainer["logger"]),
                 callbacks=self._callbacks(trainer),
@@ -432,6 +435,13 @@ def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str
             has_documents=cli.config.data.document_mask,
         )
     )
+
+
+def _check_strategy(strategy: Any) -> None:
+    """Lightning's own message names four strategies, and `sharded` is not among them."""
+    names = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and strategy.lower() not in names:
+        raise UserError(f"trainer.strategy: {strategy!r} is no known strategy; nearest: {nearest(strategy, names)}")
 
 
 def print_longest_contexts(cli: MuseCLI) -> None:

@@ -89,7 +89,7 @@ class TestConfiguration:
             ),
             ("model: {betas: [0.9, 1.5]}", "model.betas is (0.9, 1.5); accepted: at least 0 and below 1, both"),
             ("data: {batch_size: 0}", "data.batch_size: 0 found, at least 1 expected"),
-            ("trainer: {strategy: dpp}", "trainer: You selected an invalid strategy name: `strategy='dpp'`."),
+            ("trainer: {strategy: shraded}", "trainer.strategy: 'shraded' is no known strategy; nearest: sharded"),
             ("trainer: {accelerator: gpu, devices: 64}", "trainer: "),
             (
                 "model: {attention: Dense}",
