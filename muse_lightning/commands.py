@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -44,6 +45,7 @@ from muse_lightning.errors import (
     UserError,
     find_cause,
     is_storage_error,
+    nearest,
     reason_of,
     shown_url,
 )
@@ -252,6 +254,7 @@ class MuseCLI(LightningCLI):
             self.run_folder.write(self.run_folder.record("config", "yaml"), self._config_text())
             self.run_folder.write_environment(environment())
             trainer = self.config_init["trainer"]
+            _check_strategy(trainer["strategy"])
             return super().instantiate_trainer(
                 logger=self._logger(trainer["logger"]),
                 callbacks=self._callbacks(trainer),
@@ -435,6 +438,13 @@ def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str
     )
 
 
+def _check_strategy(strategy: Any) -> None:
+    """Lightning's own message names four strategies, and `sharded` is not among them."""
+    names = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and strategy.lower() not in names:
+        raise UserError(f"trainer.strategy: {strategy!r} is no known strategy; nearest: {nearest(strategy, names)}")
+
+
 def print_longest_contexts(cli: MuseCLI) -> None:
     """`muse info --longest_context`.
 
@@ -445,11 +455,13 @@ def print_longest_contexts(cli: MuseCLI) -> None:
     if memory_gib is None and not torch.cuda.is_available():
         raise UserError("--longest_context: no GPU here; --memory_gib=80 says how much one has")
     memory = torch.cuda.mem_get_info()[1] if memory_gib is None else int(memory_gib * GIB)
-    print(f"longest context by prediction on a GPU of {memory / GIB:.0f} GiB, then with one lever more on each line:")
+    print(f"longest context by prediction on a GPU of {memory / GIB:.3g} GiB, then with one lever more on each line:")
+    limit, beyond = cli.config.model.config.max_position_embeddings, False
     for said, longest in longest_contexts(training_setting(cli), memory):
         print(f"{longest:>12,}  {said}" if longest else f"{'does not fit':>12}  {said}", flush=True)
-    limit = cli.config.model.config.max_position_embeddings
-    print(f"model.config.max_position_embeddings, now {limit:,}, must be as long")
+        beyond |= (longest or 0) > limit
+    if beyond:
+        print(f"model.config.max_position_embeddings, now {limit:,}, must be as long")
 
 
 def out_of_memory(error: Exception, cli: MuseCLI) -> UserError | None:

@@ -370,7 +370,7 @@ class TestExitCodes:
         code, out, err = muse.with_recipe("info", "--longest_context", "--memory_gib=0.0035", *whole)
         assert code == 0, err
         head, as_it_is, *levers, limit = out.splitlines()
-        assert head.startswith("longest context by prediction on a GPU of 0 GiB")
+        assert head.startswith("longest context by prediction on a GPU of 0.0035 GiB,")
         assert as_it_is.endswith("  as it is")
         # All but a twentieth of the memory, in whole chunks of the recipe's attention.
         longest = int(as_it_is.split()[0].replace(",", ""))
@@ -386,7 +386,17 @@ class TestExitCodes:
         assert muse.error("info", "--config=recipe.yaml", "--longest_context") == (
             "--longest_context: no GPU here; --memory_gib=80 says how much one has"
         )
-        assert "memory_gib" in muse.error("info", "--config=recipe.yaml", "--longest_context", "--memory_gib=-1")
+        assert muse.error("info", "--config=recipe.yaml", "--longest_context", "--memory_gib=-1") == (
+            "memory_gib: expected a number above 0 or null, found -1 (command line)"
+        )
+
+    def test_no_word_of_positions_where_no_context_is_longer(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("muse_lightning.training.levers.Setting.peak", lambda _, tokens: 10**12)
+        code, out, err = muse.with_recipe("info", "--longest_context", "--memory_gib=1")
+        assert code == 0, err
+        levers = out.splitlines()[1:]
+        assert [line[:12] for line in levers] == ["does not fit"] * len(levers)
+        assert len(levers) > 1
 
     def test_traceback_on_request(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MUSE_TRACEBACK", "1")

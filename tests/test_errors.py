@@ -89,7 +89,7 @@ class TestConfiguration:
             ),
             ("model: {betas: [0.9, 1.5]}", "model.betas is (0.9, 1.5); accepted: at least 0 and below 1, both"),
             ("data: {batch_size: 0}", "data.batch_size: 0 found, at least 1 expected"),
-            ("trainer: {strategy: dpp}", "trainer: You selected an invalid strategy name: `strategy='dpp'`."),
+            ("trainer: {strategy: shraded}", "trainer.strategy: 'shraded' is no known strategy; nearest: sharded"),
             ("trainer: {accelerator: gpu, devices: 64}", "trainer: "),
             (
                 "model: {attention: Dense}",
@@ -275,8 +275,13 @@ class TestCheckpoint:
     def test_missing(self, muse: Muse) -> None:
         assert (
             self.error(muse, "no.ckpt")
-            == "ckpt_path: no checkpoint at no.ckpt; expected the path of a local checkpoint"
+            == "ckpt_path: no checkpoint at no.ckpt; expected the path of a local checkpoint, last, or best"
         )
+
+    def test_a_run_folder(self, muse: Muse) -> None:
+        assert muse.with_recipe("fit")[0] == 0
+        line = self.error(muse, "runs/tiny/version_0")
+        assert line.endswith("; nearest: runs/tiny/version_0/checkpoints/step=2.ckpt")
 
     def test_not_a_checkpoint(self, muse: Muse) -> None:
         Path("text.ckpt").write_text("hello")

@@ -11,9 +11,10 @@ from muse_lightning.attention import Dense
 from muse_lightning.errors import UserError
 from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
-from muse_lightning.measure.info import GIB, attention_kernels, devices
+from muse_lightning.measure.info import attention_kernels, devices
 from muse_lightning.training.memory import PHASES, step_memory
 from muse_lightning.training.module import LanguageModel
+from muse_lightning.training.recipe_report import shown
 
 ASSUMED_UTILISATION = 0.4
 """MFU by which the expected time is reckoned; the progress display knows better after the first steps."""
@@ -37,7 +38,7 @@ def banner(trainer: L.Trainer, module: LanguageModel) -> list[str]:
     """The lines, each `name: what`."""
     data = getattr(trainer, "datamodule", None)
     batch_size, seq_len = getattr(data, "batch_size", None), getattr(data, "seq_len", None)
-    lines = [*_model(module), *_devices(trainer)]
+    lines = [*_model(trainer, module), *_devices(trainer)]
     if batch_size is None or seq_len is None:
         return lines
     has_documents = bool(getattr(data, "document_mask", False))
@@ -54,9 +55,10 @@ def banner(trainer: L.Trainer, module: LanguageModel) -> list[str]:
     return lines
 
 
-def _model(module: LanguageModel) -> Iterator[str]:
+def _model(trainer: L.Trainer, module: LanguageModel) -> Iterator[str]:
     parameters = sum(parameter.numel() for parameter in module.llama.parameters())
-    weights = f"from {module.weights}" if module.weights else "fresh weights"
+    source = trainer.ckpt_path or module.weights
+    weights = f"from {source}" if source else "fresh weights"
     yield f"model: {parameters:,} parameters, {module.config.num_hidden_layers} layers, {weights}"
     names = {type(block.self_attn.attention).__name__: None for block in module.llama.blocks}
     kernels = attention_kernels()
@@ -67,8 +69,8 @@ def _model(module: LanguageModel) -> Iterator[str]:
 
 def _devices(trainer: L.Trainer) -> Iterator[str]:
     found = devices()
-    shown = found[trainer.strategy.root_device.index or 0] if torch.cuda.is_available() else found[0]
-    yield f"device: {trainer.world_size} x {shown}, precision {trainer.precision}"
+    used = found[trainer.strategy.root_device.index or 0] if torch.cuda.is_available() else found[0]
+    yield f"device: {trainer.world_size} x {used}, precision {trainer.precision}"
 
 
 def _memory(trainer: L.Trainer, module: LanguageModel, batch_size: int, seq_len: int) -> Iterator[str]:
@@ -86,7 +88,7 @@ def _memory(trainer: L.Trainer, module: LanguageModel, batch_size: int, seq_len:
         yield f"memory: {error}"
         return
     when = f"at the peak, in the {PHASES[needed.phase]}"
-    yield f"memory: about {needed.total / GIB:.1f} GiB per device {when}; nothing sharded"
+    yield f"memory: about {shown(needed.total)} per device {when}; nothing sharded"
 
 
 def _data(trainer: L.Trainer, tokens_per_step: int) -> Iterator[str]:

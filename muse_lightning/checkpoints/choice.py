@@ -10,6 +10,7 @@ from muse_lightning.checkpoints.manifest import (
     CHECKPOINT_SUFFIX,
     MANIFEST_SUFFIX,
     Manifest,
+    manifest_path,
     problem_of,
 )
 
@@ -43,6 +44,11 @@ def step_of(path: Path) -> int:
 def has_manifest(folder: Path) -> bool:
     """Whether a folder has a checkpoint that seems whole."""
     return any(folder.glob(f"*{MANIFEST_SUFFIX}"))
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint by its manifest; None if nothing is, or if it has none."""
+    return problem_of(path) if manifest_path(path).exists() else None
 
 
 def report(line: str) -> None:

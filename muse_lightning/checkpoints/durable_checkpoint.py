@@ -269,6 +269,8 @@ class DurableCheckpoint(Checkpoint):
     def _measured(self, path: Path, metrics: dict[str, float]) -> None:
         try:
             Manifest.read(path).with_metrics(metrics).write(path)
+        except FileNotFoundError:
+            pass  # It was not saved, and a line has said so.
         except (OSError, ValueError) as error:
             report(f"checkpoint: warning: {path} does not say what was measured: {reason_of(error)}")
         self._retention.apply(self._folder)

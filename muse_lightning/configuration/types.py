@@ -8,11 +8,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from jsonargparse.typing import PositiveFloat
+
 WORDS = {
     type(None): "null",
     bool: "true or false",
     int: "an integer",
     float: "a number",
+    PositiveFloat: "a number above 0",
     str: "text",
     Path: "a path",
     timedelta: "a duration",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from muse_lightning.attention import exact_attention
+from muse_lightning.checkpoints.choice import damage_of
 from muse_lightning.data.tokenizer import Tokenizer
 from muse_lightning.errors import UserError
 from muse_lightning.model.assign import assign
@@ -139,6 +140,9 @@ def _checkpoint(path: Path, key: str) -> Path:
         raise UserError(f"{key}: {path} does not exist; accepted: {ACCEPTED}")
     if path.suffix != ".ckpt":
         raise UserError(f"{key}: {path} is neither a folder nor a .ckpt; accepted: {ACCEPTED}")
+    problem = damage_of(path)
+    if problem is not None:
+        raise UserError(f"{key}: {path} is damaged: {problem}; give another checkpoint, or its run folder")
     return path
 
 

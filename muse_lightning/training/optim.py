@@ -161,10 +161,10 @@ def apply_hyperparameters(scheduler: LambdaLR, wanted: Sequence[Mapping[str, Any
         options = {"initial_lr": recipe["lr"]}
         options |= {name: value for name, value in recipe.items() if name not in ("params", "lr")}
         for name, value in options.items():
-            if group[name] != value:
+            # A gathered state has lists for tuples.
+            before = tuple(group[name]) if isinstance(group[name], list) else group[name]
+            if before != value:
                 field = "learning_rate" if name == "initial_lr" else name
-                differences[f"model.{field}: {group[name]} in the checkpoint, {value} in this recipe, which wins"] = (
-                    None
-                )
+                differences[f"model.{field}: {before} in the checkpoint, {value} in this recipe, which wins"] = None
         group.update(options | {"lr": recipe["lr"] * factor(scheduler.last_epoch)})
     return list(differences)

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from muse_lightning.checkpoints.choice import report
+from muse_lightning.checkpoints.choice import report, stored
 from muse_lightning.checkpoints.manifest import manifest_path, problem_of
 from muse_lightning.errors import UserError, shown_url
 from muse_lightning.model.llama import Llama
@@ -47,14 +47,16 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
         UserError: an address (Lightning would unpickle whatever came from there), nothing there, no checkpoint, or one
             that is not before `max_steps`.
     """
-    expected = "expected the path of a local checkpoint"
+    expected = "expected the path of a local checkpoint, last, or best"
     if "://" in path:
         raise UserError(f"ckpt_path: {shown_url(path)} is an address; {expected}")
     if not Path(path).exists():
         raise UserError(f"ckpt_path: no checkpoint at {path}; {expected}")
     if Path(path).is_dir():
         if not is_sharded(Path(path)):
-            raise UserError(f"ckpt_path: {path} is a folder without {SHARDS_FILE}; {expected}")
+            checkpoints = stored(Path(path) / "checkpoints")
+            nearest = f"; nearest: {checkpoints[0][1]}" if checkpoints else ""
+            raise UserError(f"ckpt_path: {path} is a folder without {SHARDS_FILE}; {expected}{nearest}")
         return
     _check_manifest(Path(path))
     needed = ["pytorch-lightning_version", *(["optimizer_states", "lr_schedulers"] if for_training else [])]

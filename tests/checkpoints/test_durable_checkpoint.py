@@ -309,6 +309,15 @@ def test_a_full_disk_does_not_end_the_training(
     assert lines[0].startswith(f"checkpoint: warning: {tmp_path}/a/step=4.ckpt was not saved: No space left on device;")
 
 
+def test_a_checkpoint_that_was_not_saved_is_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = full(DurableCheckpoint(tmp_path / "a"), lambda step: True)
+    with pytest.raises(StorageError):
+        fit(tmp_path, checkpoint, AwaitWriter(checkpoint), limit_val_batches=1, val_check_interval=2)
+    err = capsys.readouterr().err
+    assert "was not saved: No space left on device" in err
+    assert "does not say what was measured" not in err
+
+
 def test_a_full_disk_at_the_end_is_tried_once_more_and_then_told(tmp_path: Path, handlers: Any) -> None:
     tries = []
     checkpoint = full(DurableCheckpoint(tmp_path / "a"), lambda step: not tries.append(step))  # type: ignore[func-returns-value]

@@ -105,6 +105,18 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     assert one_line(tmp_path / "x.bin").endswith(f"is neither a folder nor a .ckpt; {accepted}")
 
 
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    checkpoint = write_run(tmp_path, tiny_llama()) / "checkpoints" / "step=2.ckpt"
+    size = checkpoint.stat().st_size
+    Manifest(2, size, sha256_file(checkpoint)).write(checkpoint)
+    content = bytearray(checkpoint.read_bytes())
+    content[size // 2] ^= 1
+    checkpoint.write_bytes(content)
+    for opened in (open_model, lambda path: open_weights(path, "model")):
+        with pytest.raises(UserError, match="is damaged: its content has changed since it was saved"):
+            opened(checkpoint)
+
+
 def test_a_folder_of_runs_names_the_newest(tmp_path: Path) -> None:
     for version in (0, 1):
         write_run(tmp_path / f"version_{version}", tiny_llama())
