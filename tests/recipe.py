@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
@@ -88,9 +90,32 @@ class Muse:
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.glob("runs/*/*"))
 
 
-def start(command: Sequence[str], log: Path) -> ForkProcess:
+class Started:
+    """A program, with what a test asks of a forked process."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        program = [sys.executable, muse_lightning.cli.__file__, *command]
+        with log.open("w") as file:
+            self._process = subprocess.Popen(program, stdout=file, stderr=file, start_new_session=True)
+        self.pid = self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def join(self, timeout: float | None = None) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.poll()
+
+
+def start(command: Sequence[str], log: Path) -> ForkProcess | Started:
     """Start `muse` as a process and group of its own that writes to a file. A fork: importing everything again would
-    take most of a test's time."""
+    take most of a test's time. Not of several ranks: what earlier tests left in this process can keep them waiting."""
+    if "--trainer.devices=2" in command:
+        return Started(command, log)
     process = multiprocessing.get_context("fork").Process(target=_alone, args=(list(command), log))
     process.start()
     return process

@@ -143,7 +143,7 @@ class TestPrecedence:
 
     def test_packaged_recipes(self, muse: Muse) -> None:
         names = [path.stem for path in recipes_folder().glob("*.yaml")]
-        assert len(names) == 7
+        assert len(names) == 15
         for name in names:
             code, out, err = muse("info", "--config", f"recipe:{name}", "--print_config")
             assert code == 0, err

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from torch._dynamo.utils import counters
 
 import muse_lightning.training.module as module
+from muse_lightning import parallelize
 from muse_lightning.attention import Dense, Muse, SlidingWindow, SpatialBlocks
 from muse_lightning.errors import UserError
 from tests.tiny import SEQ_LEN, VOCAB, LargestTensor, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
@@ -165,7 +166,7 @@ def test_what_is_computed_again_is_compiled(monkeypatch):
     """In the other order nothing could be left out of it (parallelize.py)."""
     called = []
     for name in ("recompute_in_backward", "compile_around_attention"):
-        monkeypatch.setattr(module, name, lambda *arguments, name=name: called.append(name))
+        monkeypatch.setattr(parallelize, name, lambda *_, name=name, **__: called.append(name))
     tiny_model(recompute="keep_attention", compiled=True)
     assert called == ["recompute_in_backward", "compile_around_attention"]
 
@@ -364,7 +365,7 @@ def test_what_trades_time_for_memory_reaches_the_blocks():
     for layer, block in enumerate(model.llama.blocks):
         block.self_attn.attention.register_forward_hook(lambda *_, layer=layer: attention.append(layer))
         block.mlp.up_proj.register_forward_hook(lambda *_: projections.append(1))
-    model.token_nats(batches(1)[0]).sum().backward()
+    model.total_nats(batches(1)[0]).backward()
     assert attention == [0, 1, 2, 2, 0]
     assert len(projections) == 3 * 3 * 2
 
