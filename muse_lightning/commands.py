@@ -38,20 +38,17 @@ from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
 from muse_lightning.data.ledger import FOLDER_NAME
+from muse_lightning.endings import as_ending, refused_by_constructor
 from muse_lightning.errors import (
     ExitCode,
-    RetryError,
-    StorageError,
     UserError,
-    find_cause,
-    is_storage_error,
     nearest,
     reason_of,
     shown_url,
 )
 from muse_lightning.measure.info import GIB, environment, machine_report
 from muse_lightning.pretrained.run_folder import configuration_behind
-from muse_lightning.training.levers import Setting, longest_contexts, next_lever
+from muse_lightning.training.levers import Setting, longest_contexts
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.recipe_report import recipe_report
 from muse_lightning.training.run_folder import RunFolder, find_checkpoint
@@ -373,7 +370,7 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
                 if cli.trainer.is_global_zero:
                     print(f"run: {folder.path}", file=sys.stderr)
             except Exception as error:
-                ending = out_of_memory(error, cli) or as_ending(error, cli.config)
+                ending = as_ending(error, cli.config, (lambda: training_setting(cli)) if verb == "fit" else None)
                 if ending is None:
                     raise
                 if not cli.model.has_trained:
@@ -424,6 +421,8 @@ def info(verb: str, description: str, args: Sequence[str], allowed: Sequence[str
     if cli.config.longest_context:
         print_longest_contexts(cli)
         return
+    if cli.config.memory_gib is not None:
+        raise UserError(f"--memory_gib={cli.config.memory_gib:g}: accepted beside --longest_context alone")
     print(machine_report())
     setting = training_setting(cli)
     print(
@@ -464,66 +463,7 @@ def print_longest_contexts(cli: MuseCLI) -> None:
         print(f"model.config.max_position_embeddings, now {limit:,}, must be as long")
 
 
-def out_of_memory(error: Exception, cli: MuseCLI) -> UserError | None:
-    """What to do next where a device has no more memory; None if that is not the error."""
-    found = find_cause(error, torch.OutOfMemoryError)
-    if found is None:
-        return None
-    wanted = str(found).split("Tried to allocate ")[-1].split(".  ")[0].split(". ")[0]
-    said = f"out of GPU memory, {wanted} more was needed"
-    try:
-        advice = next_lever(training_setting(cli)) if cli.verb == "fit" else None
-    except Exception:
-        # A strategy of the user's may read values, which tensors without content do not have. The error is this one.
-        advice = None
-    if advice is None:
-        advice = (
-            f"lower data.seq_len (now {cli.config.data.seq_len}) or data.batch_size (now {cli.config.data.batch_size})"
-        )
-    return UserError(f"{said}; next: {advice}")
-
-
 def training_setting(cli: MuseCLI) -> Setting:
     """Model and batches of a command line."""
     data, trainer = cli.config.data, cli.config.trainer
     return Setting(cli.model, data.batch_size, data.seq_len, trainer.accumulate_grad_batches, trainer.precision)
-
-
-def as_ending(error: Exception, config: Namespace) -> UserError | RetryError | StorageError | None:
-    """What ends a run in one line behind an error of a library; None if it is a bug."""
-    ending = find_cause(error, RetryError) or find_cause(error, StorageError) or as_user_error(error, config)
-    if ending is not None:
-        return ending
-    if is_storage_error(error):
-        return StorageError(f"the run ended, as its storage does not take what must be kept: {reason_of(error)}")
-    return None
-
-
-def as_user_error(error: Exception, config: Namespace) -> UserError | None:
-    """The user's mistake behind an error of a library; None if it is not one."""
-    mistake = find_cause(error, UserError)
-    if mistake is not None:
-        return mistake
-    message = str(error)
-    if isinstance(error, MisconfigurationException):
-        return UserError(f"trainer: {reason_of(error)}")
-    if isinstance(error, ValueError) and "`val_check_interval`" in message:
-        batches = message.partition("training batches (")[2].partition(")")[0]
-        return UserError(
-            f"trainer.val_check_interval: {config.trainer.val_check_interval} found, an epoch has {batches} batches; "
-            "give at most that, or trainer.check_val_every_n_epoch=null to count over epochs"
-        )
-    return None
-
-
-def refused_by_constructor(error: Exception) -> UserError | None:
-    """The user's mistake behind an error from building what a class path names; None if it is not one."""
-    mistake = find_cause(error, UserError)
-    if mistake is not None:
-        return mistake
-    # jsonargparse reports an error of such a constructor as one of a union that no member of fits.
-    is_chosen_class = "Does not validate against any of the Union subtypes" in str(error)
-    if is_chosen_class or find_cause(error, MisconfigurationException):
-        cause = find_cause(error, MisconfigurationException) or error.__cause__ or error
-        return UserError(f"a class that the configuration names cannot be built: {reason_of(cause)}")
-    return None

@@ -113,7 +113,9 @@ class Started:
 
 def start(command: Sequence[str], log: Path) -> ForkProcess | Started:
     """Start `muse` as a process and group of its own that writes to a file. A fork: importing everything again would
-    take most of a test's time. Not of several ranks: what earlier tests left in this process can keep them waiting."""
+    take most of a test's time. Not of several ranks, which must be one program: the first would parse a flag of
+    `int | float` by what other tests have imported, `--trainer.limit_val_batches=1` as all batches, and wait for the
+    second, which takes one."""
     if "--trainer.devices=2" in command:
         return Started(command, log)
     process = multiprocessing.get_context("fork").Process(target=_alone, args=(list(command), log))

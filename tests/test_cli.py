@@ -358,7 +358,7 @@ class TestExitCodes:
         def fail(*_: object) -> None:
             raise RuntimeError("a strategy that reads values")
 
-        monkeypatch.setattr("muse_lightning.commands.next_lever", fail)
+        monkeypatch.setattr("muse_lightning.endings.next_lever", fail)
         assert muse.error("fit", "--config=recipe.yaml").endswith(
             "next: lower data.seq_len (now 32) or data.batch_size (now 2)"
         )
@@ -385,6 +385,9 @@ class TestExitCodes:
         assert limit == "model.config.max_position_embeddings, now 64, must be as long"
         assert muse.error("info", "--config=recipe.yaml", "--longest_context") == (
             "--longest_context: no GPU here; --memory_gib=80 says how much one has"
+        )
+        assert muse.error("info", "--config=recipe.yaml", "--memory_gib=80") == (
+            "--memory_gib=80: accepted beside --longest_context alone"
         )
         assert muse.error("info", "--config=recipe.yaml", "--longest_context", "--memory_gib=-1") == (
             "memory_gib: expected a number above 0 or null, found -1 (command line)"

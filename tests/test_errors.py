@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from muse_lightning import cli
-from muse_lightning.commands import as_user_error
 from muse_lightning.data.card import read_card
 from muse_lightning.data.sources import Folders
 from muse_lightning.data.tokenizer import load_tokenizer
 from muse_lightning.data.tokenizer_training import train_tokenizer
+from muse_lightning.endings import as_user_error
 from muse_lightning.errors import UserError, nearest
 from muse_lightning.training.run_folder import RunFolder
 from tests.recipe import Muse

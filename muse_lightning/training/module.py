@@ -376,8 +376,12 @@ class LanguageModel(L.LightningModule):
         for name, (is_accepted, text) in accepted.items():
             if not is_accepted:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; accepted: {text}")
-        if self.offload and self.recompute == "none":
-            raise UserError("model.offload is true; accepted with model.recompute block or keep_attention, found none")
+        of_recompute = {"recompute_every": self.recompute_every > 1, "offload": self.offload}
+        for name, is_set in of_recompute.items():
+            if is_set and self.recompute == "none":
+                value = str(getattr(self, name)).lower()
+                wanted = "accepted with model.recompute block or keep_attention"
+                raise UserError(f"model.{name} is {value}; {wanted}, found none")
 
     def _check_sizes(self) -> None:
         config = self.config

@@ -2,7 +2,7 @@
 
 Usage: python -m tests.leak [--size small|real] [--steps N]
 
-`real` needs a GPU and takes about three minutes there.
+`real` needs a GPU.
 """
 
 import argparse

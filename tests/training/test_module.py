@@ -344,6 +344,10 @@ def test_max_steps_is_needed(tmp_path):
         ({"loss_chunk": 0}, "model.loss_chunk is 0; accepted: at least 1"),
         ({"recompute_every": 0}, "model.recompute_every is 0; accepted: at least 1"),
         (
+            {"recompute_every": 2},
+            "model.recompute_every is 2; accepted with model.recompute block or keep_attention, found none",
+        ),
+        (
             {"offload": True},
             "model.offload is true; accepted with model.recompute block or keep_attention, found none",
         ),

@@ -1,0 +1,75 @@
+"""Errors of libraries, and what each means to who started the command: one line and an exit code, or a bug."""
+
+from collections.abc import Callable
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from muse_lightning.errors import RetryError, StorageError, UserError, find_cause, is_storage_error, reason_of
+from muse_lightning.training.levers import Setting, next_lever
+
+
+def as_ending(
+    error: Exception, config: Namespace, setting: Callable[[], Setting] | None
+) -> UserError | RetryError | StorageError | None:
+    """What ends a run in one line behind an error of a library; None if it is a bug.
+
+    Args:
+        config: of the command line.
+        setting: makes what was trained; None where nothing was.
+    """
+    memory = out_of_memory(error, config, setting)
+    ending = memory or find_cause(error, RetryError) or find_cause(error, StorageError) or as_user_error(error, config)
+    if ending is not None:
+        return ending
+    if is_storage_error(error):
+        return StorageError(f"the run ended, as its storage does not take what must be kept: {reason_of(error)}")
+    return None
+
+
+def out_of_memory(error: Exception, config: Namespace, setting: Callable[[], Setting] | None) -> UserError | None:
+    """What to do next where a device has no more memory; None if that is not the error."""
+    found = find_cause(error, torch.OutOfMemoryError)
+    if found is None:
+        return None
+    wanted = str(found).split("Tried to allocate ")[-1].split(".  ")[0].split(". ")[0]
+    said = f"out of GPU memory, {wanted} more was needed"
+    try:
+        advice = None if setting is None else next_lever(setting())
+    except Exception:
+        # A strategy of the user's may read values, which tensors without content do not have. The error is this one.
+        advice = None
+    if advice is None:
+        advice = f"lower data.seq_len (now {config.data.seq_len}) or data.batch_size (now {config.data.batch_size})"
+    return UserError(f"{said}; next: {advice}")
+
+
+def as_user_error(error: Exception, config: Namespace) -> UserError | None:
+    """The user's mistake behind an error of a library; None if it is not one."""
+    mistake = find_cause(error, UserError)
+    if mistake is not None:
+        return mistake
+    message = str(error)
+    if isinstance(error, MisconfigurationException):
+        return UserError(f"trainer: {reason_of(error)}")
+    if isinstance(error, ValueError) and "`val_check_interval`" in message:
+        batches = message.partition("training batches (")[2].partition(")")[0]
+        return UserError(
+            f"trainer.val_check_interval: {config.trainer.val_check_interval} found, an epoch has {batches} batches; "
+            "give at most that, or trainer.check_val_every_n_epoch=null to count over epochs"
+        )
+    return None
+
+
+def refused_by_constructor(error: Exception) -> UserError | None:
+    """The user's mistake behind an error from building what a class path names; None if it is not one."""
+    mistake = find_cause(error, UserError)
+    if mistake is not None:
+        return mistake
+    # jsonargparse reports an error of such a constructor as one of a union that no member of fits.
+    is_chosen_class = "Does not validate against any of the Union subtypes" in str(error)
+    if is_chosen_class or find_cause(error, MisconfigurationException):
+        cause = find_cause(error, MisconfigurationException) or error.__cause__ or error
+        return UserError(f"a class that the configuration names cannot be built: {reason_of(cause)}")
+    return None
