@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from inspect import ismethod
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from muse_lightning.measure.info import MIB, MIXED_DTYPES, TRUE_DTYPES
 from muse_lightning.measure.live_memory import LiveMemory
 from muse_lightning.offload import Transfers
 from muse_lightning.training import loss as loss_module
+from muse_lightning.training.compiled_memory import AsCompiled
 from muse_lightning.training.module import LanguageModel
 
 if HAS_TRITON:
@@ -80,9 +82,9 @@ def step_memory(
     """Predict the memory of a training step, all parameters on one device, each row of the batch one document.
 
     A twin of the model takes the step on tensors without content, forward and backward, in Lightning's order, and what
-    is alive is counted: the prediction follows model, attention and what is computed again as they are. Blocks are
-    not compiled; compiled ones take less. The optimizer's step is left out: fused AdamW and clipping make nothing, Muon
-    one matrix's worth, and activations are gone by then.
+    is alive is counted: the prediction follows model, attention and what is computed again as they are. What is
+    compiled keeps what the compiler decides, where it keeps everything; else it counts as not compiled. The optimizer's
+    step is left out: fused AdamW and clipping make nothing, Muon one matrix's worth, and activations are gone by then.
 
     Args:
         model: on any device; only its options matter.
@@ -98,6 +100,8 @@ def step_memory(
     live = LiveMemory("cpu", _workspace_of_attention if on_gpu else lambda *_: 0)
     dtype = TRUE_DTYPES.get(str(precision), torch.float32)
     twin = model.twin(compiled=False, weights=None, seq_len=None, tokenizer_size=None)
+    if on_gpu and model.compiled and (model.recompute == "none" or model.recompute_every > 1):
+        _as_compiled(twin)
     try:
         with (
             FakeTensorMode(),
@@ -149,6 +153,15 @@ def _take_step(
                 parameter.grad = None
         live.kind = "backward"
         loss.backward()
+
+
+def _as_compiled(twin: LanguageModel) -> None:
+    plans: dict[Any, Any] = {}
+    for block in twin.llama.blocks:
+        for name in ("before_attention", "add_attention" if twin.mlp_tiles > 1 else "after_attention"):
+            method = getattr(block, name)
+            if ismethod(method):  # and not a checkpoint of one
+                setattr(block, name, AsCompiled(method, plans))
 
 
 def _without_content(model: nn.Module) -> list[nn.Parameter]:

@@ -32,6 +32,12 @@ LEVERS: list[dict[str, Any]] = [
     {"recompute": "keep_attention", "offload": True},
     {"mlp_tiles": 4, "loss_chunk": 64},
 ]
+COMPILED: list[dict[str, Any]] = [
+    {"compiled": True},
+    {"compiled": True, "recompute": "keep_attention"},
+    {"compiled": True, "recompute": "block", "recompute_every": 2},
+    {"compiled": True, "mlp_tiles": 4},
+]
 SHORT = [",".join(f"{name}={value}" for name, value in levers.items()) or "none" for levers in LEVERS]
 within_a_tenth, within_a_hundredth = partial(pytest.approx, rel=0.1), partial(pytest.approx, rel=0.01)
 
@@ -177,6 +183,19 @@ def test_the_workspace_of_attention_counts_while_it_runs() -> None:
     assert on_gpu.backward - on_cpu.backward == pytest.approx(BATCH_SIZE * 48 * 2048 * 32 * 4, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    "levers", [{}, {"recompute": "keep_attention", "recompute_every": 2}, {"mlp_tiles": 2}], ids=str
+)
+def test_what_is_compiled_keeps_less_where_it_keeps_everything(levers: dict[str, Any]) -> None:
+    options = {"layers": 4, "loss_chunk": 8, **levers}
+    plain, compiled = (
+        predicted(a_model(compiled=compiled, **options), device_type="cuda", seq_len=2048, precision="bf16-mixed")
+        for compiled in (False, True)
+    )
+    assert compiled.forward < 0.9 * plain.forward
+    assert (compiled.parameters, compiled.optimizer) == (plain.parameters, plain.optimizer)
+
+
 def test_a_large_model_takes_no_memory_to_predict() -> None:
     model = LanguageModel(load_preset("8b"), Muse)
     memory = step_memory(model, batch_size=1, seq_len=65536, accumulate=1, precision="bf16-mixed")
@@ -221,7 +240,7 @@ def test_a_strategy_that_needs_content_is_named(attention: type[AttentionStrateg
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", [Dense, Muse], ids=["dense", "muse"])
-@pytest.mark.parametrize("levers", LEVERS, ids=SHORT)
+@pytest.mark.parametrize("levers", [*LEVERS, *COMPILED], ids=str)
 def test_against_a_gpu(levers: dict[str, Any], attention: type[AttentionStrategy]) -> None:
     """A model of 75M parameters at 32,768 tokens; PyTorch's count of its allocator."""
     model = LanguageModel(load_preset("75m"), attention, warmup_steps=0, **levers)
