@@ -64,7 +64,15 @@ def _model(trainer: L.Trainer, module: LanguageModel) -> Iterator[str]:
     kernels = attention_kernels()
     kind = kernels["exact"] if list(names) == ["Dense"] else kernels["muse"]
     around = "compiled" if module.compiled else "not compiled"
-    yield f"attention: {', '.join(names)}, by {kind}; around it {around}; recompute={module.recompute}"
+    yield f"attention: {', '.join(names)}, by {kind}; around it {around}; {_kept(module)}"
+
+
+def _kept(module: LanguageModel) -> str:
+    changed = {"recompute_every": 1, "mlp_tiles": 1, "offload": False}
+    options = {"recompute": module.recompute} | {
+        name: getattr(module, name) for name, default in changed.items() if getattr(module, name) != default
+    }
+    return ", ".join(f"{name}={str(value).lower()}" for name, value in options.items())
 
 
 def _devices(trainer: L.Trainer) -> Iterator[str]:

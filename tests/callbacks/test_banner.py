@@ -21,11 +21,13 @@ def muse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def test_a_fit_says_what_it_is_about_to_do(muse: Muse) -> None:
-    code, _, err = muse.with_recipe("fit", "--trainer.accumulate_grad_batches=3")
+    levers = ["--model.recompute=block", "--model.recompute_every=2", "--model.mlp_tiles=4"]
+    code, _, err = muse.with_recipe("fit", "--trainer.accumulate_grad_batches=3", *levers)
     assert code == 0, err
     said = dict(line.split(": ", 1) for line in err.splitlines() if ": " in line)
     assert said["model"].startswith("9,808 parameters, 2 layers, fresh weights")
     assert said["attention"].startswith("Muse, by plain PyTorch")
+    assert said["attention"].endswith("around it not compiled; recompute=block, recompute_every=2, mlp_tiles=4")
     assert said["context"] == "32 tokens, 2 rows per device and micro-batch; documents told apart"
     assert said["steps"] == "0 to 2, 192 tokens each, 384 in all"
     assert re.match(r"about 0\.[1-9] MiB per device", said["memory"])
