@@ -240,5 +240,5 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, code, is_raised)
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(files, "fsync_path", fail)
-    with pytest.raises(OSError) if is_raised else nullcontext():
+    with pytest.raises(OSError, match=os.strerror(code)) if is_raised else nullcontext():
         files.fsync_names_of(tmp_path)

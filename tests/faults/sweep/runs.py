@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from muse_lightning.checkpoints.choice import last_checkpoint
+from muse_lightning.checkpoints import choice
 from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
 from muse_lightning.errors import StorageError
 from tests.faults.sweep.disk import power_cuts, promised
@@ -88,11 +88,8 @@ def faults_at(call: Call, with_reads: bool = True) -> list[str]:
         return [KILL, "EROFS", "EIO", "EACCES"]
     if call.name in OPENS:
         return ["EIO", "EMFILE"] if with_reads else []
-    if call.name in ("read", "getdents64", "close") or (
-        call.name.endswith("stat") and "AT_EMPTY_PATH" not in call.flags
-    ):
-        return ["EIO"] if with_reads else []
-    return []
+    by_name = call.name.endswith("stat") and "AT_EMPTY_PATH" not in call.flags
+    return ["EIO"] if with_reads and (by_name or call.name in ("read", "getdents64", "close")) else []
 
 
 def run(root: Path, scene: Scene, fault: Fault | None = None) -> Result:
@@ -153,7 +150,7 @@ def _train(root: Path, scene: Scene, io: DurableCheckpointIO, confirmed: mmap.mm
         if scene.mutant is not None:
             scene.mutant()
         folder = root / "run" / "checkpoints"
-        found = last_checkpoint(folder) if max_steps == RESUMED_STEPS else None
+        found = choice.last_checkpoint(folder) if max_steps == RESUMED_STEPS else None
         train(folder, io, confirmed, max_steps, found)
         exit_code = 0
     except StorageError:
@@ -190,7 +187,7 @@ def problems(root: Path, scene: Scene, fault: Fault | None, result: Result) -> l
     unmeasured = set(map(int, re.findall(r"step=(\d+)\.ckpt does not say", result.said)))
     best = not unmeasured
     broken = _broken_promises(result, best, copies and fault is not None and fault.kind == KILL)
-    chosen = last_checkpoint(folder, say=lambda line: None)
+    chosen = choice.last_checkpoint(folder, say=lambda line: None)
     newest = max(result.found.whole, default=None)
     if (chosen and int(chosen.stem.removeprefix("step="))) != newest:
         broken.append(f"the last checkpoint is said to be {chosen}, it is of step {newest}")
@@ -254,3 +251,32 @@ def _broken_after_resume(result: Result) -> list[str]:
     if len(found.whole) > 3:
         broken.append(f"resumed: more than the newest two and the best: {found.whole}")
     return broken
+
+
+def _flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def problems_of_damage(root: Path, scene: Scene, suffix: str, damage: Callable[[bytes], bytes | None]) -> list[str]:
+    """Damage the newest checkpoint of a training that has ended, and go on: from the one before, and a line says so."""
+    path = root / "run" / "checkpoints" / f"step={STEPS}{suffix}"
+    content = damage(path.read_bytes())
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    result = resume(root, scene)
+    is_said = f"step={STEPS}.ckpt is not used" in result.said
+    return [*([] if is_said else ["a damaged checkpoint was used"]), *_broken_after_resume(result)]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    **{
+        f"bit flipped at {part}/8": lambda content, part=part: _flipped(content, len(content) * part // 8)  # type: ignore[misc]
+        for part in range(8)
+    },
+    "cut to half": lambda content: content[: len(content) // 2],
+    "emptied": lambda content: b"",
+    "zeroed": lambda content: bytes(len(content)),
+    "removed": lambda content: None,
+}
+"""What a file of a checkpoint may become; None: nothing."""

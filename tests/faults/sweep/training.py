@@ -1,5 +1,7 @@
-"""What is swept: a training by Lightning with DurableCheckpoint that saves after every step and validates, so small that
-it takes 50 ms, and whose state at every step is known without running it."""
+"""What is swept: a training by Lightning with DurableCheckpoint that saves after every step and validates.
+
+It takes 50 ms, and what its state must be at every step is known without running it.
+"""
 
 import logging
 import os
