@@ -45,7 +45,7 @@ def main() -> int:
     started = time.monotonic()
     with ProcessPoolExecutor(options.workers) as pool:
         # Reading is the same code in every scene.
-        found = pool.map(_swept, scenes, [scene == scenes[-2] for scene in scenes])
+        found = pool.map(_swept, scenes, [scene == scenes[0] for scene in scenes])
         outcomes = [outcome for outcomes in found for outcome in outcomes]
     if options.out is not None:
         options.out.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
@@ -53,7 +53,8 @@ def main() -> int:
 
 
 def _swept(scene: Scene, with_reads: bool) -> list[Outcome]:
-    outcomes = list(sweep(scene, with_reads=with_reads))
+    kinds = () if scene.can_rename else (KILL, "ENOSPC")
+    outcomes = list(sweep(scene, with_reads=with_reads, with_damage=with_reads, kinds=kinds))
     print(f"{scene.name}: {len(outcomes)} runs", file=sys.stderr, flush=True)
     return outcomes
 

@@ -1,16 +1,21 @@
 """One training with one fault, and what is wrong afterwards."""
 
+import functools
 import mmap
 import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+
+import torch
 
 from muse_lightning.checkpoints import choice
 from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
@@ -21,6 +26,8 @@ from tests.faults.sweep.tracing import FOLDERS, OPENS, RENAMES, SYNCS, WRITES, C
 from tests.faults.sweep.training import RESUMED_STEPS, STEPS, train
 
 KILL = "KILL"
+NO_FAULT = "the fault did not happen"
+"""What is wrong if a run made other calls than the one before."""
 LONGEST_S = 60
 """A training that takes longer hangs."""
 NO_RENAME = tuple(f"{name}:error=EXDEV" for name in RENAMES if name.startswith("rename"))
@@ -94,6 +101,7 @@ def faults_at(call: Call, with_reads: bool = True) -> list[str]:
 
 def run(root: Path, scene: Scene, fault: Fault | None = None) -> Result:
     """Train in a new process below `root`, which is emptied, with one fault or none."""
+    _import_what_saving_imports()
     shutil.rmtree(root / "run", ignore_errors=True)
     confirmed = mmap.mmap(-1, RESUMED_STEPS + 1)
     ready, said_ready = os.pipe()
@@ -126,6 +134,11 @@ def run(root: Path, scene: Scene, fault: Fault | None = None) -> Result:
     return Result(exit_code, _steps(confirmed), (root / "said").read_text(), calls, read(root / "run" / "checkpoints"))
 
 
+@functools.cache
+def _import_what_saving_imports() -> None:
+    torch.save({}, BytesIO())
+
+
 def resume(root: Path, scene: Scene) -> Result:
     """Go on with what is there, in a new process, as --resume does."""
     confirmed = mmap.mmap(-1, RESUMED_STEPS + 1)
@@ -147,6 +160,8 @@ def _train(root: Path, scene: Scene, io: DurableCheckpointIO, confirmed: mmap.mm
         output = os.open(root / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        # pytest has put something else in their place.
+        sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         if scene.mutant is not None:
             scene.mutant()
         folder = root / "run" / "checkpoints"
@@ -182,7 +197,7 @@ def problems(root: Path, scene: Scene, fault: Fault | None, result: Result) -> l
     """What is wrong after a run: nothing, if all that is promised holds. Goes on with the training, to see that."""
     folder = root / "run" / "checkpoints"
     if fault is not None and not _has_happened(fault, result):
-        return [f"the fault did not happen: {fault.injection}, exit code {result.exit_code}: {result.said[-2000:]}"]
+        return [f"{NO_FAULT}: {fault.injection}, exit code {result.exit_code}: {result.said[-2000:]}"]
     copies = not scene.can_rename or (fault is not None and fault.kind == "EXDEV")
     unmeasured = set(map(int, re.findall(r"step=(\d+)\.ckpt does not say", result.said)))
     best = not unmeasured
