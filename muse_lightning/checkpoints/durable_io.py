@@ -41,10 +41,10 @@ class DurableCheckpointIO(CheckpointIO):
         self.failure: OSError | None = None
         self.blocked_s = 0.0
         self.options_of_next: dict[str, Any] = {}
+        self._flushed_folder: Path | None = None
         self._host_copy = HostCopy()
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
-        self._flushed_folder: Path | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save it; returns when the training may go on. After `wait`, `failure` says whether it was saved.
