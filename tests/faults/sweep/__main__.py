@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from tests.faults.sweep.mutants import MUTANTS, verdict
@@ -29,7 +28,7 @@ def main() -> int:
     parser.add_argument("--mount", type=Path, action="append", help="default: TMPDIR, and /dev/shm")
     parser.add_argument("--modes", default="sync,async")
     parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument("--out", type=Path, help="one JSON line an injection")
+    parser.add_argument("--out", type=Path, help="JSON lines: each kind of injection, its result, how many")
     parser.add_argument("--mutants", action="store_true", help="break our own code instead, and find it")
     options = parser.parse_args()
     reason = why_not()
@@ -48,8 +47,15 @@ def main() -> int:
         found = pool.map(_swept, scenes, [scene == scenes[0] for scene in scenes])
         outcomes = [outcome for outcomes in found for outcome in outcomes]
     if options.out is not None:
-        options.out.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
+        options.out.write_text("".join(f"{line}\n" for line in lines(outcomes)))
     return _report(outcomes, time.monotonic() - started)
+
+
+def lines(outcomes: Iterable[Outcome]) -> list[str]:
+    """A JSON line for each kind of injection with its result, and how many there were."""
+    counts = Counter((each.scene, each.call, each.file, each.fault, each.problems) for each in outcomes)
+    names = ("scene", "call", "file", "fault", "problems")
+    return [json.dumps(dict(zip(names, kind, strict=True)) | {"runs": count}) for kind, count in counts.items()]
 
 
 def _swept(scene: Scene, with_reads: bool) -> list[Outcome]:
