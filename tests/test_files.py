@@ -242,3 +242,27 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, code, is_raised)
     monkeypatch.setattr(files, "fsync_path", fail)
     with pytest.raises(OSError, match=os.strerror(code)) if is_raised else nullcontext():
         files.fsync_names_of(tmp_path)
+
+
+@pytest.mark.parametrize("before", ["old", None])
+@pytest.mark.parametrize("failing", ["copyfile", "fsync_path"])
+def test_a_copy_that_fails_leaves_what_was_there(tmp_path, monkeypatch, before, failing):
+    path = tmp_path / "manifest.json"
+    if before is not None:
+        path.write_text(before)
+
+    def cannot(source, target):
+        raise OSError(errno.EXDEV, "cannot rename")
+
+    def fail_once(*arguments):
+        monkeypatch.undo()
+        path.write_text("ne")
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "replace", cannot)
+    monkeypatch.setattr(files.shutil if failing == "copyfile" else files, failing, fail_once)
+    with pytest.raises(OSError, match="full"), files.atomic_file(path, may_copy=True) as file:
+        file.write(b"new")
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == (
+        [] if before is None else [("manifest.json", before)]
+    )
