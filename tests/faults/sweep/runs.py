@@ -208,7 +208,9 @@ def problems(root: Path, scene: Scene, fault: Fault | None, result: Result) -> l
         broken.append(f"the last checkpoint is said to be {chosen}, it is of step {newest}")
     if fault is None or fault.kind != KILL:
         broken += _broken_at_the_end(result)
-        broken += power_cuts(result.calls, folder, best, copies)
+        # Where nothing can be renamed, what is claimed holds for one fault.
+        if scene.can_rename or fault is None:
+            broken += power_cuts(result.calls, folder, best, copies)
     if result.exit_code != 0 or result.found.leftovers or result.found.orphans:
         broken += _broken_after_resume(resume(root, scene))
     return broken

@@ -18,7 +18,7 @@ READS = ("read", "pread64", "getdents64", "stat", "lstat", "fstat", "newfstatat"
 MARKS = ("access", "faccessat", "faccessat2")
 _TRACED = ",".join(f"?{name}" for name in (*WRITES, *SYNCS, *OPENS, *RENAMES, *REMOVALS, *FOLDERS, *READS, *MARKS))
 _LINE = re.compile(r"(?P<name>\w+)\((?P<arguments>.*?)(?:\)\s+= (?P<result>\S+)(?P<rest>.*)| <unfinished \.\.\.>)$")
-_PATH = re.compile(r'"((?:[^"\\]|\\.)*)"|<([^<>]*)>')
+_PATH = re.compile(r'"((?:[^"\\]|\\.)*)"|<(/[^<>]*)>')
 
 
 @dataclass(frozen=True)
