@@ -16,6 +16,8 @@ from muse_lightning.errors import UserError, reason_of
 
 PARTIAL = ".partial-"
 """In the name of what is being written, before a random suffix; the name begins with a dot."""
+_SMALL = 1 << 20
+"""Bytes of a file that is kept in memory while it is copied over."""
 _CANNOT_RENAME = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV, errno.EINVAL}
 """What storage answers that has no such operation."""
 
@@ -38,6 +40,24 @@ def fsync_path(path: Path | str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_names_of(folder: Path) -> None:
+    """Flush the name of a folder, and of all above it on the same mount, to the disk, whoever made them: a power cut
+    loses a folder with all that was flushed in it if its name was not.
+
+    Raises:
+        OSError: the storage is broken.
+    """
+    folder = folder.resolve()
+    while not os.path.ismount(folder):
+        folder = folder.parent
+        try:
+            fsync_path(folder)
+        except OSError as error:
+            # A folder that may not be read was hardly made for this, nor can it be flushed.
+            if error.errno not in {*_CANNOT_RENAME, errno.EACCES}:
+                raise
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -76,8 +96,7 @@ def atomic_file(path: Path, *, may_copy: bool = False) -> Iterator[BinaryIO]:
         except OSError as error:
             if not may_copy or error.errno not in _CANNOT_RENAME:
                 raise
-            shutil.copyfile(temporary, path)
-            fsync_path(path)
+            _copy_over(temporary, path)
             temporary.unlink()
     except BaseException:
         with suppress(OSError):
@@ -88,6 +107,23 @@ def atomic_file(path: Path, *, may_copy: bool = False) -> Iterator[BinaryIO]:
     except OSError as error:
         if not may_copy or error.errno not in _CANNOT_RENAME:
             raise
+
+
+def _copy_over(source: Path, path: Path) -> None:
+    """Copy, and flush; on an error, what was there before comes back if it is small, and nothing else is left."""
+    is_small = path.exists() and path.stat().st_size <= _SMALL
+    before = path.read_bytes() if is_small else None
+    try:
+        shutil.copyfile(source, path)
+        fsync_path(path)
+    except OSError:
+        with suppress(OSError):
+            if before is None:
+                path.unlink()
+            else:
+                path.write_bytes(before)
+                fsync_path(path)
+        raise
 
 
 @contextmanager
