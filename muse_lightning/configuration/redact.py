@@ -48,7 +48,7 @@ def _is_without_credentials(key: str, value: str) -> bool:
         # As in config.yaml: a line for each key.
         text = yaml.safe_dump({key: yaml.safe_load(value)}, default_flow_style=False, width=2**31)
     except yaml.YAMLError:
-        text = f"{key}: {value}"
+        return False
     return without_credentials(text) == text and without_credentials(value) == value
 
 
