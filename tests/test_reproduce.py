@@ -1,6 +1,7 @@
 """`muse reproduce`: a run again by what it has left, what it refuses, and how it says whether losses agree."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ AGAIN = Path("runs/tiny/version_1")
 
 
 @pytest.fixture
-def muse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Muse:
+def muse(
+    tmp_path: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Muse:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_dataset, "dataset")
     return Muse(tmp_path, capsys)
 
 
