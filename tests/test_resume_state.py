@@ -34,7 +34,7 @@ def muse(
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case == "compiled" else []) for case in CASES]
+    "case", [pytest.param(case, marks=[] if case == "adamw" else pytest.mark.slow) for case in CASES]
 )
 def test_three_stops_in_two_epochs(muse: Muse, case: str) -> None:
     check_equal_to_uninterrupted(muse, *CASES[case])
