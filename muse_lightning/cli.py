@@ -48,6 +48,7 @@ VERBS = {
     "bench training": Verb("time a recipe beside its dense twin", "muse_lightning.speed.training_bench.bench_training"),
     "profile": Verb("where the time of a recipe's training step goes", "muse_lightning.speed.profile.profile_recipe"),
     "compare": Verb("evaluate a model under other attention", "muse_lightning.function_commands.run_function"),
+    "reproduce": Verb("train a run again and compare the losses", "muse_lightning.reproduce.command.reproduce"),
     "info": Verb("versions, devices and kernels; with --config, what a recipe takes", "muse_lightning.commands.info"),
 }
 

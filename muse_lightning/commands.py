@@ -24,18 +24,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import muse_lightning.attention
 import muse_lightning.data.sources  # noqa: F401
 from muse_lightning.callbacks import DEFAULT_CALLBACKS, LONG_CONTEXT_CALLBACKS, Banner
+from muse_lightning.callbacks.environment_file import EnvironmentFile
 from muse_lightning.callbacks.ledger import Ledger
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import progress_bar
 from muse_lightning.checkpoints.choice import report, step_of
 from muse_lightning.checkpoints.durable_checkpoint import DurableCheckpoint
 from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
+from muse_lightning.checkpoints.manifest import identity_of
 from muse_lightning.checkpoints.preemption import stoppable
 from muse_lightning.configuration.check import ConfigCheck, explain
 from muse_lightning.configuration.differences import differences
 from muse_lightning.configuration.layers import load_with_presets, read_layers
 from muse_lightning.configuration.packaged import resolve_arguments
-from muse_lightning.configuration.redact import without_credentials
+from muse_lightning.configuration.redact import arguments_without_credentials, without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
 from muse_lightning.data.ledger import FOLDER_NAME
 from muse_lightning.endings import as_ending, refused_by_constructor
@@ -46,7 +48,7 @@ from muse_lightning.errors import (
     reason_of,
     shown_url,
 )
-from muse_lightning.measure.info import GIB, environment, machine_report
+from muse_lightning.measure.info import GIB, machine_report, run_environment
 from muse_lightning.pretrained.run_folder import configuration_behind
 from muse_lightning.training.levers import Setting, longest_contexts
 from muse_lightning.training.module import LanguageModel
@@ -102,6 +104,7 @@ class MuseCLI(LightningCLI):
         builds: what the verb needs: a "trainer" with a run folder, data module and model; the latter two, "data"; or
             the "model" alone.
         options: A dataclass of options that the verb has besides a recipe's, under the key `bench`.
+        reproduces: the run that this one is to be equal to, for environment.json.
     """
 
     run_folder: RunFolder
@@ -116,11 +119,14 @@ class MuseCLI(LightningCLI):
         allowed: Sequence[str],
         builds: Literal["trainer", "data", "model"],
         options: type | None = None,
+        reproduces: Path | None = None,
     ) -> None:
         self.verb = verb
         self.builds = builds
         self.allowed = allowed
         self.options = options
+        self.given = list(args)
+        self.reproduces = reproduces
         super().__init__(
             LanguageModel,
             TokenDataModule,
@@ -249,7 +255,6 @@ class MuseCLI(LightningCLI):
         try:
             self._report_differences()
             self.run_folder.write(self.run_folder.record("config", "yaml"), self._config_text())
-            self.run_folder.write_environment(environment())
             trainer = self.config_init["trainer"]
             _check_strategy(trainer["strategy"])
             return super().instantiate_trainer(
@@ -312,6 +317,16 @@ class MuseCLI(LightningCLI):
         config.ckpt_path = None if self.config.ckpt_path is None else str(self.checkpoint)
         return without_credentials(self.parser.dump(config, skip_unset=False))
 
+    def environment(self) -> dict[str, Any]:
+        """What a run of this command line depends on beside its configuration, as plain data, without its data, which
+        may not be there yet."""
+        return run_environment() | {
+            "command": ["muse", self.verb, *arguments_without_credentials(self.given)],
+            "seed": self.config.seed_everything,
+            "checkpoint": None if self.checkpoint is None else identity_of(self.checkpoint),
+            "reproduces": None if self.reproduces is None else str(self.reproduces),
+        }
+
     def _logger(self, chosen: Any) -> Logger | Sequence[Logger] | bool:
         if chosen not in (None, True):
             return chosen
@@ -330,6 +345,7 @@ class MuseCLI(LightningCLI):
             (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
             (trainer["enable_checkpointing"] is not False, Checkpoint, DurableCheckpoint),
             (self.verb == "fit" and trainer["enable_progress_bar"] is not False, Banner, Banner),
+            (True, EnvironmentFile, lambda: EnvironmentFile(self.run_folder, self.environment())),
             (self.verb == "fit", Ledger, lambda: Ledger(self.run_folder.path / FOLDER_NAME)),
             (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),
             *((self.verb in ("fit", "validate"), kind, kind) for kind in DEFAULT_CALLBACKS),
@@ -363,22 +379,30 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
         StorageError: what must be kept cannot be written.
     """
     with stoppable() if verb == "fit" else nullcontext():
-        cli = MuseCLI(verb, description, args, allowed, builds="trainer")
-        with cli.run_folder as folder:
-            try:
-                _run(verb, cli)
-                if cli.trainer.is_global_zero:
-                    print(f"run: {folder.path}", file=sys.stderr)
-            except Exception as error:
-                ending = as_ending(error, cli.config, (lambda: training_setting(cli)) if verb == "fit" else None)
-                if ending is None:
-                    raise
-                if not cli.model.has_trained:
-                    folder.discard()
-                if not isinstance(ending, UserError) and folder.is_inherited:
-                    # Lightning kills all ranks as soon as one that it has started ends with anything but 0.
-                    return
-                raise ending from error
+        run_in_folder(verb, MuseCLI(verb, description, args, allowed, builds="trainer"))
+
+
+def run_in_folder(verb: str, cli: MuseCLI) -> None:
+    """Do what a command line says, in the folder that was made for it, and release that.
+
+    Raises:
+        UserError, RetryError, StorageError: as `run_trainer`.
+    """
+    with cli.run_folder as folder:
+        try:
+            _run(verb, cli)
+            if cli.trainer.is_global_zero:
+                print(f"run: {folder.path}", file=sys.stderr)
+        except Exception as error:
+            ending = as_ending(error, cli.config, (lambda: training_setting(cli)) if verb == "fit" else None)
+            if ending is None:
+                raise
+            if not cli.model.has_trained:
+                folder.discard()
+            if not isinstance(ending, UserError) and folder.is_inherited:
+                # Lightning kills all ranks as soon as one that it has started ends with anything but 0.
+                return
+            raise ending from error
 
 
 def _run(verb: str, cli: MuseCLI) -> None:

@@ -35,6 +35,7 @@ class ExitCode(IntEnum):
     DONE = 0
     BUG = 1
     USER_ERROR = 2
+    DIFFERENT = 3
     RETRY = 75
     STORAGE = 77
     INTERRUPTED = 130

@@ -41,10 +41,31 @@ def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequ
     path, positional = FUNCTIONS[verb]
     module, _, name = path.rpartition(".")
     function: Callable[..., None] = getattr(import_module(module), name)
+    function(**parse_flags(function, positional, verb, description, args, allowed))
+
+
+def parse_flags(
+    function: Callable[..., Any],
+    positional: Sequence[str],
+    verb: str,
+    description: str,
+    args: Sequence[str],
+    allowed: Sequence[str],
+) -> dict[str, Any]:
+    """Values of a function's or class's parameters, by name, from a verb's flags.
+
+    Args:
+        function: its signature says which flags there are, its docstring their help.
+        positional: parameters that are given without a flag.
+        verb, description, args, allowed: see `cli.Verb`.
+    Raises:
+        UserError: a mistake in the flags.
+    """
     parser = ArgumentParser(prog=f"muse {verb}", description=description, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with these keys; may be repeated.")
+    add = parser.add_class_arguments if isinstance(function, type) else parser.add_function_arguments
     # sub_configs: a source may be the path of a file of its own, so that two recipes share it.
-    parser.add_function_arguments(function, as_positional=bool(positional), sub_configs=True)
+    add(function, as_positional=bool(positional), sub_configs=True)
     check = ConfigCheck(parser, {}, allowed)
     if not {"-h", "--help"} & set(args):
         for layer in read_layers(args, positional):
@@ -62,4 +83,4 @@ def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequ
         if isinstance(value, Path) and (address := _ADDRESS.match(str(value))):
             shown = shown_url(f"{address[0]}/{str(value)[address.end() :]}")
             raise UserError(f"{key}: {shown} is an address; expected a path on this machine")
-    function(**values)
+    return values

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,3 +95,17 @@ def _poisoned_empty() -> Iterator[None]:
 def device() -> torch.device:
     """The device that kernels are tested on: the GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of the recipe for tests (tests/recipe.py), prepared once: to be copied where one is needed."""
+    from muse_lightning.cli import main
+    from tests.recipe import write_recipe
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_recipe(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["prepare", "--config", "recipe.yaml"]) == 0
+    return folder / "dataset"

@@ -46,19 +46,24 @@ data:
 """
 
 
+def write_recipe(folder: Path) -> None:
+    """Write `recipe.yaml` and the repositories it is about."""
+    (folder / "recipe.yaml").write_text(RECIPE)
+    for name in ("one", "two", "three", "four"):
+        repository = folder / "source" / name
+        repository.mkdir(parents=True)
+        for number in range(3):
+            text = "".join(f"{name}_{number}_{line} = {line * number}\n" for line in range(20))
+            (repository / f"module_{number}.py").write_text(text)
+
+
 class Muse:
     """`muse` in a working directory with `recipe.yaml` and the repositories it is about."""
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder = folder
         self._capsys = capsys
-        (folder / "recipe.yaml").write_text(RECIPE)
-        for name in ("one", "two", "three", "four"):
-            repository = folder / "source" / name
-            repository.mkdir(parents=True)
-            for number in range(3):
-                text = "".join(f"{name}_{number}_{line} = {line * number}\n" for line in range(20))
-                (repository / f"module_{number}.py").write_text(text)
+        write_recipe(folder)
 
     def __call__(self, *args: str) -> tuple[int, str, str]:
         """Exit code, standard output and standard error of a command."""

@@ -58,7 +58,7 @@ class TestWithoutTorch:
     def test_help_lists_every_verb(self, muse: Muse) -> None:
         code, out, _ = muse("--help")
         assert code == 0
-        assert len(VERBS) == 18
+        assert len(VERBS) == 19
         for name, verb in VERBS.items():
             assert f"  {name} " in out
             assert verb.description in out

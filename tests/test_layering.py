@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": TRAINING | OPEN_TO_ALL,
     "compare": TRAINING | {"callbacks"} | OPEN_TO_ALL,
     "speed": TRAINING | {"callbacks", "commands"} | OPEN_TO_ALL,
+    "reproduce": TRAINING | {"commands", "function_commands", "configuration"} | OPEN_TO_ALL,
     **{unit: CLI | TRAINING | {"callbacks", "compare"} | OPEN_TO_ALL for unit in CLI},
 }
 # Units that must do with the standard library and these.

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from muse_lightning.checkpoints.choice import last_checkpoint
 from muse_lightning.data.ledger import LedgerBatch, ledger_files, read_ledger
 from tests.recipe import Muse, start
+from tests.resumed import assert_same_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
 
@@ -147,10 +148,7 @@ def test_killed_three_times_in_one_folder(muse: Muse, is_asynchronous: str) -> N
     assert found == wanted
     assert len(list(Path("runs/tiny/version_0").glob("config.step=*.yaml"))) == 3
     assert audit(muse, 0).endswith("problems: 0\n")
-    weights = [torch.load(f"runs/tiny/version_{n}/checkpoints/step=200.ckpt", weights_only=True) for n in (0, 1)]
-    assert weights[0]["TokenDataModule"] == weights[1]["TokenDataModule"]
-    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        torch.testing.assert_close(weights[0][part], weights[1][part], atol=0, rtol=0, msg=part)
+    assert_same_checkpoints(*(Path(f"runs/tiny/version_{n}/checkpoints/step=200.ckpt") for n in (0, 1)))
 
 
 def test_two_processes_of_which_the_first_is_told_to_stop(muse: Muse) -> None:
@@ -184,6 +182,10 @@ def test_two_processes_of_which_the_first_is_told_to_stop(muse: Muse) -> None:
     assert whole.exitcode == 0, Path("log").read_text()
     assert batches(0) == batches(1)
     assert len(logged(Path("runs/tiny/version_0"))) == stopped + 20
+    ends = [Path(f"runs/tiny/version_{version}/checkpoints/step={stopped + 20}.ckpt") for version in (0, 1)]
+    assert_same_checkpoints(*ends)
+    saved_hashes = torch.load(ends[0], weights_only=True)["batch_hashes"]
+    assert sorted(saved_hashes) == [0, 1]
 
 
 def test_shards_resumed_in_place(muse: Muse) -> None:

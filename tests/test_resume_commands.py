@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -31,11 +32,12 @@ EVERY_STEP = (
 
 
 @pytest.fixture
-def muse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Muse:
+def muse(
+    tmp_path: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Muse:
     monkeypatch.chdir(tmp_path)
-    muse = Muse(tmp_path, capsys)
-    assert muse.with_recipe("prepare")[0] == 0
-    return muse
+    shutil.copytree(tiny_dataset, "dataset")
+    return Muse(tmp_path, capsys)
 
 
 def ok(result: tuple[int, str, str]) -> str:

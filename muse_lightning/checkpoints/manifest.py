@@ -84,6 +84,15 @@ def manifest_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name.removesuffix(CHECKPOINT_SUFFIX) + MANIFEST_SUFFIX)
 
 
+def identity_of(checkpoint: Path) -> dict[str, Any]:
+    """Path and SHA-256 of a checkpoint, as its manifest says; no SHA-256 where it has none."""
+    try:
+        sha256 = Manifest.read(checkpoint).sha256
+    except (OSError, ValueError):
+        sha256 = None
+    return {"path": str(checkpoint), "sha256": sha256}
+
+
 def problem_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, every byte of which is read; None if it is what its manifest says.
 

@@ -17,15 +17,24 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -
         before, now: configurations as YAML has them, nested.
         where: which run the former is of, for the lines.
     """
+    return [
+        f"{key}: {was} in {where}, {is_now} in this recipe, which wins"
+        for key, was, is_now in changed_values(before, now)
+        if key not in _SAID_ELSEWHERE
+    ]
+
+
+def changed_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Key and both values, as text, of each value that differs, but for those of the start of a run. Of another class
+    its name alone, for its arguments are others anyway."""
     old, new = _flat(before), _flat(now)
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        if key.split(".")[0] in _NOT_COMPARED or key in _SAID_ELSEWHERE:
-            continue
-        was, is_now = old.get(key, _MISSING), new.get(key, _MISSING)
-        if was != is_now:
-            lines.append(f"{key}: {_shown(was)} in {where}, {_shown(is_now)} in this recipe, which wins")
-    return lines
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key, _MISSING) != new.get(key, _MISSING)]
+    classes = [key.removesuffix("class_path") for key in keys if key.endswith(".class_path")]
+    return [
+        (key, _shown(old.get(key, _MISSING)), _shown(new.get(key, _MISSING)))
+        for key in keys
+        if key.split(".")[0] not in _NOT_COMPARED and not key.startswith(tuple(f"{name}init_args" for name in classes))
+    ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

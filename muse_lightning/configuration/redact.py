@@ -1,6 +1,9 @@
 """Credentials out of text that is kept: a run's config.yaml is read by more people than may use the keys in it."""
 
 import re
+from collections.abc import Sequence
+
+import yaml
 
 from muse_lightning.errors import QUERY_IN_URL, USER_IN_URL
 
@@ -24,6 +27,29 @@ def without_credentials(text: str) -> str:
     text = QUERY_IN_URL.sub(_redacted_query, USER_IN_URL.sub("\0@", text)).replace("\0", REDACTED)
     text = SECRET_ASSIGNED.sub(rf"\1{REDACTED}", text)
     return SECRET_VALUE.sub(rf"\1{REDACTED}", text)
+
+
+def arguments_without_credentials(args: Sequence[str]) -> list[str]:
+    """A command line likewise: a value in which there is a credential is replaced whole."""
+    kept: list[str] = []
+    key = ""
+    for arg in args:
+        name, is_assignment, value = arg.partition("=")
+        if not arg.startswith("-"):
+            name, is_assignment, value = key, "", arg
+        is_safe = not value or _is_without_credentials(name.lstrip("-").rpartition(".")[2], value)
+        kept.append(arg if is_safe else f"{name}={REDACTED}" if is_assignment else REDACTED)
+        key = name
+    return kept
+
+
+def _is_without_credentials(key: str, value: str) -> bool:
+    try:
+        # As in config.yaml: a line for each key.
+        text = yaml.safe_dump({key: yaml.safe_load(value)}, default_flow_style=False, width=2**31)
+    except yaml.YAMLError:
+        return False
+    return without_credentials(text) == text and without_credentials(value) == value
 
 
 def _redacted_query(found: re.Match[str]) -> str:

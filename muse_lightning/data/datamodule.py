@@ -367,6 +367,14 @@ class TokenDataModule(L.LightningDataModule):
         """The blocks that all ranks together read in a validation, in that order."""
         return self._evaluation_loader("val", "shuffled").blocks()
 
+    def identity(self) -> list[dict[str, str]]:
+        """Name and fingerprint of each dataset: equal fingerprints, equal data, wherever it lies.
+
+        Raises:
+            UserError: see `datasets`.
+        """
+        return [{"name": dataset.name, "fingerprint": dataset.card.fingerprint} for dataset in self.datasets]
+
     def state_dict(self) -> dict[str, Any]:
         """Where training stands in the data.
 

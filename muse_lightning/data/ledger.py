@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,6 +84,22 @@ def batch_record(blocks: Sequence[Block]) -> str:
         digest.update(block.starts.numpy().astype("<i8").data)
     ids = [list(block.id) for block in blocks if block.id is not None]
     return f'"hash":"{digest.hexdigest()}","blocks":{json.dumps(ids, separators=(",", ":"))}'
+
+
+def chained_hash(before: str, record: str) -> str:
+    """Hash of all batches up to one, from that of those before it ("" of none) and its record: equal only if every
+    token of every batch was."""
+    digest = json.loads(f"{{{record}}}")["hash"]
+    return hashlib.blake2b(f"{before}{digest}".encode(), digest_size=16).hexdigest()
+
+
+def chained_hash_of(lines: Iterable[str]) -> str:
+    """The chained hash of the batches in lines of a ledger."""
+    chained = ""
+    for line in lines:
+        if '"hash":' in line:
+            chained = chained_hash(chained, line[line.index('"hash":') :].rstrip()[:-1])
+    return chained
 
 
 def batch_line(step: int, batch: int, record: str) -> str:

@@ -88,6 +88,9 @@ class BlockLoader:
             collate_fn=self._collate,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=self._start_method,
+            # It draws a number when it starts: not one of the training's, which a resumed run would draw or not by
+            # whether it begins an epoch.
+            generator=torch.Generator(),
         )
         try:
             yield from loader

@@ -16,6 +16,7 @@ import torch
 
 from muse_kernels.attention.op import HAS_TRITON
 from muse_lightning import __version__
+from muse_lightning.measure.installed import installed, lock_sha256, source_sha256
 
 PACKAGES = ("torch", "lightning", "triton", "litdata", "jsonargparse", "tokenizers", "numpy")
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ TRUE_DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true":
 
 
 def environment() -> dict[str, Any]:
-    """What a run depends on beside its configuration, as plain data for environment.json."""
+    """Versions and devices, as plain data."""
     return {
         "muse_lightning": __version__,
         "git_revision": git_revision(PACKAGE_FOLDER),
@@ -37,6 +38,16 @@ def environment() -> dict[str, Any]:
         "devices": devices(),
         "cuda": torch.version.cuda,
         "driver": driver_version(),
+    }
+
+
+def run_environment() -> dict[str, Any]:
+    """What a run depends on beside its configuration and data, as plain data for environment.json: `environment`, our
+    sources and every distribution that is installed."""
+    return environment() | {
+        "source_sha256": source_sha256(),
+        "lock_sha256": lock_sha256(),
+        "distributions": installed(),
     }
 
 
@@ -83,7 +94,9 @@ def devices() -> list[str]:
 
 
 def _processor() -> str:
-    return f"CPU, {torch.get_num_threads()} threads, {psutil.virtual_memory().total / GIB:.0f} GiB"
+    # Its vector instructions and threads decide in which order numbers are added.
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"CPU, {capability}, {torch.get_num_threads()} threads, {psutil.virtual_memory().total / GIB:.0f} GiB"
 
 
 def driver_version() -> str | None:

@@ -1,5 +1,6 @@
 """The ledger of a run is what the model saw, cut back and carried on at a resume."""
 
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +71,27 @@ def test_a_resumed_run_goes_on_where_the_checkpoint_is(prepared: Path, tmp_path:
     _, expected = entries(tmp_path / "whole")
     assert noted == expected
     assert len(noted) == len(whole.seen) == 20
+    ends = [
+        torch.load(folder / "checkpoints" / "step=20.ckpt", weights_only=True) for folder in (again, tmp_path / "whole")
+    ]
+    chained = ""
+    for entry in expected:
+        chained = hashlib.blake2b(f"{chained}{entry.hash}".encode(), digest_size=16).hexdigest()
+    assert ends[0]["batch_hashes"] == ends[1]["batch_hashes"] == {0: chained}
+
+
+def test_a_ledger_of_other_batches_is_told_of(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(prepared, tmp_path, 4)
+    path, checkpoint = ledger_path(tmp_path / "ledger", 0), tmp_path / "checkpoints" / "step=4.ckpt"
+    fit(prepared, tmp_path, 5, checkpoint)
+    assert "warning" not in capsys.readouterr().err
+    header, first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([header, first.replace('"hash":"', '"hash":"0'), *rest]))
+    fit(prepared, tmp_path, 5, checkpoint)
+    line = f"ledger: warning: {path} does not have the 4 batches that the checkpoint {checkpoint} was trained on\n"
+    assert line in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_a_ledger_begins_one(prepared: Path, tmp_path: Path) -> None:

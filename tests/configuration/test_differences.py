@@ -22,10 +22,7 @@ BEFORE = {
         ),
         (
             BEFORE | {"model": {"attention": {"class_path": "Dense"}}},
-            [
-                "model.attention.class_path: Muse in X, Dense in this recipe, which wins",
-                "model.attention.init_args.top_k: 2 in X, not given in this recipe, which wins",
-            ],
+            ["model.attention.class_path: Muse in X, Dense in this recipe, which wins"],
         ),
         (BEFORE | {"data": {}}, ["data: not given in X, {} in this recipe, which wins"]),
         (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from muse_lightning.configuration.redact import without_credentials
+from muse_lightning.configuration.redact import REDACTED, arguments_without_credentials, without_credentials
 from tests.data.test_credentials import URLS
 
 
@@ -47,3 +47,22 @@ def test_credentials_go(line: str) -> None:
 )
 def test_everything_else_stays(line: str) -> None:
     assert without_credentials(line + "\n") == line + "\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--data.source.password=hunter2"],
+        ["--data.source.password", "hunter2"],
+        ["--data.dataset=s3://me:hunter2@host/path"],
+        ["--data.sources=[{class_path: A, init_args: {api_key: hunter2}}]"],
+        ["--data.sources", "{token: hunter2"],
+        ["https://host/a?sig=hunter2"],
+    ],
+    ids=" ".join,
+)
+def test_credentials_leave_a_command_line(args: list[str]) -> None:
+    kept = arguments_without_credentials(["--a=1", *args, "--b", "2"])
+    assert "hunter2" not in " ".join(kept)
+    assert REDACTED in " ".join(kept)
+    assert (kept[0], kept[-2:], len(kept)) == ("--a=1", ["--b", "2"], 3 + len(args))

@@ -1,0 +1,137 @@
+"""`muse reproduce`: trains a run again, in a new version of its name, and compares the losses."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from muse_lightning.checkpoints.preemption import stoppable
+from muse_lightning.commands import MuseCLI, run_in_folder, say
+from muse_lightning.errors import ExitCode, UserError
+from muse_lightning.function_commands import parse_flags
+from muse_lightning.pretrained.run_folder import CONFIG_FILE
+from muse_lightning.reproduce.losses import TRAIN_LOSS, compare, first_other_batch, logged_losses
+from muse_lightning.reproduce.recorded import Start, differences_then_now, starts_of
+
+SWITCH = "--ignore_differences"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be reproduced.
+
+    Args:
+        run: Folder of a run.
+        steps: Optimizer steps to train at most, from where the run started; null: as many as it has logged.
+        tolerance: Largest difference of a loss, in nats, that counts as equal; 0 is bit for bit.
+        ignore_differences: Go on where code, packages, data, device or configuration are others than they were.
+    """
+
+    run: Path
+    steps: int | None = None
+    tolerance: float = 0.0
+    ignore_differences: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"steps: {self.steps} found, at least 1 expected")
+        if not 0 <= self.tolerance < math.inf:
+            raise UserError(f"tolerance: {self.tolerance} found, a number of at least 0 expected")
+
+
+class StopAfter(L.Callback):
+    """Ends a training at a step before `max_steps`, by which the learning rate falls."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step >= self.step:
+            trainer.should_stop = True
+
+
+def reproduce(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
+    """`muse reproduce RUN`. Exits with `ExitCode.DIFFERENT` if the losses do not agree.
+
+    Raises:
+        UserError: it is no run with losses, something differs from when it ran, or a mistake in the flags.
+        RetryError, StorageError: as of a fit.
+    """
+    args = [f"{arg}=true" if arg == SWITCH else arg for arg in args]
+    request = Request(**parse_flags(Request, ("run",), verb, description, args, allowed))
+    run = request.run.absolute()
+    starts, then = starts_of(run), logged_losses(run)
+    stop = _last_step(request, starts, sorted(then[TRAIN_LOSS]))
+    given = [
+        f"--config={run / CONFIG_FILE}",
+        f"--run.root={run.parent.parent}",
+        f"--run.name={run.parent.name}",
+        # The data as it is: preparing it again would replace what the run has read, and others may read.
+        "--data.sources=null",
+        # They could forbid to stop.
+        "--trainer.min_steps=null",
+        "--trainer.min_epochs=null",
+    ]
+    _check_same(MuseCLI(verb, description, given, allowed, builds="data"), starts, request, stop)
+    with stoppable():
+        cli = MuseCLI("fit", description, given, allowed, builds="trainer", reproduces=run)
+        cli.trainer.callbacks.append(StopAfter(stop))  # type: ignore[attr-defined]
+        run_in_folder("fit", cli)
+    if not cli.trainer.is_global_zero:
+        return
+    agreements = compare(then, logged_losses(cli.run_folder.path), stop)
+    for agreement in agreements:
+        print(agreement)
+    if max(agreement.largest for agreement in agreements) > request.tolerance:
+        _say_why(cli, run)
+        raise SystemExit(ExitCode.DIFFERENT)
+
+
+def _last_step(request: Request, starts: list[Start], logged: list[int]) -> int:
+    """The optimizer step to end at.
+
+    Raises:
+        UserError: nothing was logged before it.
+    """
+    first = starts[0].step
+    stop = logged[-1] + 1 if request.steps is None else min(first + request.steps, logged[-1] + 1)
+    if logged[0] >= stop:
+        raise UserError(
+            f"steps: {request.steps} found, but the first {TRAIN_LOSS} of {request.run} is of its step "
+            f"{logged[0] + 1 - first}; give at least that"
+        )
+    return stop
+
+
+def _check_same(cli: MuseCLI, starts: list[Start], request: Request, stop: int) -> None:
+    """Say what differs from when the run ran.
+
+    Raises:
+        UserError: something does, and that is not to be ignored.
+    """
+    found = differences_then_now(starts, cli.environment() | {"data": cli.datamodule.identity()}, stop)
+    for line in found:
+        say(f"reproduce: {line}")
+    if found and not request.ignore_differences:
+        raise UserError(
+            f"{request.run}: {len(found)} difference{'s' * (len(found) > 1)} from when it ran; restore what was, or "
+            f"give {SWITCH}"
+        )
+
+
+def _say_why(cli: MuseCLI, run: Path) -> None:
+    batch = first_other_batch(run, cli.run_folder.path)
+    if batch is None:
+        print("batches: equal")
+    else:
+        print(f"batches: first difference at batch {batch}")
+    if cli.trainer.strategy.root_device.type == "cuda" and not cli.config.trainer.deterministic:
+        print(
+            "reproduce: on a GPU bits are the same only of runs with trainer.deterministic=true; --tolerance=1e-3 "
+            "accepts others",
+            file=sys.stderr,
+        )
