@@ -36,6 +36,7 @@ class ExitCode(IntEnum):
     BUG = 1
     USER_ERROR = 2
     RETRY = 75
+    NUMERICS = 76
     STORAGE = 77
     INTERRUPTED = 130
 
@@ -50,6 +51,10 @@ class UserError(Exception):
 class RetryError(Exception):
     """Nothing is wrong, and the same command can go on later: preempted, or a run folder is in use. Reported as one
     line, exit code 75."""
+
+
+class NumericsError(Exception):
+    """Training computes numbers that are not finite, or not the same twice. Reported as one line, exit code 76."""
 
 
 class StorageError(Exception):
