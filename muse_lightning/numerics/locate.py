@@ -23,6 +23,7 @@ class Located:
         self.forward: str | None = None
         self.backward: str | None = None
         self.before_backward: str | None = None
+        self._hooked: set[tuple[int, int]] = set()
 
     def _output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         for tensor in tree_leaves(output):
@@ -30,7 +31,10 @@ class Located:
                 continue
             if self.forward is None and not _is_finite(tensor):
                 self.forward = name
-            if tensor.requires_grad:
+            # What a module and a module inside it both return is the inner one's.
+            place = id(tensor.grad_fn), tensor.output_nr
+            if tensor.requires_grad and place not in self._hooked:
+                self._hooked.add(place)
                 tensor.register_hook(partial(self._gradient, name))
 
     def _gradient(self, name: str, gradient: Tensor) -> None:
