@@ -67,4 +67,5 @@ def not_finite(tensors: Iterator[tuple[str, Tensor | None]]) -> list[str]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    # Apart from the graph: what is computed again in the backward pass must save as many tensors as the first time.
+    return bool(torch.isfinite(tensor.detach()).all())

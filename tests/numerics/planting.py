@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from muse_lightning.numerics.guard import NumericsGuard
@@ -18,6 +19,7 @@ from tests.tiny import tiny_model
 
 CLIP = 0.5
 OPTIONS: dict[str, Any] = {"weight_decay": 0.3, "learning_rate": 3e-2, "warmup_steps": 2}
+LOSS = "the loss"
 NEVER = 10_000
 """A number of steps in a row that no test reaches."""
 
@@ -27,6 +29,7 @@ class Plant:
     """What is put where: in the output of a module ("forward"), or in the gradient there ("backward")."""
 
     module: str
+    """LOSS: in the loss alone, whose gradient stays as it is."""
     where: str = "forward"
     value: float = math.nan
 
@@ -69,6 +72,8 @@ class Planter(L.Callback):
 
 def plant_in(model: nn.Module, plant: Plant) -> Any:
     """Lay it into the next forward pass; returns what removes it."""
+    if plant.module == LOSS:
+        return _InLoss(model, plant.value)
 
     def spoil(tensor: Tensor) -> Tensor:
         spoilt = tensor.clone()
@@ -84,13 +89,29 @@ def plant_in(model: nn.Module, plant: Plant) -> Any:
     return model.get_submodule(plant.module).register_forward_hook(on_output)
 
 
+class _InLoss:
+    """Adds a constant to the loss."""
+
+    def __init__(self, model: Any, value: float) -> None:
+        self._model, total_nats = model, model.total_nats
+        model.total_nats = lambda batch: total_nats(batch) + value
+
+    def remove(self) -> None:
+        del self._model.total_nats
+
+
 def state_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies of all parameters and of the whole state of their optimizer, counts of steps included."""
-    found = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    """Copies of all parameters and of the whole state of their optimizer, counts of steps included. Shards are
+    gathered."""
+    found = {name: whole(parameter.detach()) for name, parameter in module.named_parameters()}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            found[f"{name} {key}"] = value.clone()
+            found[f"{name} {key}"] = whole(value)
     return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def modules_of(model: LanguageModel) -> list[str]:

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 
 from muse_lightning.numerics.skipping import can_skip_on_device, skip_where
 from muse_lightning.training.optim import make_optimizer
-from tests.numerics.planting import CLIP, NEVER, OPTIONS, Plant, Planter, by_hand, guarded, modules_of
+from tests.numerics.planting import CLIP, LOSS, NEVER, OPTIONS, Plant, Planter, by_hand, guarded, modules_of
 from tests.tiny import TinyData, batches, tiny_model, tiny_trainer
 
 BAD = (math.nan, math.inf, -math.inf)
@@ -91,6 +91,14 @@ def test_one_bad_micro_batch_skips_the_whole_step(tmp_path: Path, micro_batch: i
     assert_same(found.states, by_hand("adamw", data, [3], accumulate=3, clip=clip))
 
 
+@pytest.mark.parametrize("value", BAD)
+def test_a_loss_that_is_not_finite_with_a_gradient_that_is(tmp_path: Path, value: float) -> None:
+    data = batches(5, batch_size=1)
+    found = fit(tmp_path, "adamw", data, Planter({3: Plant(LOSS, value=value)}))
+    assert_same(found.states, by_hand("adamw", data, [3]))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_the_very_first_step(tmp_path: Path) -> None:
     data = batches(5, batch_size=1)
     found = fit(tmp_path, "adamw", data, Planter({1: Plant("llama.model.norm")}))
