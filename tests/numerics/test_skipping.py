@@ -93,9 +93,10 @@ def test_one_bad_micro_batch_skips_the_whole_step(tmp_path: Path, micro_batch: i
 
 @pytest.mark.parametrize("value", BAD)
 def test_a_loss_that_is_not_finite_with_a_gradient_that_is(tmp_path: Path, value: float) -> None:
-    data = batches(5, batch_size=1)
-    found = fit(tmp_path, "adamw", data, Planter({3: Plant(LOSS, value=value)}))
-    assert_same(found.states, by_hand("adamw", data, [3]))
+    """In the first of two micro-batches."""
+    data = batches(10, batch_size=1)
+    found = fit(tmp_path, "adamw", data, Planter({3: Plant(LOSS, value=value)}), accumulate=2)
+    assert_same(found.states, by_hand("adamw", data, [3], accumulate=2))
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
