@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -120,6 +121,32 @@ def test_storage_that_takes_nothing_does_not_hide_why_the_run_ended(tmp_path: Pa
     guard = guarded(tmp_path / "numerics", stop_after=1)
     with pytest.raises(NumericsError, match=r"1 steps in a row .* could not be saved: "):
         fit(tmp_path, guard, {2: MLP}, plugins=[DurableCheckpointIO()])
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "scale", "is_bad"),
+    [
+        (1.0, math.inf, 65536.0, False),
+        (1.0, math.nan, 2.0, False),
+        (1.0, math.inf, 1.0, True),
+        (math.nan, 1.0, 65536.0, True),
+        (1.0, 1.0, 1.0, False),
+        (1.0, math.inf, None, True),
+    ],
+)
+def test_an_overflow_is_the_loss_scalers(
+    tmp_path: Path, loss: float, norm: float, scale: float | None, is_bad: bool
+) -> None:
+    trainer: Any = tiny_trainer(tmp_path)
+    if scale is not None:
+        trainer.precision_plugin.scaler = SimpleNamespace(_scale=torch.tensor(scale))
+    guard = guarded()
+    # What the hook gets is multiplied already.
+    guard.on_before_backward(trainer, tiny_model(), torch.tensor(loss) * (scale or 1.0))
+    assert guard._loss is not None
+    found, mean = guard._judge(trainer, guard._loss, torch.tensor(norm))
+    assert (found.item(), found.dtype) == (float(is_bad), torch.float32)
+    assert mean.item() == pytest.approx(loss, nan_ok=True)
 
 
 class _Reads(TorchDispatchMode):
