@@ -11,15 +11,10 @@ def test_order_and_lag(lag: int, device: torch.device) -> None:
     reader = LaggedReader(lag)
     found = []
     for number in range(5):
-        values = torch.tensor([float(number), -1.0], device=device)
-        reader.put(values)
+        reader.put(torch.tensor([float(number), -1.0], device=device))
         found.append(reader.take())
-        values.fill_(9.0)  # the caller's own on a GPU; a processor's reader shares it
-    late = [None if number < lag else number - lag for number in range(5)]
-    assert [None if each is None else True for each in found] == [None if each is None else True for each in late]
+    assert found == [None if number < lag else [number - lag, -1.0] for number in range(5)]
     assert reader.pending == lag
-    rest = []
-    while (values_left := reader.take(is_last=True)) is not None:
-        rest.append(values_left)
-    assert len(rest) == lag
-    assert reader.pending == 0
+    rest = [reader.take(is_last=True) for _ in range(lag)]
+    assert rest == [[number, -1.0] for number in range(5 - lag, 5)]
+    assert reader.take(is_last=True) is None
