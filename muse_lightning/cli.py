@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from muse_lightning import __version__
-from muse_lightning.errors import ExitCode, RetryError, StorageError, UserError, find_cause, nearest, shown_url
+from muse_lightning.errors import (
+    ExitCode,
+    NumericsError,
+    RetryError,
+    StorageError,
+    UserError,
+    find_cause,
+    nearest,
+    shown_url,
+)
 
 ALLOW_MODULE = "--allow_module"
 TRACEBACK_VARIABLE = "MUSE_TRACEBACK"
@@ -69,6 +78,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except RetryError as reason:
         _print_line(str(reason))
         return ExitCode.RETRY
+    except NumericsError as error:
+        _print_line(f"error: {error}")
+        return ExitCode.NUMERICS
     except StorageError as error:
         _print_line(f"error: {error}")
         return ExitCode.STORAGE

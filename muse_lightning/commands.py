@@ -11,7 +11,7 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
-from jsonargparse.typing import PositiveFloat
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -49,6 +49,9 @@ from muse_lightning.errors import (
     shown_url,
 )
 from muse_lightning.measure.info import GIB, machine_report, run_environment
+from muse_lightning.numerics.guard import FOLDER_NAME as NUMERICS_FOLDER
+from muse_lightning.numerics.guard import NumericsGuard
+from muse_lightning.numerics.replay import Replay, take_replay
 from muse_lightning.pretrained.run_folder import configuration_behind
 from muse_lightning.training.levers import Setting, longest_contexts
 from muse_lightning.training.module import LanguageModel
@@ -85,8 +88,9 @@ EPILOG = """
 --config takes a file or recipe:NAME (a packaged recipe) and may be repeated: later files and flags win. Any key of a
 file is also a flag: --model.attention=Muse --model.attention.top_k=8 --model.config=presets/75m.yaml
 --trainer.callbacks+=Name. A class path may name torch, lightning, litdata and muse_lightning; --allow_module NAME
-(repeatable, as a flag only) trusts one more module, also one in the working directory. MUSE_TRACEBACK=1 shows the
-traceback of an error.
+(repeatable, as a flag only) trusts one more module, also one in the working directory. muse fit --replay FILE (as a
+flag only) repeats the step that a run has ended at with exit code 76, with the settings in the file; flags win.
+MUSE_TRACEBACK=1 shows the traceback of an error.
 """
 
 
@@ -171,6 +175,13 @@ class MuseCLI(LightningCLI):
             help="Go on with the newest run of run.name, in its folder, from its last checkpoint that is whole; with "
             "a new one if there is none.",
         )
+        parser.add_argument(
+            "--verify_every",
+            type=PositiveInt | None,
+            default=None,
+            help="Compute one optimizer step in so many twice, and compare the gradients bit for bit; null: as "
+            "NumericsGuard says, which compares none.",
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Tie together values that must agree; the verb's own options."""
@@ -211,6 +222,10 @@ class MuseCLI(LightningCLI):
             raise UserError(explain(error, check)) from error
         if self.config.resume and self.verb != "fit":
             raise UserError(f"resume: true found; muse {self.verb} resumes nothing, muse fit does")
+        if self.config.verify_every is not None and self.verb != "fit":
+            raise UserError(
+                f"verify_every: {self.config.verify_every} found; muse {self.verb} verifies no step, muse fit does"
+            )
         if self.config.resume and self.config.ckpt_path is not None:
             raise UserError(f"resume: true found beside ckpt_path {shown_url(self.config.ckpt_path)}; give one of them")
         if self.config.ckpt_path is not None:
@@ -347,6 +362,7 @@ class MuseCLI(LightningCLI):
             (self.verb == "fit" and trainer["enable_progress_bar"] is not False, Banner, Banner),
             (True, EnvironmentFile, lambda: EnvironmentFile(self.run_folder, self.environment())),
             (self.verb == "fit", Ledger, lambda: Ledger(self.run_folder.path / FOLDER_NAME)),
+            (self.verb == "fit", NumericsGuard, NumericsGuard),
             (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),
             *((self.verb in ("fit", "validate"), kind, kind) for kind in DEFAULT_CALLBACKS),
             *((self.verb == "validate", kind, kind) for kind in LONG_CONTEXT_CALLBACKS),
@@ -358,6 +374,10 @@ class MuseCLI(LightningCLI):
             # Where --resume looks; a logger of the user's may have a folder elsewhere.
             if isinstance(callback, DurableCheckpoint) and callback.dirpath is None and self.run_folder.is_owner:
                 callback.dirpath = self.run_folder.checkpoints
+            if isinstance(callback, NumericsGuard):
+                callback.dirpath = callback.dirpath or self.run_folder.path / NUMERICS_FOLDER
+                callback.verify_every = self.config.verify_every or callback.verify_every
+                callback.settings = self._config_text()
         return callbacks
 
     def _plugins(self, chosen: Any) -> list[Any]:
@@ -376,8 +396,14 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
         UserError: what the configuration, the data or the checkpoint do not allow. A run that had not trained yet
             leaves no folder.
         RetryError: it was preempted, or its folder is in use.
+        NumericsError: it had only steps that are not finite, or one that was not the same twice.
         StorageError: what must be kept cannot be written.
     """
+    if verb == "fit":
+        file, args = take_replay(args)
+        if file is not None:
+            replay(file, description, args, allowed)
+            return
     with stoppable() if verb == "fit" else nullcontext():
         run_in_folder(verb, MuseCLI(verb, description, args, allowed, builds="trainer"))
 
@@ -403,6 +429,20 @@ def run_in_folder(verb: str, cli: MuseCLI) -> None:
                 # Lightning kills all ranks as soon as one that it has started ends with anything but 0.
                 return
             raise ending from error
+
+
+def replay(file: Path, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:
+    """`muse fit --replay FILE`.
+
+    Raises:
+        UserError: it is no such file, or what it tells of did not come again.
+    """
+    step = Replay(file)
+    with step.settings_file() as settings:
+        cli = MuseCLI("fit", description, [f"--config={settings}", *args], allowed, builds="model")
+    trainer = cli.config.trainer
+    for line in step.run(cli.model, accelerator=trainer.accelerator, precision=trainer.precision or "32-true"):
+        print(line)
 
 
 def _run(verb: str, cli: MuseCLI) -> None:

@@ -6,13 +6,21 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from muse_lightning.errors import RetryError, StorageError, UserError, find_cause, is_storage_error, reason_of
+from muse_lightning.errors import (
+    NumericsError,
+    RetryError,
+    StorageError,
+    UserError,
+    find_cause,
+    is_storage_error,
+    reason_of,
+)
 from muse_lightning.training.levers import Setting, next_lever
 
 
 def as_ending(
     error: Exception, config: Namespace, setting: Callable[[], Setting] | None
-) -> UserError | RetryError | StorageError | None:
+) -> UserError | RetryError | NumericsError | StorageError | None:
     """What ends a run in one line behind an error of a library; None if it is a bug.
 
     Args:
@@ -20,7 +28,13 @@ def as_ending(
         setting: makes what was trained; None where nothing was.
     """
     memory = out_of_memory(error, config, setting)
-    ending = memory or find_cause(error, RetryError) or find_cause(error, StorageError) or as_user_error(error, config)
+    ending = (
+        memory
+        or find_cause(error, RetryError)
+        or find_cause(error, NumericsError)
+        or find_cause(error, StorageError)
+        or as_user_error(error, config)
+    )
     if ending is not None:
         return ending
     if is_storage_error(error):

@@ -37,6 +37,7 @@ class ExitCode(IntEnum):
     USER_ERROR = 2
     DIFFERENT = 3
     RETRY = 75
+    NUMERICS = 76
     STORAGE = 77
     INTERRUPTED = 130
 
@@ -51,6 +52,10 @@ class UserError(Exception):
 class RetryError(Exception):
     """Nothing is wrong, and the same command can go on later: preempted, or a run folder is in use. Reported as one
     line, exit code 75."""
+
+
+class NumericsError(Exception):
+    """Training computes numbers that are not finite, or not the same twice. Reported as one line, exit code 76."""
 
 
 class StorageError(Exception):

@@ -55,10 +55,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measure": {"parallelize", "model", "attention", "pretrained", *OPERATORS} | OPEN_TO_ALL,
     "training": TRAINING | OPEN_TO_ALL,
     "callbacks": TRAINING | OPEN_TO_ALL,
+    "numerics": TRAINING | OPEN_TO_ALL,
     "compare": TRAINING | {"callbacks"} | OPEN_TO_ALL,
     "speed": TRAINING | {"callbacks", "commands"} | OPEN_TO_ALL,
     "reproduce": TRAINING | {"commands", "function_commands", "configuration"} | OPEN_TO_ALL,
-    **{unit: CLI | TRAINING | {"callbacks", "compare"} | OPEN_TO_ALL for unit in CLI},
+    **{unit: CLI | TRAINING | {"callbacks", "numerics", "compare"} | OPEN_TO_ALL for unit in CLI},
 }
 # Units that must do with the standard library and these.
 EXTERNAL: dict[str, set[str]] = {

@@ -1,10 +1,9 @@
 """The gradient's norm."""
 
 import lightning as L
-import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from muse_lightning.training.gradients import gradient_norm
 from muse_lightning.training.log_step import is_log_step
 
 
@@ -18,6 +17,4 @@ class GradientNorm(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Compute and log it if the step that is about to end is logged."""
         if is_log_step(trainer, trainer.global_step + 1):
-            gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            pl_module.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            pl_module.log("train/grad_norm", gradient_norm(pl_module))

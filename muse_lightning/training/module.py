@@ -161,6 +161,8 @@ class LanguageModel(L.LightningModule):
         self._check_sizes()
         self.has_trained = False
         """Whether a training step was begun in this process."""
+        self.is_counting = True
+        """Whether training steps count in what is logged; not while one is computed a second time."""
         self.tokens_seen = 0
         """Tokens trained on by all ranks, over the whole life of the run."""
         self._train_totals = Totals()
@@ -243,10 +245,11 @@ class LanguageModel(L.LightningModule):
         self.has_trained = True
         nats = self.total_nats(batch)
         labels = batch["labels"]
-        self._train_totals.add(nats, (labels != IGNORED_LABEL).sum())
-        # Ranks that share a sequence have read the same tokens.
-        sharing = getattr(getattr(self.trainer, "datamodule", None), "ranks_per_block", 1)
-        self.tokens_seen += labels.numel() * (self.trainer.world_size // sharing)
+        if self.is_counting:
+            self._train_totals.add(nats, (labels != IGNORED_LABEL).sum())
+            # Ranks that share a sequence have read the same tokens.
+            sharing = getattr(getattr(self.trainer, "datamodule", None), "ranks_per_block", 1)
+            self.tokens_seen += labels.numel() * (self.trainer.world_size // sharing)
         return nats / labels.numel()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from muse_lightning.errors import UserError
@@ -14,6 +15,9 @@ class MuonWithAdamW(Optimizer):
     """torch.optim.Muon and torch.optim.AdamW, side by side: their parameter groups and their states are this one's.
 
     Muon's step is scaled to the size of AdamW's, so that both take the same learning rate and weight decay.
+
+    Where its attribute `found_inf` is 1 (float32 [], as a fused AdamW has it) a step changes nothing, which is decided
+    on the device.
 
     Args:
         muon: parameter groups with options of Muon, matrices.
@@ -37,10 +41,29 @@ class MuonWithAdamW(Optimizer):
         # Here and not once: loading a state replaces groups and state by others.
         self._muon.param_groups = [group for group in self.param_groups if "momentum" in group]
         self._adamw.param_groups = [group for group in self.param_groups if "momentum" not in group]
-        for optimizer in (self._muon, self._adamw):
-            optimizer.state = self.state
-            optimizer.step()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        self._muon.state = self._adamw.state = self.state
+        self._adamw.found_inf = found_inf  # type: ignore[attr-defined]
+        self._adamw.step()
+        if found_inf is None:
+            self._muon.step()
+        else:
+            self._step_muon_unless(found_inf)
         return loss
+
+    def _step_muon_unless(self, found_inf: Tensor) -> None:
+        """One matrix at a time, so that what must be kept of it is no more than one."""
+        is_skipped = found_inf.bool()
+        for group in self._muon.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                momentum = self.state[parameter].get("momentum_buffer")
+                kept = parameter.clone(), torch.zeros_like(parameter) if momentum is None else momentum.clone()
+                self._muon.param_groups = [group | {"params": [parameter]}]
+                self._muon.step()
+                for tensor, before in zip((parameter, self.state[parameter]["momentum_buffer"]), kept, strict=True):
+                    tensor.copy_(torch.where(is_skipped, before, tensor))
 
 
 def check_strategy(strategy: Strategy) -> None:

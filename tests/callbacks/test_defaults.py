@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from muse_lightning.callbacks import DEFAULT_CALLBACKS
 from muse_lightning.measure.device_peak import half_precision_peak
+from muse_lightning.numerics.guard import NumericsGuard
 from tests.tiny import VOCAB, TinyData, batches, tiny_model, tiny_muse, tiny_trainer
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "training.md"
@@ -39,7 +40,7 @@ def written_tags(folder, accelerator, precision):
         max_steps=2,
         val_check_interval=2,
         gradient_clip_val=1.0,
-        callbacks=[LearningRateMonitor("step"), *(callback() for callback in DEFAULT_CALLBACKS)],
+        callbacks=[LearningRateMonitor("step"), NumericsGuard(), *(callback() for callback in DEFAULT_CALLBACKS)],
     )
     # GPU kernels take heads of multiples of 8.
     model = tiny_model(config={"head_dim": 8}, attention=tiny_muse)
@@ -51,7 +52,7 @@ def written_tags(folder, accelerator, precision):
 
 
 def test_the_documentation_lists_tags():
-    assert len(documented_tags()) == 25
+    assert len(documented_tags()) == 27
 
 
 def test_every_tag_on_a_processor(tmp_path):

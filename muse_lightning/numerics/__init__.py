@@ -1,0 +1,1 @@
+"""Steps whose numbers are wrong: not finite, or not the same twice. Skipped, counted, stopped at, replayed."""

@@ -1,0 +1,144 @@
+"""`muse fit` ends with 76 where nothing is finite, and `muse fit --replay FILE` repeats the step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from muse_lightning.checkpoints.manifest import Manifest, manifest_path
+from muse_lightning.errors import UserError
+from muse_lightning.files import sha256_file
+from muse_lightning.numerics.failed_step import KEY
+from muse_lightning.numerics.replay import take_replay
+from tests.recipe import Muse, start
+
+DIVERGES = ("--model.learning_rate=1e25", "--trainer.max_steps=20", "--trainer.accumulate_grad_batches=2")
+"""The first step throws the weights so far that the second overflows, and every one after it."""
+
+
+@pytest.fixture
+def muse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Muse:
+    monkeypatch.chdir(tmp_path)
+    return Muse(tmp_path, capsys)
+
+
+@pytest.fixture
+def stopped(muse: Muse) -> Path:
+    """The file that a run has left."""
+    code, _, err = muse.with_recipe("fit", *DIVERGES)
+    path = Path("runs/tiny/version_0/numerics/step=2.replay.ckpt")
+    assert code == 76, err
+    assert "Traceback" not in err
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line == (
+        "error: 5 steps in a row had no finite loss and gradient; step 2 is saved: muse fit --replay " + str(path)
+    )
+    return path
+
+
+def change(path: Path, **values: object) -> None:
+    """What the file says of its step, otherwise; or its weights made finite."""
+    checkpoint = torch.load(path, weights_only=True)
+    if values.pop("is_finite", False):
+        for tensor in checkpoint["state_dict"].values():
+            tensor.clamp_(-0.1, 0.1)
+    checkpoint[KEY] |= values
+    torch.save(checkpoint, path)
+    Manifest(2, path.stat().st_size, sha256_file(path)).write(path)
+
+
+def test_the_step_comes_again(muse: Muse, stopped: Path) -> None:
+    Path("recipe.yaml").unlink()  # the file alone is enough
+    for folder in ("source", "dataset"):
+        Path(folder).rename(f"{folder}-gone")
+    code, out, err = muse("fit", "--replay", str(stopped))
+    assert (code, err.count("error")) == (0, 0), err
+    lines = out.splitlines()
+    assert lines[0] == f"replay: {stopped}: step 2 of 1 rank(s)"
+    assert lines[-1] == "reproduced"
+    found = [line for line in lines if line.startswith("rank 0, micro-batch ")]
+    assert len(found) == 2
+    assert all("first not finite: " in line and "llama.model." in line for line in found)
+    [loss] = [line for line in lines if line.startswith("loss ")]
+    again, recorded = loss.removeprefix("loss ").split(", of the run ")
+    assert again == recorded, "bit for bit on a processor"
+    assert "gradient norm nan, of the run nan" in lines
+    assert any(line.startswith("gradients that are not finite: llama.model.") for line in lines)
+    assert muse.versions() == ["runs/tiny/version_0"], "a replay leaves no run"
+
+    change(stopped, is_finite=True)
+    error = muse.error("fit", f"--replay={stopped}")
+    assert error.startswith(
+        f"replay: {stopped}: not reproduced: a loss or gradient that is not finite expected; found loss "
+    )
+    # A step that was not the same twice, on a processor that is sound.
+    change(stopped, differs=["llama.model.norm.weight"])
+    error = muse.error("fit", f"--replay={stopped}")
+    assert "not reproduced: gradients that are not the same twice expected; found loss " in error
+
+
+def test_flags_win_over_the_settings_in_the_file(muse: Muse, stopped: Path) -> None:
+    flags = ("--model.attention={class_path: Dense, init_args: {}}", "--model.recompute=block")
+    code, out, err = muse("fit", f"--replay={stopped}", *flags)
+    assert code == 0, err
+    assert out.splitlines()[-1] == "reproduced"
+    error = muse.error("fit", f"--replay={stopped}", "--model.config.hidden_size=32")
+    assert "hidden_size" in error or "embed_tokens" in error
+    # What was stopped at can be gone on from, behind the batches that were skipped.
+    code, _, err = muse.with_recipe("fit", f"--ckpt_path={stopped}", "--trainer.max_steps=9")
+    assert code == 76
+    assert "6 in a row" not in err
+    assert "7 in a row" in err or "7 steps in a row" in err
+
+
+def test_files_that_hold_no_step(muse: Muse) -> None:
+    wanted = r"expected numerics/step=N.replay.ckpt of a run"
+    assert wanted in muse.error("fit", "--replay=nowhere.ckpt")
+    assert "not a whole file of torch.save" in muse.error("fit", "--replay", "recipe.yaml")
+    torch.save({"state_dict": {}, "global_step": 1}, "plain.ckpt")
+    assert "is a checkpoint without a step to replay" in muse.error("fit", "--replay=plain.ckpt")
+    torch.save({"state_dict": {}, KEY: {"step": "two"}}, "odd.ckpt")
+    assert "is a checkpoint without a step to replay" in muse.error("fit", "--replay=odd.ckpt")
+    Manifest(1, 5, "0").write(Path("plain.ckpt"))
+    assert "plain.ckpt is damaged: it has" in muse.error("fit", "--replay=plain.ckpt")
+    assert manifest_path(Path("plain.ckpt")).exists()
+    assert "--replay: a file must follow" in muse.error("fit", "--config=recipe.yaml", "--replay")
+
+
+def test_the_flag_is_taken_out_of_a_command_line() -> None:
+    assert take_replay(["--a", "b"]) == (None, ["--a", "b"])
+    assert take_replay(["--replay=x=1", "--a"]) == (Path("x=1"), ["--a"])
+    assert take_replay(["--a", "--replay", "x", "b"]) == (Path("x"), ["--a", "b"])
+    with pytest.raises(UserError):
+        take_replay(["--replay="])
+
+
+def test_verify_every_is_a_flag_of_fit(muse: Muse) -> None:
+    assert muse.with_recipe("prepare")[0] == 0
+    assert "verify_every: 2 found; muse validate verifies no step" in muse.error(
+        "validate", "--config=recipe.yaml", "--verify_every=2"
+    )
+    assert "verify_every" in muse.error("fit", "--config=recipe.yaml", "--verify_every=0")
+    code, _, err = muse.with_recipe("fit", "--verify_every=2", "--trainer.max_steps=4")
+    assert code == 0, err
+    assert "verify_every: 2" in Path("runs/tiny/version_0/config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_two_ranks(muse: Muse, strategy: str) -> None:
+    """Both stop; the first has the exit code, and the file the batches of both."""
+    assert muse.with_recipe("prepare")[0] == 0
+    ranks = ("--trainer.devices=2", f"--trainer.strategy={strategy}", "--data.batch_size=1")
+    run = start(["fit", "--config=recipe.yaml", *ranks, *DIVERGES], Path("log"))
+    run.join(300)
+    assert run.exitcode == 76, Path("log").read_text()
+    assert "Traceback" not in Path("log").read_text()
+    path = Path("runs/tiny/version_0/numerics/step=2.replay.ckpt")
+    step = torch.load(path, weights_only=True)[KEY]
+    assert [len(micro_batches) for micro_batches in step["ranks"]] == [2, 2]
+    code, out, err = muse("fit", f"--replay={path}")
+    assert code == 0, err
+    assert out.splitlines()[-1] == "reproduced"
+    assert "step 2 of 2 rank(s)" in out
