@@ -6,12 +6,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 # A class is known by its bare name once it has been imported.
 import muse_lightning.data.sources  # noqa: F401
 from muse_lightning.configuration.check import ConfigCheck, explain
-from muse_lightning.configuration.layers import read_layers
+from muse_lightning.configuration.layers import read_layers, use_loader
 from muse_lightning.errors import UserError, shown_url
 
 # As pathlib leaves it, with one slash.
@@ -45,13 +45,14 @@ def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequ
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with these keys; may be repeated.")
     # sub_configs: a source may be the path of a file of its own, so that two recipes share it.
     parser.add_function_arguments(function, as_positional=bool(positional), sub_configs=True)
+    use_loader()
     check = ConfigCheck(parser, {}, allowed)
     if not {"-h", "--help"} & set(args):
         for layer in read_layers(args, positional):
             check.add(layer)
     try:
         config = parser.parse_args(args)
-    except ArgumentError as error:
+    except Exception as error:  # Of values that nobody expected, jsonargparse raises anything.
         raise UserError(explain(error, check)) from error
     try:
         values: dict[str, Any] = parser.instantiate(config).as_dict()
