@@ -33,7 +33,7 @@ from muse_lightning.checkpoints.choice import report, step_of
 from muse_lightning.checkpoints.durable_checkpoint import DurableCheckpoint
 from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
 from muse_lightning.checkpoints.preemption import stoppable
-from muse_lightning.configuration.check import ConfigCheck, explain
+from muse_lightning.configuration.check import ConfigCheck, parse
 from muse_lightning.configuration.differences import differences
 from muse_lightning.configuration.layers import read_layers, use_loader
 from muse_lightning.configuration.packaged import resolve_arguments
@@ -207,10 +207,7 @@ class MuseCLI(LightningCLI):
         if not {"-h", "--help"} & set(args):
             for layer in read_layers(args):
                 check.add(layer)
-        try:
-            self.config = parser.parse_args(args)
-        except Exception as error:  # Of values that nobody expected, jsonargparse raises anything.
-            raise UserError(explain(error, check)) from error
+        self.config = parse(parser, args, check)
         if not 0 <= self.config.seed_everything <= MAX_SEED:
             raise UserError(f"seed_everything: {self.config.seed_everything} found; accepted: 0 to {MAX_SEED}")
         if self.config.resume and self.verb != "fit":

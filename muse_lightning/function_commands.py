@@ -10,7 +10,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 # A class is known by its bare name once it has been imported.
 import muse_lightning.data.sources  # noqa: F401
-from muse_lightning.configuration.check import ConfigCheck, explain
+from muse_lightning.configuration.check import ConfigCheck, parse
 from muse_lightning.configuration.layers import read_layers, use_loader
 from muse_lightning.errors import UserError, shown_url
 
@@ -50,10 +50,7 @@ def run_function(verb: str, description: str, args: Sequence[str], allowed: Sequ
     if not {"-h", "--help"} & set(args):
         for layer in read_layers(args, positional):
             check.add(layer)
-    try:
-        config = parser.parse_args(args)
-    except Exception as error:  # Of values that nobody expected, jsonargparse raises anything.
-        raise UserError(explain(error, check)) from error
+    config = parse(parser, args, check)
     try:
         values: dict[str, Any] = parser.instantiate(config).as_dict()
     except ValueError as error:  # A record of options checks its own values.

@@ -9,12 +9,14 @@ same order. The three it refuses at once; what jsonargparse refuses it names by 
 import dataclasses
 import importlib
 import inspect
+import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from typing import Any, get_args
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from muse_lightning.configuration.allow_list import ALLOWED_MODULES, is_allowed
 from muse_lightning.configuration.layers import Layer, is_file, load_yaml
@@ -253,6 +255,26 @@ class ConfigCheck:
                 f"{path}: {name} is outside the modules a configuration may name, {', '.join(ALLOWED_MODULES)} "
                 f"({layer.source}); to trust it, add --allow_module {module}"
             )
+
+
+def parse(parser: ArgumentParser, args: Sequence[str], check: ConfigCheck) -> Namespace:
+    """The configuration of a command line.
+
+    Raises:
+        UserError: it is refused, in one line.
+    """
+    said = io.StringIO()
+    # A parser of its own prints the help of a class, and what follows on the line it would refuse at length.
+    quiet = redirect_stderr(said) if any(arg.endswith(".help") for arg in args) else nullcontext()
+    try:
+        with quiet:
+            return parser.parse_args(args)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(" ".join(said.getvalue().split("error: ")[-1].split())[:400]) from stop
+    except Exception as error:  # Of values that nobody expected, jsonargparse raises anything.
+        raise UserError(explain(error, check)) from error
 
 
 def explain(error: Exception, check: ConfigCheck) -> str:

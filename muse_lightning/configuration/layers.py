@@ -92,7 +92,7 @@ def load_yaml(path: str, key: str, folder: Path) -> dict[str, Any]:
     if not is_file(file):
         given = Path(path).parent
         others = [] if given.is_absolute() else [str(given / name) for name in _yaml_files(file.parent)]
-        raise UserError(f"{key}: no file {path}" + (f"; nearest: {nearest(path, others)}" if others else ""))
+        raise UserError(f"{key}: no file {path:.300}" + (f"; nearest: {nearest(path, others)}" if others else ""))
     try:
         values = load_with_presets(file.read_text(encoding="utf-8"))
         _check_texts(values)

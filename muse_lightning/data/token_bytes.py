@@ -6,8 +6,6 @@ from typing import Any
 
 from muse_lightning.errors import UserError
 
-MAX_IDS = 1 << 24
-"""A file can give a token any id of 32 bits, and each id below it takes memory."""
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -21,17 +19,13 @@ def token_texts(described: Mapping[str, Any], vocab: Mapping[str, int]) -> list[
     Returns:
         One per id up to the largest; empty for special tokens, for the unknown token, and for ids without a token.
     Raises:
-        UserError: the decoder is neither byte-level nor SentencePiece-like, so that a token has no fixed bytes; or an
-            id is too large.
+        UserError: the decoder is neither byte-level nor SentencePiece-like, so that a token has no fixed bytes.
 
     Byte-level: every character stands for one byte. SentencePiece-like: the mark of a space is a space, `<0x0A>` a
     byte, anything else itself; the space that such tokenizers put before a text counts although the text has none.
     """
     kinds = _decoder_kinds(described)
-    largest = max(vocab.values())
-    if largest >= MAX_IDS:
-        raise UserError(f"it has the id {largest:,}; accepted: ids below {MAX_IDS:,}")
-    texts = [b""] * (largest + 1)
+    texts = [b""] * (max(vocab.values()) + 1)
     if "ByteLevel" in kinds:
         alphabet = byte_level_alphabet()
         for token, index in vocab.items():

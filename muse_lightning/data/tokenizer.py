@@ -15,6 +15,8 @@ from muse_lightning.data.token_bytes import token_texts
 from muse_lightning.errors import UserError, reason_of
 from muse_lightning.files import sha256_bytes
 
+MAX_IDS = 1 << 24
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -107,6 +109,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, special_tokens: SpecialTokens = DEFAULT_SPECIAL_TOKENS) -> None:
         names = asdict(special_tokens)
+        check_ids(tokenizer)
         # A file may ask for truncation or padding, which would cut or fill documents silently.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -141,6 +144,18 @@ class HuggingFaceTokenizer(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         # The library's own pickling forgets encode_special_tokens.
         return _from_json, (self.to_json(), self.special_tokens)
+
+
+def check_ids(tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuse ids that no vocabulary needs: a file can give a token any of 32 bits, and the library itself goes through
+    all below it.
+
+    Raises:
+        UserError: there is one.
+    """
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= MAX_IDS:
+        raise UserError(f"it has the id {largest:,}; accepted: ids below {MAX_IDS:,}")
 
 
 @contextmanager

@@ -9,7 +9,14 @@ from typing import Any
 import tokenizers
 
 from muse_lightning.data.token_bytes import byte_level_alphabet
-from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, Tokenizer, in_one_line, load_tokenizer
+from muse_lightning.data.tokenizer import (
+    DEFAULT_SPECIAL_TOKENS,
+    SpecialTokens,
+    Tokenizer,
+    check_ids,
+    in_one_line,
+    load_tokenizer,
+)
 from muse_lightning.errors import UserError
 from muse_lightning.files import read_json
 from muse_lightning.model.config import LlamaConfig
@@ -68,7 +75,12 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         UserError: it is none.
     """
     with in_one_line(f"{path} is not a tokenizer.json"):
-        return tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    try:
+        check_ids(tokenizer)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return tokenizer
 
 
 def choose_special_tokens(folder: Path, config: LlamaConfig) -> SpecialTokens:
