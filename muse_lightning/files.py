@@ -32,6 +32,12 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_file_name(text: str) -> bool:
+    """Whether text, written by anybody, can be the name of a file in a folder, and of none outside."""
+    length = len(text.encode("utf-8", "surrogatepass"))
+    return 0 < length <= 255 and Path(text).name == text and "\0" not in text
+
+
 def read_json(path: Path) -> Any:
     """Content of a JSON file that anybody may have written.
 

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 
 from muse_lightning.errors import UserError
-from muse_lightning.files import sha256_bytes
+from muse_lightning.files import is_file_name, sha256_bytes
 
 FORMAT_VERSION = 2
 CARD_NAME = "dataset.json"
@@ -147,7 +147,7 @@ def _check_card(card: DatasetCard) -> None:
         _check_type(getattr(card, name), hint, name)
     for name, split in card.splits.items():
         for path in (name, *(chunk.filename for chunk in split.chunks)):
-            if Path(path).name != path or "\0" in path:
+            if not is_file_name(path):
                 raise ValueError(f"splits: {path!r:.80} is no name of a file in its own folder")
     if card.dtype not in DTYPES:
         raise ValueError(f"dtype: {card.dtype!r:.80} found; accepted: {', '.join(DTYPES)}")

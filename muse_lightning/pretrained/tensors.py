@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from muse_lightning.errors import UserError
-from muse_lightning.files import read_json
+from muse_lightning.files import is_file_name, read_json
 
 SAFETENSORS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
@@ -226,11 +226,11 @@ def read_index(index: Path) -> dict[str, str]:
     """
     try:
         files: dict[str, str] = read_json(index)["weight_map"]
-        outside = [name for name in sorted(set(files.values())) if not name or Path(name).name != name]
+        outside = [name for name in sorted(set(files.values())) if not is_file_name(name)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{index} is not an index of weights: {type(error).__name__}: {_first_line(error)}") from None
     if outside:
-        raise UserError(f"{index} names the file {outside[0]!r}; accepted: names of files in its own folder")
+        raise UserError(f"{index} names the file {outside[0]!r:.80}; accepted: names of files in its own folder")
     return files
 
 

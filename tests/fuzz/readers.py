@@ -143,4 +143,4 @@ def read(name: str, content: bytes, folder: Path) -> bool:
 
 def check_line(text: str) -> None:
     """Whether a message is one line, as it will be printed."""
-    assert text and len(" ".join(text.split())) <= LONGEST_LINE, text[:300]
+    assert 0 < len(" ".join(text.split())) <= LONGEST_LINE, text[:300]

@@ -65,7 +65,7 @@ def test_code_in_hyper_parameters(tmp_path: Path, ran: Path) -> None:
     torch.save(whole | {"hyper_parameters": {"width": Touch(ran)}}, file)
     _load(file, weights_only=False)
     shown_to_run(ran)
-    with pytest.raises(UserError, match="is not a Lightning checkpoint of tensors: it needs .*, which is not run"):
+    with pytest.raises(UserError, match=r"is not a Lightning checkpoint of tensors: it needs .*, which is not run"):
         check_checkpoint(str(file), for_training=True)
     assert not ran.exists()
 
