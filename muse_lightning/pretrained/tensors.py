@@ -230,7 +230,7 @@ def read_index(index: Path) -> dict[str, str]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{index} is not an index of weights: {type(error).__name__}: {_first_line(error)}") from None
     if outside:
-        raise UserError(f"{index} names the file {outside[0]!r:.80}; accepted: names of files in its own folder")
+        raise UserError(f"{index} names the file {outside[0]!r:.300}; accepted: names of files in its own folder")
     return files
 
 
