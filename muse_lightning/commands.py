@@ -1,6 +1,7 @@
 """The verbs of `muse` on LightningCLI(LanguageModel, TokenDataModule), and the run around a trainer's call."""
 
 import enum
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,9 +11,10 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.utilities.seed import max_seed_value as MAX_SEED
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -33,9 +35,9 @@ from muse_lightning.checkpoints.durable_checkpoint import DurableCheckpoint
 from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
 from muse_lightning.checkpoints.manifest import identity_of
 from muse_lightning.checkpoints.preemption import stoppable
-from muse_lightning.configuration.check import ConfigCheck, explain
+from muse_lightning.configuration.check import ConfigCheck, parse
 from muse_lightning.configuration.differences import differences
-from muse_lightning.configuration.layers import load_with_presets, read_layers
+from muse_lightning.configuration.layers import read_layers, use_loader
 from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import arguments_without_credentials, without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
@@ -62,6 +64,12 @@ from muse_lightning.training.weights import check_checkpoint, check_weights
 
 # Some of Lightning's defaults are enumerations that are strings too, which PyYAML does not know how to write.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_str(member.name))
+# A text such as 1e5, the name of a run perhaps, is a number to jsonargparse, which reads it again, but not to PyYAML.
+yaml.SafeDumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
 
 say = rank_zero_only(report)
 """Prints a line to standard error, on one rank."""
@@ -211,15 +219,14 @@ class MuseCLI(LightningCLI):
         Raises:
             UserError: any mistake in them, in one line.
         """
-        set_loader("yaml", load_with_presets)
+        use_loader()
         check = ConfigCheck(parser, LINKS, self.allowed)
         if not {"-h", "--help"} & set(args):
             for layer in read_layers(args):
                 check.add(layer)
-        try:
-            self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            raise UserError(explain(error, check)) from error
+        self.config = parse(parser, args, check)
+        if not 0 <= self.config.seed_everything <= MAX_SEED:
+            raise UserError(f"seed_everything: {self.config.seed_everything} found; accepted: 0 to {MAX_SEED}")
         if self.config.resume and self.verb != "fit":
             raise UserError(f"resume: true found; muse {self.verb} resumes nothing, muse fit does")
         if self.config.verify_every is not None and self.verb != "fit":

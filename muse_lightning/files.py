@@ -4,13 +4,14 @@ this file."""
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from muse_lightning.errors import UserError, reason_of
 
@@ -31,6 +32,25 @@ def sha256_file(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's content, read in pieces of 1 MiB."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_file_name(text: str) -> bool:
+    """Whether text, written by anybody, can be the name of a file in a folder, and of none outside."""
+    length = len(text.encode("utf-8", "surrogatepass"))
+    return 0 < length <= 255 and Path(text).name == text and "\0" not in text
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file that anybody may have written.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def fsync_path(path: Path | str) -> None:

@@ -6,12 +6,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 # A class is known by its bare name once it has been imported.
 import muse_lightning.data.sources  # noqa: F401
-from muse_lightning.configuration.check import ConfigCheck, explain
-from muse_lightning.configuration.layers import read_layers
+from muse_lightning.configuration.check import ConfigCheck, parse
+from muse_lightning.configuration.layers import read_layers, use_loader
 from muse_lightning.errors import UserError, shown_url
 
 # As pathlib leaves it, with one slash.
@@ -66,14 +66,12 @@ def parse_flags(
     add = parser.add_class_arguments if isinstance(function, type) else parser.add_function_arguments
     # sub_configs: a source may be the path of a file of its own, so that two recipes share it.
     add(function, as_positional=bool(positional), sub_configs=True)
+    use_loader()
     check = ConfigCheck(parser, {}, allowed)
     if not {"-h", "--help"} & set(args):
         for layer in read_layers(args, positional):
             check.add(layer)
-    try:
-        config = parser.parse_args(args)
-    except ArgumentError as error:
-        raise UserError(explain(error, check)) from error
+    config = parse(parser, args, check)
     try:
         values: dict[str, Any] = parser.instantiate(config).as_dict()
     except ValueError as error:  # A record of options checks its own values.

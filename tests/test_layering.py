@@ -14,7 +14,7 @@ SOURCES = {"muse_lightning": ROOT / "muse_lightning", "muse_kernels": ROOT / "ke
 
 # Each unit (a package or module directly below muse_lightning, or all of muse_kernels) with the units it may import.
 # A unit may always import itself; a dotted entry admits that module alone.
-OPEN_TO_ALL = {"errors", "files", "safe_path"}
+OPEN_TO_ALL = {"errors", "files", "safe_path", "bounded_yaml"}
 OPERATORS = {"muse_kernels", "collectives"}
 TRAINING = {
     "training",
@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "safe_path": set(),
+    "bounded_yaml": set(),
     "attention": OPERATORS | OPEN_TO_ALL,
     "model": {"attention.base"} | OPEN_TO_ALL,
     "data": OPEN_TO_ALL,
@@ -68,6 +69,7 @@ EXTERNAL: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "safe_path": set(),
+    "bounded_yaml": {"yaml"},
     "tiles": {"torch"},
     "offload": {"torch"},
     "cli": set(),

@@ -9,19 +9,22 @@ same order. The three it refuses at once; what jsonargparse refuses it names by 
 import dataclasses
 import importlib
 import inspect
+import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from typing import Any, get_args
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from muse_lightning.configuration.allow_list import ALLOWED_MODULES, is_allowed
-from muse_lightning.configuration.layers import Layer, load_yaml
+from muse_lightning.configuration.layers import Layer, is_file, load_yaml
 from muse_lightning.configuration.packaged import resolve
 from muse_lightning.configuration.types import Accepted, accepted_by, describe
-from muse_lightning.errors import UserError, nearest
+from muse_lightning.errors import UserError, nearest, reason_of
 
+UNREADABLE = "the configuration cannot be read"
 SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
@@ -74,22 +77,24 @@ class ConfigCheck:
 
     def first_problem(self) -> str | None:
         """The first mistake found in the layers, as one line; None if they look right."""
+        return next(self._all_problems(), None)
+
+    def _all_problems(self) -> Iterator[str]:
+        yield from self.problems
         for path, leaf in self.leaves.items():
             refusal = _refusal(leaf.hint, leaf.value)
             if refusal is not None:
-                self.problems.append(f"{path}: {refusal} ({leaf.source})")
+                yield f"{path}: {refusal} ({leaf.source})"
         for spec in self.specs.values():
             missing = [name for name in _required(spec.cls, spec.skip) if name not in spec.args]
             if missing:
-                self.problems.append(f"{spec.path}: {spec.cls.__name__} needs {', '.join(missing)}, which is not given")
-        absent = [key for key in _typed(self.parser) if self._is_missing(key)]
+                yield f"{spec.path}: {spec.cls.__name__} needs {', '.join(missing)}, which is not given"
+        absent = [key for key, action in _typed(self.parser).items() if self._is_missing(key, action)]
         if absent:
-            self.problems.append(f"required, but not given: {', '.join(absent)}")
-        return self.problems[0] if self.problems else None
+            yield f"required, but not given: {', '.join(absent)}"
 
-    def _is_missing(self, key: str) -> bool:
+    def _is_missing(self, key: str, action: Any) -> bool:
         """Whether a key has neither a default nor a value."""
-        action = _typed(self.parser)[key]
         group: Any = self.merged
         for part in key.split("."):
             if not isinstance(group, Mapping) or part not in group:
@@ -129,24 +134,21 @@ class ConfigCheck:
                 before = old.get(key, self._default_spec(action, full))
                 old[key] = self._merge_value(action._typehint, before, value, full, layer, written != key)
             else:
-                group = self._group_values(value, full, layer)
-                if group is not None:
-                    values, inner = group
-                    base = next(
-                        (a.basetype for a in parser._actions if a.dest == dest and hasattr(a, "basetype")), None
-                    )
-                    self._merge_args(parser, dest, full, old.setdefault(key, {}), values, inner, base or owner)
+                values, inner = self._group_values(value, full, layer)
+                base = next((a.basetype for a in parser._actions if a.dest == dest and hasattr(a, "basetype")), None)
+                self._merge_args(parser, dest, full, old.setdefault(key, {}), values, inner, base or owner)
 
-    def _group_values(self, value: Any, full: str, layer: Layer) -> tuple[Mapping[str, Any], Layer] | None:
+    def _group_values(self, value: Any, full: str, layer: Layer) -> tuple[Mapping[str, Any], Layer]:
         """The values of a group, and the layer they are in: a group may also be the name of a YAML file."""
         if isinstance(value, str):
             file = resolve(value)
             return load_yaml(file, full, layer.folder), Layer(file, {}, (layer.folder / file).parent)
+        if isinstance(value, Mapping) and "class_path" in value:
+            value = value.get("init_args")
         if isinstance(value, Mapping):
-            return (value.get("init_args", {}) if "class_path" in value else value), layer
-        if value is not None:
-            raise UserError(f"{full}: expected keys with values, found {value!r:.100} ({layer.source})")
-        return None
+            return value, layer
+        found = "null" if value is None else f"{value!r:.100}"
+        raise UserError(f"{full}: expected keys with values, found {found} ({layer.source})")
 
     def _merge_value(self, hint: Any, old: Any, new: Any, path: str, layer: Layer, append: bool = False) -> Any:
         accepted = accepted_by(hint)
@@ -171,7 +173,7 @@ class ConfigCheck:
         return new
 
     def _merge_spec(self, accepted: Accepted, old: Any, new: Any, path: str, layer: Layer) -> Spec | None:
-        if isinstance(new, str) and (new.endswith((".yaml", ".yml")) or (layer.folder / new).is_file()):
+        if isinstance(new, str) and (new.endswith((".yaml", ".yml")) or is_file(layer.folder / new)):
             new, layer = load_yaml(new, path, layer.folder), Layer(new, {}, (layer.folder / new).parent)
         spec = {"class_path": new} if isinstance(new, str) else new
         if not any(key in spec for key in SPEC_KEYS):
@@ -243,6 +245,7 @@ class ConfigCheck:
             )
         elif isinstance(found, type) and not issubclass(found, accepted.classes):
             self.problems.append(f"{path}: {name} is no {base}; known: {nearest(name, choices)} ({layer.source})")
+            return None
         return found if isinstance(found, type) else None
 
     def _require_allowed(self, name: str, path: str, layer: Layer) -> None:
@@ -254,11 +257,33 @@ class ConfigCheck:
             )
 
 
-def explain(error: ArgumentError, check: ConfigCheck) -> str:
-    """One line for what jsonargparse refused: by our own reading of the layers, else from its message."""
+def parse(parser: ArgumentParser, args: Sequence[str], check: ConfigCheck) -> Namespace:
+    """The configuration of a command line.
+
+    Raises:
+        UserError: it is refused, in one line.
+    """
+    said = io.StringIO()
+    # A parser of its own prints the help of a class, and what follows on the line it would refuse at length.
+    quiet = redirect_stderr(said) if any(arg.endswith(".help") for arg in args) else nullcontext()
+    try:
+        with quiet:
+            return parser.parse_args(args)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(" ".join(said.getvalue().split("error: ")[-1].split())[:400]) from stop
+    except Exception as error:  # Of values that nobody expected, jsonargparse raises anything.
+        raise UserError(explain(error, check)) from error
+
+
+def explain(error: Exception, check: ConfigCheck) -> str:
+    """One line for what jsonargparse refused or failed at: by our own reading of the layers, else from its message."""
     problem = check.first_problem()
     if problem is not None:
         return problem
+    if not isinstance(error, ArgumentError):
+        return f"{UNREADABLE}: {reason_of(error)}"
     message = str(error)
     denied = _denied_import(error)
     if denied:
@@ -330,15 +355,20 @@ def _refusal(hint: Any, value: Any) -> str | None:
     if value is None:  # To jsonargparse this is an argument that was not given.
         accepts_null = hint is Any or type(None) in get_args(hint)
         return None if accepts_null else f"expected {describe(hint)}, found null"
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
     try:
-        parser.parse_object({"value": value})
-    except ArgumentError as error:
+        _value_parser(hint).parse_object({"value": value})
+    except Exception as error:  # Also what a type's own check did not expect, such as an OverflowError.
         return _denied_import(error) or f"expected {describe(hint)}, found {value!r:.100}"
     return None
 
 
-def _denied_import(error: ArgumentError) -> str | None:
+@cache
+def _value_parser(hint: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    return parser
+
+
+def _denied_import(error: Exception) -> str | None:
     found = re.search(r"Importing '([^']+)' is not allowed", str(error))
     return found and f"{found[1]} is outside the modules a configuration may name, {', '.join(ALLOWED_MODULES)}"

@@ -1,13 +1,14 @@
 """The --config files and flags of a command line as they were given, in order: layers, of which the later wins."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import get_loader
+from jsonargparse import get_loader, set_loader
 
+from muse_lightning.bounded_yaml import OutOfBounds, check_bounds, load_bounded
 from muse_lightning.configuration.packaged import PRESET_PREFIX, resolve
 from muse_lightning.errors import UserError, nearest
 
@@ -53,13 +54,30 @@ def read_layers(args: Sequence[str], positional: Sequence[str] = ()) -> list[Lay
         if name == "--config":
             layers.append(Layer(value, load_yaml(value, "--config", here), Path(value).resolve().parent))
         else:
-            layers.append(Layer(COMMAND_LINE, _nested(name[2:].split("."), _parse(value)), here))
+            layers.append(Layer(COMMAND_LINE, _nested(name[2:].split("."), _parse(value, name)), here))
     return layers
 
 
+def use_loader() -> None:
+    """Let jsonargparse read values and files as `read_layers` does."""
+    set_loader("yaml", load_with_presets, exceptions=(yaml.YAMLError,))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, also of what can be no path: a flag's value is a file's name or something else."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def load_with_presets(text: str) -> Any:
-    """What YAML text says. `config: presets/NAME.yaml` becomes the path of the packaged file."""
-    values = _load(text)
+    """What YAML text says. `config: presets/NAME.yaml` becomes the path of the packaged file.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or exceeds the bounds of `bounded_yaml`.
+    """
+    values = load_bounded(text, _load)
     _resolve_presets(values)
     return values
 
@@ -71,13 +89,13 @@ def load_yaml(path: str, key: str, folder: Path) -> dict[str, Any]:
         UserError: the file is missing or unreadable, is not YAML, or does not hold a mapping.
     """
     file = folder / path
-    if not file.is_file():
-        others = [
-            str(other.relative_to(folder)) for other in file.parent.glob("*.yaml") if not Path(path).is_absolute()
-        ]
-        raise UserError(f"{key}: no file {path}" + (f"; nearest: {nearest(path, others)}" if others else ""))
+    if not is_file(file):
+        given = Path(path).parent
+        others = [] if given.is_absolute() else [str(given / name) for name in _yaml_files(file.parent)]
+        raise UserError(f"{key}: no file {path:.300}" + (f"; nearest: {nearest(path, others)}" if others else ""))
     try:
         values = load_with_presets(file.read_text(encoding="utf-8"))
+        _check_texts(values)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         position = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -91,17 +109,50 @@ def load_yaml(path: str, key: str, folder: Path) -> dict[str, Any]:
     return values
 
 
+def _yaml_files(folder: Path) -> list[str]:
+    try:
+        return [file.name for file in folder.glob("*.yaml")]
+    except (OSError, ValueError):
+        return []
+
+
 def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     return value
 
 
-def _parse(value: str) -> Any:
+def _parse(value: str, name: str) -> Any:
     try:
-        return load_with_presets(value)
+        values = load_with_presets(value)
+        _check_texts(values)
+    except OutOfBounds as error:
+        raise UserError(f"{name}: {value!r:.60} is refused: {error}") from None
     except yaml.YAMLError:
         return value
+    return values
+
+
+def _check_texts(values: Any) -> None:
+    """Bounds of the texts in a configuration: jsonargparse reads each as YAML where its type is no text.
+
+    Raises:
+        OutOfBounds: one exceeds them.
+    """
+    if isinstance(values, str):
+        try:
+            check_bounds(values)
+        except OutOfBounds:
+            raise
+        except yaml.YAMLError:
+            return  # A text after all.
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            _check_texts(key)
+            _check_texts(value)
+    elif isinstance(values, Iterable) and not isinstance(values, bytes):
+        for value in values:
+            _check_texts(value)
 
 
 def _resolve_presets(values: Any) -> None:

@@ -2,15 +2,16 @@
 check it."""
 
 import json
+import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from muse_lightning.errors import UserError
-from muse_lightning.files import sha256_bytes
+from muse_lightning.files import is_file_name, sha256_bytes
 
 FORMAT_VERSION = 2
 CARD_NAME = "dataset.json"
@@ -18,6 +19,8 @@ INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
 LONG_DOCUMENT_TOKENS = (16384, 32768, 65536)
 
+DTYPES = ("uint16", "int32")
+_TOKENIZER_TYPES = {"name": str, "sha256": str, "vocab_size": int, "special_tokens": dict[str, str]}
 # litdata's names for a chunk of bare numbers. Any other format may be one that unpickles what it reads.
 _PLAIN_TOKENS = re.compile(r"no_header_(tensor|numpy):\d+")
 
@@ -127,9 +130,50 @@ def read_card(dataset: Path) -> DatasetCard:
             name: SplitEntry(**{**split, "chunks": [ChunkEntry(**chunk) for chunk in split["chunks"]]})
             for name, split in content["splits"].items()
         }
-        return DatasetCard(**content)
-    except (TypeError, KeyError, AttributeError) as error:
+        card = DatasetCard(**content)
+        _check_card(card)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; prepare the dataset again") from error
+    return card
+
+
+def _check_card(card: DatasetCard) -> None:
+    """Check that what a card says has the types that it should, and names no file outside its folders.
+
+    Raises:
+        ValueError: something has not; the message says where.
+    """
+    for name, hint in get_type_hints(DatasetCard).items():
+        _check_type(getattr(card, name), hint, name)
+    for name, split in card.splits.items():
+        for path in (name, *(chunk.filename for chunk in split.chunks)):
+            if not is_file_name(path):
+                raise ValueError(f"splits: {path!r:.80} is no name of a file in its own folder")
+    if card.dtype not in DTYPES:
+        raise ValueError(f"dtype: {card.dtype!r:.80} found; accepted: {', '.join(DTYPES)}")
+    for key, hint in _TOKENIZER_TYPES.items():
+        _check_type(card.tokenizer[key], hint, f"tokenizer.{key}")
+
+
+def _check_type(value: Any, hint: Any, where: str) -> None:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        for name, field_hint in get_type_hints(hint).items():
+            _check_type(getattr(value, name), field_hint, f"{where}.{name}")
+    elif origin is dict and isinstance(value, dict):
+        for key, item in value.items():
+            _check_type(item, arguments[1], f"{where}.{key:.40}")
+    elif origin is list and isinstance(value, list):
+        for number, item in enumerate(value):
+            _check_type(item, arguments[0], f"{where}[{number}]")
+    elif hint is int:
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise ValueError(f"{where}: {value!r:.80} found, a whole number of at least 0 expected")
+    elif hint is float:
+        if type(value) not in (int, float) or not abs(value) < math.inf:
+            raise ValueError(f"{where}: {value!r:.80} found, a number expected")
+    elif hint is not Any and not isinstance(value, origin or hint):
+        raise ValueError(f"{where}: {value!r:.80} found, {(origin or hint).__name__} expected")
 
 
 def check_index(folder: Path, entry: SplitEntry, dtype: str) -> None:
@@ -145,8 +189,8 @@ def check_index(folder: Path, entry: SplitEntry, dtype: str) -> None:
         data_format = json.loads(content)["config"]["data_format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); prepare the dataset again") from error
-    if len(data_format) != 1 or not _PLAIN_TOKENS.fullmatch(str(data_format[0])):
-        raise UserError(f"{path}: data format {data_format} refused; only plain tokens of type {dtype} are read")
+    if not isinstance(data_format, list) or len(data_format) != 1 or not _PLAIN_TOKENS.fullmatch(str(data_format[0])):
+        raise UserError(f"{path}: data format {data_format!r:.200} refused; only plain tokens of type {dtype} are read")
     if sha256_bytes(content) != entry.index_sha256:
         raise UserError(
             f"{path} is not the file that {CARD_NAME} describes (SHA-256 differs); prepare the dataset again"

@@ -5,11 +5,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from muse_lightning.data.block_reader import read_block
-from muse_lightning.data.card import TOKENIZER_NAME, DatasetCard, check_index, count_blocks, read_card
+from muse_lightning.data.card import CARD_NAME, TOKENIZER_NAME, DatasetCard, check_index, count_blocks, read_card
 from muse_lightning.data.left_out import read_left_out
 from muse_lightning.data.length_histogram import draw_lengths
 from muse_lightning.data.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, reason_of
 
 _SHOWN = 12
 
@@ -47,7 +47,20 @@ def inspect(
 
 
 def describe_card(dataset: Path, card: DatasetCard) -> list[str]:
-    """Lines of text about a dataset."""
+    """Lines of text about a dataset.
+
+    Raises:
+        UserError: the card lacks something that every dataset has.
+    """
+    try:
+        return _card_lines(dataset, card)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{dataset / CARD_NAME} is damaged: {type(error).__name__}: {reason_of(error)}; prepare the dataset again"
+        ) from error
+
+
+def _card_lines(dataset: Path, card: DatasetCard) -> list[str]:
     lines = [
         f"{dataset}: fingerprint {card.fingerprint[:12]}, format {card.format_version}",
         f"tokenizer {card.tokenizer['name']}: {card.tokenizer['vocab_size']:,} ids, stored as {card.dtype}",

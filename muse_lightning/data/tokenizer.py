@@ -2,7 +2,8 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import tokenizers
 
 from muse_lightning.data.token_bytes import token_texts
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, reason_of
 from muse_lightning.files import sha256_bytes
+
+MAX_IDS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, special_tokens: SpecialTokens = DEFAULT_SPECIAL_TOKENS) -> None:
         names = asdict(special_tokens)
+        check_ids(tokenizer)
         # A file may ask for truncation or padding, which would cut or fill documents silently.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -126,11 +130,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         decoded = [text.decode("utf-8", errors="replace") for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
+        with in_one_line("data.tokenizer: it cannot encode a text"):
+            encodings = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        with in_one_line("data.tokenizer: it cannot decode its ids"):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def to_json(self) -> str:
         return self._tokenizer.to_str()
@@ -138,6 +144,35 @@ class HuggingFaceTokenizer(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         # The library's own pickling forgets encode_special_tokens.
         return _from_json, (self.to_json(), self.special_tokens)
+
+
+def check_ids(tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuse ids that no vocabulary needs: a file can give a token any of 32 bits, and the library itself goes through
+    all below it.
+
+    Raises:
+        UserError: there is one.
+    """
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= MAX_IDS:
+        raise UserError(f"it has the id {largest:,}; accepted: ids below {MAX_IDS:,}")
+
+
+@contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """Whatever the tokenizers library raises becomes a UserError: `what`, and its reason.
+
+    It raises bare Exceptions, also of files that it has read before, and where its Rust code panics something that is
+    no Exception.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({reason_of(error)})") from error
 
 
 def _lengths(texts: Sequence[bytes]) -> np.ndarray:
@@ -164,11 +199,9 @@ def load_tokenizer(name: str, special_tokens: SpecialTokens = DEFAULT_SPECIAL_TO
         path = path / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"data.tokenizer: no file {path}; give 'bytes' or the path of a tokenizer.json")
-    try:
+    with in_one_line(f"data.tokenizer: {path} is not a tokenizer.json"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"data.tokenizer: {path} is not a tokenizer.json ({' '.join(str(error).split())})") from error
-    try:
-        return HuggingFaceTokenizer(tokenizer, special_tokens)
-    except UserError as error:
-        raise UserError(f"data.tokenizer: {path}: {error}") from error
+        try:
+            return HuggingFaceTokenizer(tokenizer, special_tokens)
+        except UserError as error:
+            raise UserError(f"data.tokenizer: {path}: {error}") from error

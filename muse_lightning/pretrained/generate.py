@@ -1,7 +1,6 @@
 """`muse generate`: text that continues a prompt, printed while it comes about."""
 
 import codecs
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from muse_lightning.data.tokenizer import Tokenizer
 from muse_lightning.errors import UserError
+from muse_lightning.files import read_json
 from muse_lightning.pretrained.decoding import generate_tokens
 from muse_lightning.pretrained.prompt import encode_prompt, opening_ids, read_prompt, special_names
 from muse_lightning.pretrained.reference import HF_CONFIG_FILE, open_model
@@ -146,16 +146,20 @@ def end_ids(folder: Path) -> set[int]:
     """Tokens that end a text, of a Hugging Face folder.
 
     Raises:
-        UserError: a file that should say so is not JSON.
+        UserError: a file that should say so is not JSON, or names no ids.
     """
     for name in _END_FILES:
         path = folder / name
         if not path.is_file():
             continue
         try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found = read_json(path).get("eos_token_id")
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is not JSON of keys with values: {' '.join(str(error).split())}") from None
-        if found is not None:
-            return set(found if isinstance(found, list) else [found])
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(one) is int for one in ids):
+            raise UserError(f"{path}: eos_token_id is {found!r:.80}; accepted: an id, or a list of ids")
+        return set(ids)
     return set()

@@ -1,9 +1,7 @@
 """A model by reference: a Hugging Face folder, a run folder or a .ckpt, wherever a model is named."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,6 +9,7 @@ from muse_lightning.attention import exact_attention
 from muse_lightning.checkpoints.choice import damage_of
 from muse_lightning.data.tokenizer import Tokenizer
 from muse_lightning.errors import UserError
+from muse_lightning.files import read_json
 from muse_lightning.model.assign import assign
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.hf import config_from_hf
@@ -154,7 +153,7 @@ def read_hf_config(folder: Path) -> LlamaConfig:
     """
     path = folder / HF_CONFIG_FILE
     try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     return config_from_hf(fields, str(path))

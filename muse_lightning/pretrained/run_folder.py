@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from muse_lightning.bounded_yaml import load_bounded
 from muse_lightning.checkpoints.choice import has_manifest, last_checkpoint, step_of, stored
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig, RopeScaling
@@ -90,7 +91,7 @@ def run_configuration(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
     """
     path = folder / name
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = load_bounded(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict) or not isinstance(found.get("model"), dict):

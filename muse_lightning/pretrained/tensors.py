@@ -1,6 +1,5 @@
 """Tensors of a checkpoint on disk, read one at a time: safetensors, or a pickle of tensors alone."""
 
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from muse_lightning.errors import UserError
+from muse_lightning.files import is_file_name, read_json
 
 SAFETENSORS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
@@ -172,7 +172,7 @@ def load_pickle(file: Path, wanted: str) -> Any:
         UserError: it is not whole, or holds something that is neither a tensor nor a plain value.
     """
     what = f"{file} is not {wanted}"
-    if not zipfile.is_zipfile(file):
+    if not _is_archive(file):
         if _starts_with(file, _OLD_FORMAT):
             raise UserError(
                 f"{what}: it has the format of torch before 1.6; accepted: safetensors, or saved by a newer"
@@ -184,7 +184,7 @@ def load_pickle(file: Path, wanted: str) -> Any:
         # Not torch's own text: it advises to unpickle everything.
         refused = ", ".join(_refused_globals(file)) or type(error).__name__
         raise UserError(f"{what}: it needs {refused}, which is not run; accepted: safetensors") from None
-    except (RuntimeError, EOFError, KeyError, OSError) as error:
+    except Exception as error:  # whatever a damaged file causes
         raise UserError(f"{what}: {_first_line(error)}") from None
 
 
@@ -203,6 +203,13 @@ def _refused_globals(file: Path) -> list[str]:
         return []
 
 
+def _is_archive(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # in place of False, of some damage
+        return False
+
+
 def _starts_with(file: Path, start: bytes) -> bool:
     try:
         with file.open("rb") as opened:
@@ -218,12 +225,12 @@ def read_index(index: Path) -> dict[str, str]:
         UserError: it is not an index, or names files elsewhere.
     """
     try:
-        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = [name for name in sorted(set(files.values())) if Path(name).name != name]
+        files: dict[str, str] = read_json(index)["weight_map"]
+        outside = [name for name in sorted(set(files.values())) if not is_file_name(name)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{index} is not an index of weights: {type(error).__name__}: {_first_line(error)}") from None
     if outside:
-        raise UserError(f"{index} names the file {outside[0]!r}; accepted: names of files in its own folder")
+        raise UserError(f"{index} names the file {outside[0]!r:.300}; accepted: names of files in its own folder")
     return files
 
 

@@ -9,8 +9,16 @@ from typing import Any
 import tokenizers
 
 from muse_lightning.data.token_bytes import byte_level_alphabet
-from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, Tokenizer, load_tokenizer
+from muse_lightning.data.tokenizer import (
+    DEFAULT_SPECIAL_TOKENS,
+    SpecialTokens,
+    Tokenizer,
+    check_ids,
+    in_one_line,
+    load_tokenizer,
+)
 from muse_lightning.errors import UserError
+from muse_lightning.files import read_json
 from muse_lightning.model.config import LlamaConfig
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -66,10 +74,13 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     Raises:
         UserError: it is none.
     """
+    with in_one_line(f"{path} is not a tokenizer.json"):
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path} is not a tokenizer.json ({' '.join(str(error).split())})") from error
+        check_ids(tokenizer)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return tokenizer
 
 
 def choose_special_tokens(folder: Path, config: LlamaConfig) -> SpecialTokens:
@@ -121,7 +132,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
@@ -136,7 +147,7 @@ def _content(token: Any) -> str:
 
 def folder_token_ids(folder: Path) -> dict[str, Any]:
     """Ids of a Hugging Face folder's special tokens as its config.json has them: bos_token_id and others, or lists."""
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = read_json(folder / "config.json")
     return {name: found.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
