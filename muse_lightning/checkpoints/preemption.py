@@ -53,10 +53,23 @@ class SignalFlags:
             self.save = True
 
 
+class _Preempted(BaseException):
+    """SIGTERM. No Exception, so that no library that tries something else after one goes on as if nothing had come."""
+
+
+@contextmanager
+def preemption_as_retry() -> Iterator[None]:
+    """Let a preemption within leave as RetryError."""
+    try:
+        yield
+    except _Preempted:
+        raise RetryError("preempted outside of training by DurableCheckpoint; nothing more was saved") from None
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, as long as nothing else handles it, SIGTERM raises RetryError: for what comes before the first step, and
-    for a training that saves nothing. SIGUSR1 does nothing."""
+    """Inside, as long as nothing else handles it, SIGTERM ends what is done, as RetryError: for what comes before the
+    first step, and for a training that saves nothing. SIGUSR1 does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,11 +79,12 @@ def stoppable() -> Iterator[None]:
         if os.getpid() != pid:
             _die_of(number)
         elif number == STOP:
-            raise RetryError("preempted outside of training by DurableCheckpoint; nothing more was saved")
+            raise _Preempted
 
     before = {number: signal.signal(number, handle) for number in (STOP, SAVE)}
     try:
-        yield
+        with preemption_as_retry():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)

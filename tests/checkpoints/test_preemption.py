@@ -53,6 +53,15 @@ def test_another_thread_leaves_the_handlers_alone() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_library_that_catches_every_exception_does_not_lose_it() -> None:
+    """As jsonargparse, which tries something else when a parameter cannot be resolved."""
+    with pytest.raises(RetryError, match="preempted outside of training"), stoppable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:
+            raise ValueError('Unable to add parameter "sources"') from None
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("kind", ["flags", "stoppable"])
 def test_a_forked_process_dies_of_the_signal(number: signal.Signals, kind: str) -> None:
