@@ -31,10 +31,12 @@ class SignalFlags:
         self._pid = 0
 
     def install(self) -> None:
-        """Take the place of the handlers that there are; outside of the main thread, which gets no signals, nothing."""
+        """Begin anew, in place of the handlers that there are; outside of the main thread, which gets no signals, do
+        nothing."""
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         self._pid = os.getpid()
+        self.stop = self.save = False
         for number in (STOP, SAVE):
             self._before[number] = signal.signal(number, self._set)
 
