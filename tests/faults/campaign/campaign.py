@@ -15,7 +15,7 @@ from typing import Any
 from tests.faults.campaign import files
 from tests.faults.campaign.oracle import Oracle, make_oracle, prepare_datasets
 from tests.faults.campaign.processes import import_everything
-from tests.faults.campaign.run import Plan, Record, Run, make_plan
+from tests.faults.campaign.run import Plan, Record, Run, make_plan, tour
 from tests.faults.campaign.setting import Setting
 
 
@@ -26,6 +26,8 @@ class Campaign:
         kinds: of faults; None: all.
         setting: of every run; None: drawn for each.
         keeps_logs: whether the folder of every run stays, not only of those with a problem.
+        is_quiet: print no problems, and keep no logs of them.
+        stops_at_problem: end a run with the first start that has one.
         mutate: called in the process of each run, before it: puts a mistake into the code under test.
     """
 
@@ -34,11 +36,15 @@ class Campaign:
         kinds: Sequence[str] | None = None,
         setting: Setting | None = None,
         keeps_logs: bool = False,
+        is_quiet: bool = False,
+        stops_at_problem: bool = False,
         mutate: Callable[[], None] = lambda: None,
     ) -> None:
         self.kinds = kinds
         self.setting = setting
         self.keeps_logs = keeps_logs
+        self.is_quiet = is_quiet
+        self.stops_at_problem = stops_at_problem
         self.mutate = mutate
         self._oracles: dict[Setting, Oracle] = {}
 
@@ -79,7 +85,12 @@ class Campaign:
 
     def run(self, seeds: Iterable[int]) -> list[Record]:
         """One run after the other."""
-        return [record for seed in seeds for record in _written(self._started(seed)(), None)]
+        return [record for seed in seeds for record in self._written(self._started(seed)())]
+
+    def run_tour(self) -> list[Record]:
+        """Every kind of fault once."""
+        plans = tour(self.has_mounts)
+        return [record for number, plan in enumerate(plans) for record in self._written(self._started(number, plan)())]
 
     def run_for(
         self, seed: int, seconds: float, most: int | None = None, processes: int = 1, out: Path | None = None
@@ -101,14 +112,24 @@ class Campaign:
                 break
             running.append(self._started(seed + number))
             if len(running) == processes:
-                records += _written(running.pop(0)(), out)
+                records += self._written(running.pop(0)(), out)
         for join in running:
-            records += _written(join(), out)
+            records += self._written(join(), out)
         return records
 
-    def _started(self, seed: int) -> Callable[[], list[Record]]:
+    def _written(self, records: list[Record], out: Path | None = None) -> list[Record]:
+        """The same, told of and written down."""
+        for record in records:
+            for line in () if self.is_quiet else record.problems:
+                print(f"seed {record.seed} start {record.start} {record.kind} at {record.instant}: {line}", flush=True)
+        if out is not None:
+            with out.open("a") as file:
+                file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+        return records
+
+    def _started(self, seed: int, plan: Plan | None = None) -> Callable[[], list[Record]]:
         """Start a run; the function returned waits for it."""
-        plan = self.plan(seed)
+        plan = plan or self.plan(seed)
         oracle = self.oracle(plan.setting)
         folder = self.folder / f"seed{seed}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -116,14 +137,14 @@ class Campaign:
 
         def run() -> list[dict[str, Any]]:
             self.mutate()
-            disturbed = Run(seed, plan, folder, self._prepared, oracle)
+            disturbed = Run(seed, plan, folder, self._prepared, oracle, self.stops_at_problem)
             try:
                 records = disturbed()
             except Exception:
                 # What is left of it cannot be compared: a missing file, or one that cannot be read.
                 records = disturbed.records or [Record(seed, 0, "none", "", 0.0, asdict(plan.setting))]
                 records[-1].problems.append(traceback.format_exc().strip().replace("\n", " | "))
-            if any(record.problems for record in records):
+            if not self.is_quiet and any(record.problems for record in records):
                 shutil.copytree(folder / "work" / "runs", folder / "runs", dirs_exist_ok=True)
             return [asdict(record) for record in records]
 
@@ -131,22 +152,12 @@ class Campaign:
 
         def join() -> list[Record]:
             records = [Record(**record) for record in wait()]
-            if not self.keeps_logs and not any(record.problems for record in records):
+            has_problems = any(record.problems for record in records) and not self.is_quiet
+            if not self.keeps_logs and not has_problems:
                 shutil.rmtree(folder)
             return records
 
         return join
-
-
-def _written(records: list[Record], out: Path | None) -> list[Record]:
-    """The same, told of and written down."""
-    for record in records:
-        for line in record.problems:
-            print(f"seed {record.seed} start {record.start} {record.kind} at {record.instant}: {line}", flush=True)
-    if out is not None:
-        with out.open("a") as file:
-            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
-    return records
 
 
 def _in_fork(function: Callable[[], Any]) -> Any:

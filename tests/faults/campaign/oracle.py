@@ -82,13 +82,22 @@ def trace(events: list[dict[str, Any]]) -> RankTrace:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Hash of the last checkpoint's weights, optimizer, schedule, position in the data and random states."""
+    """Hash of the last checkpoint's weights, optimizer, schedule, position in the data, random states and hashes of all
+    batches."""
     import torch
 
     path = run_of(folder) / "checkpoints" / f"step={MAX_STEPS}.ckpt"
     found = torch.load(path, weights_only=True)
-    names = ("state_dict", "optimizer_states", "lr_schedulers", "TokenDataModule", "random_states", "global_step")
-    return digest({name: found[name] for name in names})
+    names = (
+        "state_dict",
+        "optimizer_states",
+        "lr_schedulers",
+        "TokenDataModule",
+        "random_states",
+        "global_step",
+        "batch_hashes",
+    )
+    return digest({name: found.get(name) for name in names})
 
 
 def logged_losses(folder: Path) -> list[tuple[int, float]]:
