@@ -40,6 +40,24 @@ def fsync_path(path: Path | str) -> None:
         os.close(descriptor)
 
 
+def fsync_names_of(folder: Path) -> None:
+    """Flush the name of a folder, and of all above it on the same mount, to the disk, whoever made them: a power cut
+    loses a folder with all that was flushed in it if its name was not.
+
+    Raises:
+        OSError: the storage is broken.
+    """
+    folder = folder.resolve()
+    while not os.path.ismount(folder):
+        folder = folder.parent
+        try:
+            fsync_path(folder)
+        except OSError as error:
+            # A folder that may not be read was hardly made for this, nor can it be flushed.
+            if error.errno not in {*_CANNOT_RENAME, errno.EACCES}:
+                raise
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write a file so that a reader, or a kill at any instant, sees the old content or the new one, never a part.
 

@@ -1,10 +1,12 @@
 """Files and folders are whole or absent."""
 
+import errno
 import fcntl
 import hashlib
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,7 @@ def test_sha256_of_a_file_and_of_its_bytes(tmp_path):
 
 APPEND_IN_TWO_STEPS = """
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from muse_lightning.files import exclusive_lock
 
@@ -138,6 +141,7 @@ def test_exclusive_lock_leaves_nothing_of_a_block_that_fails(tmp_path):
 
 HOLD = """
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from muse_lightning.files import exclusive_lock
 
@@ -218,3 +222,23 @@ def test_new_directory_names_what_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(files.UserError, match="file"), files.new_directory(tmp_path / "file" / "found", "out"):
         pass
+
+
+def test_the_names_of_a_folder_and_of_those_above_it_are_flushed(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "name" / "checkpoints"
+    folder.mkdir(parents=True)
+    flushed = []
+    monkeypatch.setattr(files, "fsync_path", flushed.append)
+    files.fsync_names_of(folder)
+    assert flushed[:3] == [tmp_path / "runs" / "name", tmp_path / "runs", tmp_path]
+    assert os.path.ismount(flushed[-1])
+
+
+@pytest.mark.parametrize(("code", "is_raised"), [(errno.EIO, True), (errno.EACCES, False), (errno.EINVAL, False)])
+def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, code, is_raised):
+    def fail(path):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files, "fsync_path", fail)
+    with pytest.raises(OSError, match=os.strerror(code)) if is_raised else nullcontext():
+        files.fsync_names_of(tmp_path)

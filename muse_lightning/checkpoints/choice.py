@@ -76,13 +76,18 @@ def by_metric(folder: Path) -> list[Path]:
     measured = []
     for step, path in stored(folder):
         try:
-            value = Manifest.read(path).metrics.get(MONITOR)
+            loss = loss_of(Manifest.read(path))
         except (OSError, ValueError):
             continue
-        # Not a number, if training has diverged, is neither lower nor higher.
-        if value is not None and value == value:
-            measured.append((value, -step, path))
+        if loss is not None:
+            measured.append((loss, -step, path))
     return [path for _, _, path in sorted(measured)]
+
+
+def loss_of(manifest: Manifest) -> float | None:
+    """What `MONITOR` was; None if it was not measured, or was not a number, which is neither lower nor higher."""
+    value = manifest.metrics.get(MONITOR)
+    return value if value is not None and value == value else None
 
 
 def _first_whole(paths: Iterable[Path], say: Callable[[str], None]) -> Path | None:

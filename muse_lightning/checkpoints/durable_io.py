@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from muse_lightning.checkpoints.host_copy import HostCopy
 from muse_lightning.checkpoints.manifest import FORMAT_VERSION, Manifest, manifest_path
 from muse_lightning.errors import reason_of
-from muse_lightning.files import atomic_file, fsync_path
+from muse_lightning.files import atomic_file, fsync_names_of, fsync_path
 
 _SLACK = 1 << 20
 """Bytes for what a checkpoint has besides weights and optimizer: random states of all ranks, counters."""
@@ -41,6 +41,7 @@ class DurableCheckpointIO(CheckpointIO):
         self.failure: OSError | None = None
         self.blocked_s = 0.0
         self.options_of_next: dict[str, Any] = {}
+        self._flushed_folder: Path | None = None
         self._host_copy = HostCopy()
         self._thread: ThreadPoolExecutor | None = None
         self._jobs: list[Future[None]] = []
@@ -121,6 +122,9 @@ class DurableCheckpointIO(CheckpointIO):
         then: Callable[[], None] | None = None,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if self._flushed_folder != path.parent:
+            fsync_names_of(path.parent)
+            self._flushed_folder = path.parent
         with atomic_file(path, may_copy=True) as file:
             hashed = _HashedFile(file)
             try:

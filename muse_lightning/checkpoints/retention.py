@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from muse_lightning.checkpoints.choice import by_metric, step_of, step_path, stored
+from muse_lightning.checkpoints.choice import loss_of, step_path, stored
 from muse_lightning.checkpoints.durable_io import remove_checkpoint
 from muse_lightning.checkpoints.manifest import Manifest
 from muse_lightning.files import PARTIAL
@@ -34,32 +34,54 @@ class Retention:
         self._saved.add(step)
 
     def removable(self, folder: Path) -> list[Path]:
-        """What may go, the oldest first; nothing while fewer than `keep_last` are known to be whole."""
+        """What may go, the oldest first; nothing while fewer than `keep_last` are known to be whole.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
         own = {step: path for step, path in stored(folder) if path == step_path(folder, step)}
-        whole = [step for step, path in own.items() if self._is_whole(step, path)]
+        whole: dict[int, Manifest] = {}
+        unreadable = set()
+        for step, path in own.items():
+            try:
+                manifest = self._whole(step, path)
+            except OSError:
+                # It may be as good as any when the storage answers again.
+                unreadable.add(step)
+            else:
+                if manifest is not None:
+                    whole[step] = manifest
         if len(whole) < self.keep_last:
             return []
-        kept = set(whole[: self.keep_last])
+        kept = unreadable | set(list(whole)[: self.keep_last])
         if self.resumed is not None and sum(step > self.resumed for step in whole) < FEWEST:
             kept.add(self.resumed)
         if self.keep_best:
-            best_first = [step for step in map(step_of, by_metric(folder)) if step in whole]
-            kept.update(best_first[:1])
+            losses = {step: loss for step, manifest in whole.items() if (loss := loss_of(manifest)) is not None}
+            # The first of equal ones, which is the newest.
+            kept.update(sorted(losses, key=losses.__getitem__)[:1])
         return [path for step, path in reversed(own.items()) if step not in kept]
 
     def apply(self, folder: Path) -> None:
-        """Remove what may go. What cannot be removed stays, for another time."""
-        for path in self.removable(folder):
-            with suppress(OSError):
-                remove_checkpoint(path)
+        """Remove what may go. What cannot be read or removed stays, for another time."""
+        with suppress(OSError):
+            for path in self.removable(folder):
+                with suppress(OSError):
+                    remove_checkpoint(path)
 
-    def _is_whole(self, step: int, path: Path) -> bool:
+    def _whole(self, step: int, path: Path) -> Manifest | None:
+        """The manifest of a checkpoint that is known to be whole.
+
+        Raises:
+            OSError: that cannot be told.
+        """
         if step not in self._saved and (self.resumed is None or step > self.resumed):
-            return False
+            return None
         try:
-            return Manifest.read(path).size_bytes == path.stat().st_size
-        except (OSError, ValueError):
-            return False
+            manifest = Manifest.read(path)
+            return manifest if manifest.size_bytes == path.stat().st_size else None
+        except (FileNotFoundError, ValueError):
+            return None
 
 
 def remove_partial(folder: Path) -> None:

@@ -1,7 +1,10 @@
 """What is kept: never fewer than two that are known to be whole, whatever else is there."""
 
+import errno
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,3 +105,50 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "step=2.ckpt").exists()
     remove_partial(tmp_path)
     assert [name for name in names if not (tmp_path / name).exists()] == [".step=9.ckpt.partial-00ff00ff"]
+
+
+@pytest.mark.parametrize("unreadable", [1, 2, 3])
+@pytest.mark.parametrize("name", ["{}.manifest.json", "{}.ckpt"])
+def test_what_cannot_be_read_for_once_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unreadable: int, name: str
+) -> None:
+    retention = Retention(2, keep_best=True)
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        put(tmp_path, step, loss)
+        retention.add(step)
+    broken = tmp_path / name.format(f"step={unreadable}")
+    read_text, stat = Path.read_text, Path.stat
+
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path == broken:
+                raise OSError(errno.EIO, "Input/output error")
+            return function(path, *arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", failing(read_text))
+        patch.setattr(Path, "stat", failing(stat))
+        retention.apply(tmp_path)
+    assert steps(tmp_path) == [1, 2, 3]
+    save(retention, tmp_path, 4, 4.0)
+    assert steps(tmp_path) == [1, 3, 4]
+
+
+def test_a_folder_that_cannot_be_listed_for_once_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retention = Retention(2, keep_best=False)
+    for step in (1, 2):
+        save(retention, tmp_path, step)
+
+    def scandir(path: Path) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    put(tmp_path, 3)
+    retention.add(3)
+    with monkeypatch.context() as patch:
+        patch.setattr("muse_lightning.checkpoints.retention.stored", scandir)
+        retention.apply(tmp_path)
+    assert steps(tmp_path) == [1, 2, 3]
+    retention.apply(tmp_path)
+    assert steps(tmp_path) == [2, 3]
