@@ -189,14 +189,14 @@ def possible(setting: Setting, has_mounts: bool) -> list[str]:
     ]
 
 
-def draw(rng: random.Random, name: str, setting: Setting, last_batch: int = LAST_BATCH) -> Fault:
-    """A fault of a kind at a random instant."""
+def draw(rng: random.Random, name: str, setting: Setting, last_batch: int = LAST_BATCH, last_save: int = 2) -> Fault:
+    """A fault of a kind at a random instant, the last batch and save of its start that it may strike at given."""
     kind = KINDS[name]
     rank = rng.randrange(setting.ranks) if kind.rank is None else kind.rank
     instant = None
     if kind.points:
         point = rng.choice(kind.points)
-        most = {"batch": last_batch * setting.accumulate, "validation": 2, "save": 2}.get(point, 1)
+        most = {"batch": last_batch * setting.accumulate, "validation": 2, "save": last_save}.get(point, 1)
         operation = rng.randrange(OPERATIONS) if point == "save" else 0
         instant = Instant(point, rng.randint(1, most), operation)
     return Fault(name, instant, rank, rng.random())

@@ -95,7 +95,7 @@ def tour(has_mounts: bool) -> list[Plan]:
         if not homes:
             continue
         plan = homes[number % len(homes)]
-        fault = draw(rng, name, plan.setting, last_batch=3)
+        fault = draw(rng, name, plan.setting, last_batch=3, last_save=1)
         # A kind after which the training goes on strikes in a start that another one ends, but the first: what it
         # damages must be there.
         if kind.goes_on and len(plan.starts) > 1:

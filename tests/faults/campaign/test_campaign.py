@@ -47,6 +47,7 @@ def test_every_kind_of_fault_once() -> None:
     ended = program("", "--tour")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert " 0 | 0 | 0 | " in next(line for line in ended.stdout.splitlines() if line.startswith("| all "))
+    assert "; 0 more were planted" in ended.stdout
 
 
 @pytest.mark.slow
