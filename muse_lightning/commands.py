@@ -34,7 +34,7 @@ from muse_lightning.checkpoints.choice import report, step_of
 from muse_lightning.checkpoints.durable_checkpoint import DurableCheckpoint
 from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
 from muse_lightning.checkpoints.manifest import identity_of
-from muse_lightning.checkpoints.preemption import stoppable
+from muse_lightning.checkpoints.preemption import preemption_as_retry, stoppable
 from muse_lightning.configuration.check import ConfigCheck, parse
 from muse_lightning.configuration.differences import differences
 from muse_lightning.configuration.layers import read_layers, use_loader
@@ -42,6 +42,7 @@ from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import arguments_without_credentials, without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
 from muse_lightning.data.ledger import FOLDER_NAME
+from muse_lightning.data.workers import DataWorkerError, death_of_worker
 from muse_lightning.endings import as_ending, refused_by_constructor
 from muse_lightning.errors import (
     ExitCode,
@@ -286,7 +287,7 @@ class MuseCLI(LightningCLI):
                 default_root_dir=trainer["default_root_dir"] or self.run_folder.path,
                 **kwargs,
             )
-        except Exception as error:
+        except BaseException as error:
             with self.run_folder as folder:
                 folder.discard()
             if isinstance(error, (MisconfigurationException, ValueError, TypeError)):
@@ -423,12 +424,16 @@ def run_in_folder(verb: str, cli: MuseCLI) -> None:
     """
     with cli.run_folder as folder:
         try:
-            _run(verb, cli)
+            # Here already, for what is to be done with the folder.
+            with preemption_as_retry():
+                _run(verb, cli)
             if cli.trainer.is_global_zero:
                 print(f"run: {folder.path}", file=sys.stderr)
         except Exception as error:
             ending = as_ending(error, cli.config, (lambda: training_setting(cli)) if verb == "fit" else None)
             if ending is None:
+                if death_of_worker(error) is not None:
+                    raise DataWorkerError from error
                 raise
             if not cli.model.has_trained:
                 folder.discard()

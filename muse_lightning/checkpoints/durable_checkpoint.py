@@ -135,6 +135,7 @@ class DurableCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             remove_partial(self._folder)
         self._saved_at = time.monotonic()
+        self._has_stopped = False
         # Here, because Lightning has just set handlers of its own, which save or broadcast inside of the handler.
         self._signals.install()
 

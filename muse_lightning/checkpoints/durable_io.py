@@ -4,7 +4,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -44,7 +44,7 @@ class DurableCheckpointIO(CheckpointIO):
         self._flushed_folder: Path | None = None
         self._host_copy = HostCopy()
         self._thread: ThreadPoolExecutor | None = None
-        self._last: Future[None] | None = None
+        self._jobs: list[Future[None]] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save it; returns when the training may go on. After `wait`, `failure` says whether it was saved.
@@ -80,21 +80,25 @@ class DurableCheckpointIO(CheckpointIO):
         """Run something after everything that is being written, in the same thread."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._last = self._thread.submit(job)
+        # One that has failed stays until somebody waits, and hears of it.
+        self._jobs = [before for before in self._jobs if not before.done() or before.exception() is not None]
+        self._jobs.append(self._thread.submit(job))
 
     @property
     def is_busy(self) -> bool:
         """Whether something is being written."""
-        return self._last is not None and not self._last.done()
+        return any(not job.done() for job in self._jobs)
 
     def wait(self) -> None:
         """Wait until everything that was submitted is done.
 
         Raises:
-            Exception: an error that is none of the storage.
+            Exception: the first error that is none of the storage.
         """
-        if self._last is not None:
-            self._last.result()
+        jobs, self._jobs = self._jobs, []
+        wait(jobs)
+        for job in jobs:
+            job.result()
 
     def _save(self, checkpoint: dict[str, Any], path: Path, **options: Any) -> None:
         try:

@@ -31,10 +31,12 @@ class SignalFlags:
         self._pid = 0
 
     def install(self) -> None:
-        """Take the place of the handlers that there are; outside of the main thread, which gets no signals, nothing."""
+        """Begin anew, in place of the handlers that there are; outside of the main thread, which gets no signals, do
+        nothing."""
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         self._pid = os.getpid()
+        self.stop = self.save = False
         for number in (STOP, SAVE):
             self._before[number] = signal.signal(number, self._set)
 
@@ -53,10 +55,23 @@ class SignalFlags:
             self.save = True
 
 
+class _Preempted(BaseException):
+    """SIGTERM. No Exception, so that no library that tries something else after one goes on as if nothing had come."""
+
+
+@contextmanager
+def preemption_as_retry() -> Iterator[None]:
+    """Let a preemption within leave as RetryError."""
+    try:
+        yield
+    except _Preempted:
+        raise RetryError("preempted outside of training by DurableCheckpoint; nothing more was saved") from None
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, as long as nothing else handles it, SIGTERM raises RetryError: for what comes before the first step, and
-    for a training that saves nothing. SIGUSR1 does nothing."""
+    """Inside, as long as nothing else handles it, SIGTERM ends what is done, as RetryError: for what comes before the
+    first step, and for a training that saves nothing. SIGUSR1 does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,11 +81,12 @@ def stoppable() -> Iterator[None]:
         if os.getpid() != pid:
             _die_of(number)
         elif number == STOP:
-            raise RetryError("preempted outside of training by DurableCheckpoint; nothing more was saved")
+            raise _Preempted
 
     before = {number: signal.signal(number, handle) for number in (STOP, SAVE)}
     try:
-        yield
+        with preemption_as_retry():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)

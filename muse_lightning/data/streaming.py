@@ -24,6 +24,7 @@ from muse_lightning.data.block_reader import Block, BlockReader
 from muse_lightning.data.mixing import BlockId, Plan, Position
 from muse_lightning.data.order import BlockOrder, Order
 from muse_lightning.data.remote import CachedChunks
+from muse_lightning.data.workers import DataWorkerError, death_of_worker, outlive_preemption
 from muse_lightning.errors import UserError
 
 
@@ -51,10 +52,6 @@ class Share:
                 f"data.ranks_per_block: {ranks_per_block} found, a divisor of the {world_size} ranks expected"
             )
         return cls(world_size // ranks_per_block, rank // ranks_per_block)
-
-
-class DataWorkerError(RuntimeError):
-    """A worker process died."""
 
 
 class BlockLoader:
@@ -88,8 +85,9 @@ class BlockLoader:
             collate_fn=self._collate,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=self._start_method,
-            # It draws a number when it starts: not one of the training's, which a resumed run would draw or not by
-            # whether it begins an epoch.
+            worker_init_fn=outlive_preemption,
+            # Of its own, or every epoch and validation would draw a number from the generator of the training: a run
+            # that resumes behind one of them would have drawn more or fewer.
             generator=torch.Generator(),
         )
         try:
@@ -104,11 +102,9 @@ class BlockLoader:
             raise UserError(message) from error.with_traceback(None)
         except (ConnectionError, EOFError, RuntimeError) as error:
             # The first two are what torch lets through when a worker dies while a batch is being handed over.
-            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            if isinstance(error, RuntimeError) and death_of_worker(error) is None:
                 raise
-            raise DataWorkerError(
-                "a data worker died: killed, or out of memory; try fewer data.num_workers"
-            ) from error.with_traceback(None)
+            raise DataWorkerError from error.with_traceback(None)
 
 
 class EvaluationLoader(BlockLoader):

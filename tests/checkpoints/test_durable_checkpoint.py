@@ -402,3 +402,12 @@ def test_refused_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         DurableCheckpoint(**options)
     assert str(error.value) == f"DurableCheckpoint: {message}"
+
+
+def test_after_a_preemption_the_same_callback_trains_on(tmp_path: Path, handlers: Any) -> None:
+    checkpoint = DurableCheckpoint(tmp_path / "b", every_n_minutes=None)
+    with pytest.raises(RetryError, match="preempted at step 2"):
+        fit(tmp_path, checkpoint, sends(signal.SIGTERM, 1), limit_val_batches=0, max_steps=4)
+    trainer = fit(tmp_path, checkpoint, limit_val_batches=0, max_steps=4, resume=last_checkpoint(tmp_path / "b"))
+    assert trainer.global_step == 4
+    assert steps(tmp_path / "b") == [2, 4]

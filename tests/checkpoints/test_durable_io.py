@@ -253,3 +253,14 @@ def test_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights
     assert not Path("ran").exists()
     torch.load("hostile.ckpt", weights_only=False)
     assert Path("ran").exists()
+
+
+def test_an_error_of_an_earlier_job_is_not_lost_behind_a_later_one(tmp_path: Path) -> None:
+    io = DurableCheckpointIO()
+    io.submit(lambda: 1 // 0)
+    io.submit(lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        io.wait()
+    io.wait()
+    assert not io.is_busy
+    io.teardown()

@@ -53,6 +53,20 @@ def test_another_thread_leaves_the_handlers_alone() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_library_that_catches_every_exception_does_not_lose_it() -> None:
+    """As jsonargparse, which tries something else when a parameter cannot be resolved."""
+
+    def parse() -> None:
+        with stoppable():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except Exception:
+                raise ValueError('Unable to add parameter "sources"') from None
+
+    with pytest.raises(RetryError, match="preempted outside of training"):
+        parse()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("kind", ["flags", "stoppable"])
 def test_a_forked_process_dies_of_the_signal(number: signal.Signals, kind: str) -> None:
@@ -71,10 +85,8 @@ def test_a_forked_process_dies_of_the_signal(number: signal.Signals, kind: str) 
 
 
 def test_before_the_first_step() -> None:
-    with stoppable():
-        os.kill(os.getpid(), signal.SIGUSR1)
-        with pytest.raises(RetryError, match="preempted outside of training"):
-            os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(RetryError, match="preempted outside of training"), stoppable():
+        os.kill(os.getpid(), signal.SIGUSR1), os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_alone_one_agrees_with_oneself() -> None:

@@ -18,7 +18,8 @@ from muse_lightning.data import TokenDataModule, streaming
 from muse_lightning.data.block_reader import read_block
 from muse_lightning.data.card import count_blocks
 from muse_lightning.data.prepared import MixtureEntry
-from muse_lightning.data.streaming import DataWorkerError, TrainLoader
+from muse_lightning.data.streaming import TrainLoader
+from muse_lightning.data.workers import DataWorkerError
 from muse_lightning.errors import UserError
 
 SEQ_LEN = 300  # about 30 training batches of 2 blocks

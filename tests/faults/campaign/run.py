@@ -1,0 +1,314 @@
+"""One run of the campaign: the same command line, disturbed and started again until it is done, then compared."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.faults.campaign import files
+from tests.faults.campaign.faults import ALL_RANKS, KILLED, KINDS, Fault, draw, possible
+from tests.faults.campaign.oracle import (
+    COMMAND,
+    Oracle,
+    RankTrace,
+    checkpoint_digest,
+    enter,
+    logged_losses,
+    read_events,
+    trace,
+)
+from tests.faults.campaign.probe import Probe
+from tests.faults.campaign.processes import GRACE_S, Ended, Start, adopt_orphans
+from tests.faults.campaign.setting import MAX_STEPS, Setting, lay_out, run_of
+
+MOST_STARTS = 24
+FEWEST_FAULTS = 3
+
+
+@dataclass
+class Record:
+    """One injection and what came of it."""
+
+    seed: int
+    start: int
+    kind: str
+    instant: str
+    amount: float
+    setting: dict[str, Any]
+    has_struck: bool = False
+    codes: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    """That the start took which it struck in."""
+    recomputed: int | None = None
+    """Steps that had been trained and were not in the newest whole checkpoint."""
+    first_step_s: float | None = None
+    """Seconds from the next start to the end of its first step."""
+    lost: int = 0
+    repeated: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a seed stands for."""
+
+    setting: Setting
+    starts: list[list[Fault]]
+    """Faults of each start; of those after them, none."""
+
+
+def make_plan(seed: int, has_mounts: bool, kinds: Sequence[str] | None = None, setting: Setting | None = None) -> Plan:
+    """Draw a setting and its faults: three or four that end a start, and others before and beside them.
+
+    Args:
+        seed: of all that is drawn.
+        has_mounts: see `possible`.
+        kinds: to draw from; None: all.
+        setting: None: drawn.
+    """
+    rng = random.Random(seed)
+    drawn = Setting(rng.choice((1, 1, 2)), rng.choice((1, 1, 2)), rng.choice((0, 2)), rng.random() < 0.5)
+    setting = setting or drawn
+    names = [name for name in possible(setting, has_mounts) if kinds is None or name in kinds]
+    going_on = [name for name in names if KINDS[name].goes_on]
+    ending = [name for name in names if not KINDS[name].goes_on]
+    starts = []
+    for _ in range(rng.choice((3, 4))):
+        chosen = [rng.choice(going_on) for _ in range(rng.choice((0, 1, 1, 2))) if going_on]
+        if ending:
+            chosen.append(rng.choice(ending))
+        starts.append([draw(rng, name, setting) for name in dict.fromkeys(chosen)])
+    return Plan(setting, starts)
+
+
+def tour(has_mounts: bool) -> list[Plan]:
+    """A few plans in which every kind of fault is planted once: on one rank, and those that need two on two."""
+    settings = (Setting(workers=2), Setting(accumulate=2, is_asynchronous=False), Setting(), Setting(ranks=2))
+    plans = [Plan(setting, []) for setting in settings]
+    rng = random.Random(0)
+    for number, (name, kind) in enumerate(sorted(KINDS.items(), key=lambda item: item[1].goes_on)):
+        homes = [plan for plan in plans if name in possible(plan.setting, has_mounts)]
+        homes = [plan for plan in homes if plan.setting.ranks == kind.ranks]
+        if not homes:
+            continue
+        plan = homes[number % len(homes)]
+        fault = draw(rng, name, plan.setting, last_batch=3, last_save=1)
+        # A kind after which the training goes on strikes in a start that another one ends, but the first: what it
+        # damages must be there.
+        if kind.goes_on and len(plan.starts) > 1:
+            plan.starts[1 + number % (len(plan.starts) - 1)].insert(0, fault)
+        else:
+            plan.starts.append([fault])
+    return plans
+
+
+class Run:
+    """One run. Use it in a process of its own: it mounts a file system there.
+
+    Args:
+        seed: for the records.
+        plan: what happens.
+        folder: an empty folder for notes, logs and the working directory.
+        prepared: where the datasets are.
+        oracle: the undisturbed run of the same setting.
+        stops_at_problem: end with the first start that has one.
+    """
+
+    def __init__(
+        self, seed: int, plan: Plan, folder: Path, prepared: Path, oracle: Oracle, stops_at_problem: bool = False
+    ) -> None:
+        self.seed = seed
+        self.plan = plan
+        self.folder = folder
+        self.work = folder / "work"
+        self.prepared = prepared
+        self.oracle = oracle
+        self.stops_at_problem = stops_at_problem
+        self.records: list[Record] = []
+        self._pending: list[Record] = []
+
+    def __call__(self) -> list[Record]:
+        """Start until it is done, and compare."""
+        self.work.mkdir(parents=True)
+        files.mount_disk(self.work)
+        adopt_orphans()
+        lay_out(self.work, self.prepared, self.plan.setting)
+        for number in range(MOST_STARTS):
+            faults = self.plan.starts[number] if number < len(self.plan.starts) else []
+            if self._start(number, faults):
+                break
+            if self.stops_at_problem and any(record.problems for record in self.records):
+                return self.records
+        else:
+            self._blame([f"not done after {MOST_STARTS} starts"])
+        self._blame(self._compare_whole())
+        return self.records
+
+    def _blame(self, problems: list[str]) -> None:
+        if problems:
+            self.records[-1].problems += problems
+
+    def _start(self, number: int, faults: list[Fault]) -> bool:
+        """One start; whether the run is done."""
+        planted = [fault for fault in faults if self._plant(fault)]
+        records = {
+            fault: Record(
+                self.seed, number, fault.kind, str(fault.instant or "before"), fault.amount, asdict(self.plan.setting)
+            )
+            for fault in planted
+        }
+        whole = files.newest_whole(self.work)
+        seconds: list[int] = []
+        ended, began = self._launch(f"start{number}", planted, lambda: self._while_stopped(planted, seconds))
+        for fault in planted:
+            if (mend := KINDS[fault.kind].mend) is not None:
+                mend(self.work, fault)
+        events = [read_events(self.folder / f"start{number}.events", rank) for rank in range(self.plan.setting.ranks)]
+        struck = {event["instant"] for of_rank in events for event in of_rank if event["event"] == "struck"}
+        for fault, record in records.items():
+            record.has_struck = fault.instant is None or str(fault.instant) in struck
+            record.codes, record.seconds = ended.codes, round(ended.seconds, 2)
+        self.records += records.values()
+        problems = self._judge_start(ended, events, whole, began)
+        has_looked = any(event["event"] == "folder" for event in events[0])
+        struck_faults = [fault for fault, record in records.items() if record.has_struck]
+        problems += self._judge_ending(ended, struck_faults, has_looked)
+        problems += [f"a second run ended with {code} instead of 75" for code in seconds if code != 75]
+        trained = max([whole, *(event["step"] for event in events[0] if event["event"] == "end")])
+        left = files.newest_whole(self.work)
+        for fault, record in records.items():
+            if record.has_struck and not KINDS[fault.kind].goes_on:
+                record.recomputed = max(0, trained - left)
+                if record.recomputed and not KINDS[fault.kind].recomputes and 75 in ended.codes:
+                    problems.append(f"{fault.kind}: {record.recomputed} steps are not in the checkpoint")
+        self._pending = [record for record in records.values() if record.has_struck] or self._pending
+        if problems and not self.records:
+            raise AssertionError(f"seed {self.seed}: {problems} without a fault\n{ended.log}")
+        self._blame(problems)
+        return not any(ended.codes) and left == MAX_STEPS
+
+    def _plant(self, fault: Fault) -> bool:
+        plant = KINDS[fault.kind].plant
+        return plant is None or plant(self.work, fault) is not False
+
+    def _launch(
+        self, name: str, faults: list[Fault], when_stopped: Callable[[], None], grace_s: float = GRACE_S
+    ) -> tuple[Ended, float]:
+        def inside(rank: int) -> None:
+            strikes = [
+                (fault.instant, _strike(fault))
+                for fault in faults
+                if fault.instant is not None and fault.rank in (rank, ALL_RANKS)
+            ]
+            enter(self.folder / f"{name}.events", rank, strikes)
+
+        began = time.monotonic()
+        start = Start(COMMAND, self.work, self.plan.setting.ranks, inside, self.folder / f"{name}.log", grace_s)
+        return start.run(when_stopped), began
+
+    def _while_stopped(self, faults: list[Fault], seconds: list[int]) -> None:
+        """What happens while a rank is stopped: time passes, or somebody starts the command again."""
+        for fault in faults:
+            if KINDS[fault.kind].when_stopped == "wait":
+                time.sleep(0.02 + 0.2 * fault.amount)
+            elif KINDS[fault.kind].when_stopped == "second" and files.newest_whole(self.work):
+                # Its second rank waits in vain for the first: no signal interrupts that.
+                ended, _ = self._launch(f"second{len(seconds)}", [], lambda: None, grace_s=0.3)
+                seconds.append(ended.codes[0])
+
+    def _judge_start(self, ended: Ended, events: list[list[dict[str, Any]]], whole: int, began: float) -> list[str]:
+        """Where it went on from, and whether every state and batch is the oracle's."""
+        problems = ["hung"] if ended.has_hung else []
+        folders = [event for event in events[0] if event["event"] == "folder"]
+        resumed = folders[-1]["resumed"] if folders else None
+        if resumed not in (None, whole):
+            problems.append(f"resumed from step {resumed}, the newest whole checkpoint is of step {whole}")
+        for rank, of_rank in enumerate(events):
+            first = next((event for event in of_rank if event["event"] == "begin"), None)
+            if first is not None and resumed is not None:
+                due = resumed * self.plan.setting.accumulate
+                self._count(max(0, first["batch"] - due), max(0, due - first["batch"]))
+            problems += [f"rank {rank}: {line}" for line in differences(trace(of_rank), self.oracle.ranks[rank])]
+        done = next((event["time"] for event in events[0] if event["event"] == "end"), None)
+        if done is not None:
+            for record in self._pending:
+                record.first_step_s = round(done - began, 3)
+            self._pending = []
+        return problems
+
+    def _count(self, lost: int, repeated: int) -> None:
+        if self.records:
+            self.records[-1].lost += lost
+            self.records[-1].repeated += repeated
+
+    def _judge_ending(self, ended: Ended, faults: list[Fault], has_looked: bool) -> list[str]:
+        """Whether exit code and words are what the faults that have struck ask for.
+
+        Args:
+            ended: the start.
+            faults: those that have struck.
+            has_looked: whether it came to choose a checkpoint; else it has said nothing of any.
+        """
+        ending = [fault for fault in faults if not KINDS[fault.kind].goes_on]
+        others = [fault for fault in faults if KINDS[fault.kind].goes_on and (fault.instant or has_looked)]
+        codes = KINDS[ending[0].kind].codes if ending else frozenset({0})
+        code = ended.codes[0]
+        problems = []
+        if code not in codes:
+            problems.append(f"ended with {ended.codes}; right: {sorted(codes)}; {_last_line(ended.log)}")
+        if code != KILLED:
+            said = [KINDS[fault.kind].says for fault in [*others, *(ending if code else [])]]
+            problems += [f"the log does not say {words!r}" for words in said if words not in ended.log]
+        # The thread of TensorBoard's writer prints its own when the disk is full.
+        if code not in (1, 77) and "Traceback" in ended.log:
+            problems.append(f"a traceback; {_last_line(ended.log)}")
+        return problems
+
+    def _compare_whole(self) -> list[str]:
+        """Whether the whole run is the oracle's: ledger, last checkpoint, what was logged."""
+        problems = []
+        for rank, of_rank in enumerate(self.oracle.ranks):
+            lines = (run_of(self.work) / "ledger" / f"rank{rank}.jsonl").read_text().splitlines()
+            noted = [entry for entry in map(json.loads, lines) if "hash" in entry]
+            numbers = [entry["batch"] for entry in noted]
+            lost, repeated = len(set(of_rank.batches) - set(numbers)), len(numbers) - len(set(numbers))
+            self._count(lost, repeated)
+            if lost or repeated or numbers != sorted(numbers):
+                problems.append(f"rank {rank}: ledger: {lost} batches lost, {repeated} repeated")
+            wrong = [entry["batch"] for entry in noted if entry["hash"] != of_rank.batches[entry["batch"]][0]]
+            if wrong:
+                problems.append(f"rank {rank}: ledger: other tokens in batches {wrong[:5]}")
+        if checkpoint_digest(self.work) != self.oracle.checkpoint:
+            problems.append("the last checkpoint is not that of the undisturbed run")
+        if logged_losses(self.work) != self.oracle.logged:
+            problems.append("TensorBoard shows other losses than of the undisturbed run")
+        return problems
+
+
+def _strike(fault: Fault) -> Callable[[Probe], None]:
+    act = KINDS[fault.kind].act
+    assert act is not None
+    return lambda probe: act(probe, fault)
+
+
+def differences(found: RankTrace, wanted: RankTrace) -> list[str]:
+    """What differs first between what a start did and the oracle, a line for states and one for batches."""
+    lines = []
+    for batch, state in sorted(found.states.items()):
+        parts = [name for name, value in state.items() if value != wanted.states[batch][name]]
+        if parts:
+            lines.append(f"before batch {batch}: other {', '.join(parts)}")
+            break
+    for batch, values in sorted(found.batches.items()):
+        if values != wanted.batches[batch]:
+            lines.append(f"batch {batch}: {'other loss' if values[0] == wanted.batches[batch][0] else 'other tokens'}")
+            break
+    return lines
+
+
+def _last_line(log: str) -> str:
+    lines = [line for line in log.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
