@@ -223,7 +223,9 @@ class DurableCheckpoint(Checkpoint):
         if trainer.global_step > 0 and not _is_trial(trainer):
             self._step = trainer.global_step
             self._finish(trainer)
-        self._signals.restore()
+        # Lightning puts back, before `teardown`, what there was before its handlers and ours. Its own must not have the
+        # time between: the second SIGTERM of a launcher would broadcast to ranks that have ended.
+        self._signals.leave()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the states of the random generators of all ranks."""
@@ -231,8 +233,7 @@ class DurableCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Listen no longer. What is being written is finished when the trainer takes its CheckpointIO down."""
-        # Not in `teardown`, before which Lightning has already put back the handlers that there were before its own.
-        self._signals.restore()
+        self._signals.leave()
 
     @property
     def _path(self) -> Path:

@@ -46,6 +46,11 @@ class SignalFlags:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
+    def leave(self) -> None:
+        """As restore, where others put back what there was before both; until then a signal sets a flag that nobody
+        looks at."""
+        self._before = {}
+
     def _set(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             _die_of(number)

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -411,3 +412,23 @@ def test_after_a_preemption_the_same_callback_trains_on(tmp_path: Path, handlers
     trainer = fit(tmp_path, checkpoint, limit_val_batches=0, max_steps=4, resume=last_checkpoint(tmp_path / "b"))
     assert trainer.global_step == 4
     assert steps(tmp_path / "b") == [2, 4]
+
+
+@pytest.mark.parametrize("hook", ["on_exception", "on_train_end"])
+def test_lightning_handles_no_signal_after_the_training(tmp_path: Path, handlers: Any, hook: str) -> None:
+    """Its handler broadcasts, to ranks that may have ended."""
+    found = []
+
+    class Late(DurableCheckpoint):
+        pass
+
+    def note(self: Any, *args: Any) -> None:
+        getattr(DurableCheckpoint, hook)(self, *args)
+        found.append(signal.getsignal(signal.SIGTERM))
+
+    setattr(Late, hook, note)
+    checkpoint = Late(tmp_path / "b", every_n_minutes=None)
+    stop = [sends(signal.SIGTERM, 1)] if hook == "on_exception" else []
+    with pytest.raises(RetryError) if stop else nullcontext():
+        fit(tmp_path, checkpoint, *stop, limit_val_batches=0, max_steps=4)
+    assert found == [checkpoint._signals._set]

@@ -61,6 +61,8 @@ class Ended:
     log: str
     """Standard output and error of all ranks."""
     seconds: float
+    first_code: int = 0
+    """Of the first rank that failed, which a launcher reports; 0 if none did."""
     has_hung: bool = False
     stops: int = 0
     """How often a rank was stopped (SIGSTOP) and made to go on."""
@@ -131,6 +133,7 @@ class Start:
             elif pid:
                 codes[pid] = os.waitstatus_to_exitcode(status)
                 if codes[pid] and failed_at is None:
+                    ended.first_code = codes[pid]
                     failed_at = time.monotonic()
                     # As torchrun does it.
                     self._signal(signal.SIGTERM, codes)
