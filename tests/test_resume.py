@@ -155,7 +155,9 @@ def test_two_processes_of_which_the_first_is_told_to_stop(muse: Muse) -> None:
     """Both save the same step and stop; the same command goes on, and is the run that nobody stopped."""
     assert muse.with_recipe("prepare")[0] == 0
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1", "--trainer.max_steps=2000", *SAVES)
-    command = ["fit", "--config=recipe.yaml", *ranks, "--resume"]
+    # A learning rate that does not depend on where the training is to end.
+    constant = ("--model.schedule=wsd", "--model.decay_fraction=0")
+    command = ["fit", "--config=recipe.yaml", *ranks, *constant, "--resume"]
     run = start(command, Path("log"))
     assert run.pid is not None
     folder = Path("runs/tiny/version_0/checkpoints")
