@@ -43,14 +43,13 @@ class Transfers:
         self._stream.wait_stream(torch.cuda.current_stream(on_gpu.device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        # Should it be freed before anybody has waited.
-        on_gpu.record_stream(self._stream)
         return self._stream.record_event()
 
 
 @dataclass
 class _Storage:
-    """A storage, on the device, the host or both."""
+    """A storage, on the device, the host or both. Its memory on the device is freed only behind a wait for the copy:
+    `record_stream` would do, but keeps it until the host has seen the copy's end, and the host is far ahead."""
 
     device: torch.device
     x: Tensor | None
@@ -67,6 +66,9 @@ class _Storage:
         """Free it on the device."""
         self.wait()
         self.x = None
+
+    def __del__(self) -> None:
+        self.wait()  # should a graph be dropped before its backward pass
 
 
 @dataclass(frozen=True)

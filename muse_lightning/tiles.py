@@ -30,7 +30,7 @@ def in_tiles(function: Callable[[Tensor], Tensor], tiles: int, parameters: Seque
         return _run(function, tiles, rows, x.shape)
     # Before anything is computed: if all that a surrounding checkpoint wants is x, it stops here.
     kept = _Keep.apply(rows, torch.empty(0, device=x.device, requires_grad=True))
-    return _InTiles.apply(function, tiles, kept.grad_fn, x.shape, rows, *parameters)
+    return _InTiles.apply(function, tiles, [kept], x.shape, rows, *parameters)
 
 
 def _run(function: Callable[[Tensor], Tensor], tiles: int, rows: Tensor, shape: torch.Size) -> Tensor:
@@ -60,7 +60,7 @@ class _InTiles(torch.autograd.Function):
         ctx: Any,
         function: Callable[[Tensor], Tensor],
         tiles: int,
-        kept: Any,
+        kept: list[Tensor],
         shape: torch.Size,
         rows: Tensor,
         *parameters: Tensor,
@@ -72,8 +72,10 @@ class _InTiles(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.kept.saved_tensors
-        ctx.kept = None
+        # The tensor, for it holds on to its node, of which torch 2.11 frees all that it keeps with the last tensor.
+        (kept,) = ctx.kept
+        (rows,) = kept.grad_fn.saved_tensors
+        ctx.kept = kept = None
         needs_rows, *needs = ctx.needs_input_grad[4:]
         wanted = [parameter for parameter, is_needed in zip(ctx.parameters, needs, strict=True) if is_needed]
         grad_rows = torch.empty_like(rows) if needs_rows else None

@@ -150,15 +150,15 @@ def test_without_gradients_nothing_is_copied() -> None:
 @pytest.mark.parametrize("policy", ["keep_attention", "block"])
 @pytest.mark.parametrize("attention", [Dense, Muse], ids=["Dense", "Muse"])
 def test_on_a_gpu(attention: type[AttentionStrategy], policy: Recompute) -> None:
-    """Gradients equal bit for bit, and the peak is lower by what all blocks but two keep; over several steps, in which
-    buffers are used again."""
+    """Gradients are as near to those of two runs without as these to each other, equal where those are, and the peak is
+    lower by what all blocks but two keep; over several steps, in which buffers are used again."""
     tokens, layers = 32768, 8
     config = LlamaConfig(
         **(vars(CONFIG) | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": layers})
     )
     found, peaks = [], []
     torch.use_deterministic_algorithms(True, warn_only=True)
-    for offloads in (False, True):
+    for offloads in (False, False, True):
         torch.manual_seed(0)
         llama = Llama(config, attention).to("cuda")
         recompute_in_backward(llama, policy)
@@ -175,7 +175,7 @@ def test_on_a_gpu(attention: type[AttentionStrategy], policy: Recompute) -> None
         peaks.append(torch.cuda.max_memory_allocated())
         del llama, loss
     torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert all((a - c).norm() <= 2 * (a - b).norm() for a, b, c in zip(*found, strict=True))
     hidden = tokens * config.hidden_size * 4
     per_block = hidden if policy == "block" else hidden * (1 + (1 + 0.5 + 0.5 + 1) / 2)
-    assert peaks[0] - peaks[1] > 0.8 * (layers - 2) * per_block
+    assert peaks[1] - peaks[2] > 0.8 * (layers - 2) * per_block

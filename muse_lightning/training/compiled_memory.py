@@ -108,8 +108,10 @@ def _plan(function: Callable[..., Any], module: nn.Module, args: Sequence[Tensor
     )
     parameters = dict(module.named_parameters())
     mode = next(arg.fake_mode for arg in args if isinstance(arg, FakeTensor))
-    # torch.compile refuses to work inside of other modes, such as what counts memory.
-    with _disable_current_modes(), mode, torch.enable_grad(), _true_norms():
+    # torch.compile refuses to work inside of other modes, such as what counts memory; a checkpoint around it would
+    # count what is kept here.
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with _disable_current_modes(), mode, torch.enable_grad(), _true_norms(), hooks:
         own = [arg.detach().requires_grad_(arg.requires_grad) for arg in args]
         results = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*own)
         results = list(results) if isinstance(results, tuple) else [results]

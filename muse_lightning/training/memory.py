@@ -100,6 +100,10 @@ def step_memory(
     live = LiveMemory("cpu", _workspace_of_attention if on_gpu else lambda *_: 0)
     dtype = TRUE_DTYPES.get(str(precision), torch.float32)
     twin = model.twin(compiled=False, weights=None, seq_len=None, tokenizer_size=None)
+    for block in twin.llama.blocks:
+        options = getattr(block.self_attn.attention, "options", {})
+        if "implementation" in options:
+            options["implementation"] = "auto"  # a kernel that is asked for wants a GPU
     if on_gpu and model.compiled and (model.recompute == "none" or model.recompute_every > 1):
         _as_compiled(twin)
     try:
