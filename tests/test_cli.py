@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from muse_lightning import __version__
 from muse_lightning.cli import VERBS
-from muse_lightning.commands import MuseCLI
 from muse_lightning.configuration.packaged import recipes_folder
 from muse_lightning.data.card import read_card
+from muse_lightning.recipe_cli import MuseCLI
 from muse_lightning.training.module import LanguageModel
 from tests.recipe import RECIPE, Muse, start
 

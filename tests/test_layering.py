@@ -28,7 +28,7 @@ TRAINING = {
     "pretrained",
     *OPERATORS,
 }
-CLI = {"cli", "commands", "endings", "function_commands", "configuration", "libraries"}
+CLI = {"cli", "recipe_cli", "commands", "endings", "function_commands", "configuration", "libraries"}
 MAY_IMPORT: dict[str, set[str]] = {
     "muse_kernels": set(),
     "collectives": set(),
@@ -58,8 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": TRAINING | OPEN_TO_ALL,
     "numerics": TRAINING | OPEN_TO_ALL,
     "compare": TRAINING | {"callbacks"} | OPEN_TO_ALL,
-    "speed": TRAINING | {"callbacks", "commands"} | OPEN_TO_ALL,
-    "reproduce": TRAINING | {"commands", "function_commands", "configuration"} | OPEN_TO_ALL,
+    "speed": TRAINING | {"callbacks", "recipe_cli"} | OPEN_TO_ALL,
+    "reproduce": TRAINING | {"commands", "recipe_cli", "function_commands", "configuration"} | OPEN_TO_ALL,
     **{unit: CLI | TRAINING | {"callbacks", "numerics", "compare"} | OPEN_TO_ALL for unit in CLI},
 }
 # Units that must do with the standard library and these.

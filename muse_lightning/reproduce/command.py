@@ -10,10 +10,11 @@ from typing import Any
 import lightning as L
 
 from muse_lightning.checkpoints.preemption import stoppable
-from muse_lightning.commands import MuseCLI, run_in_folder, say
+from muse_lightning.commands import run_in_folder
 from muse_lightning.errors import ExitCode, UserError
 from muse_lightning.function_commands import parse_flags
 from muse_lightning.pretrained.run_folder import CONFIG_FILE
+from muse_lightning.recipe_cli import MuseCLI, say
 from muse_lightning.reproduce.losses import TRAIN_LOSS, compare, first_other_batch, logged_losses
 from muse_lightning.reproduce.recorded import Start, differences_then_now, starts_of
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from muse_lightning.commands import MuseCLI
 from muse_lightning.data.batches import to_device
 from muse_lightning.errors import UserError
 from muse_lightning.files import atomic_write, new_directory
@@ -20,6 +19,7 @@ from muse_lightning.measure.bench.parts import split_into_parts
 from muse_lightning.measure.bench.report import NONE, Row, aligned, machine_line, markdown
 from muse_lightning.measure.bench.timing import Ceilings, CudaInstruments, Instruments, measure_ceilings
 from muse_lightning.measure.info import MIXED_DTYPES, TRUE_DTYPES, result_header
+from muse_lightning.recipe_cli import MuseCLI
 from muse_lightning.speed.batches import check_documents, random_batch
 from muse_lightning.speed.parts import Part, attention_pass, time_parts
 from muse_lightning.speed.recorder import SNAPSHOT_NAME, TRACE_NAME, Recorder

@@ -14,7 +14,6 @@ import torch
 from jsonargparse import Namespace
 
 from muse_lightning.attention import Dense
-from muse_lightning.commands import MuseCLI
 from muse_lightning.data.batches import document_lengths
 from muse_lightning.errors import UserError
 from muse_lightning.files import atomic_write, new_directory
@@ -23,6 +22,7 @@ from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
 from muse_lightning.measure.info import result_header
 from muse_lightning.parallelize import Recompute
+from muse_lightning.recipe_cli import MuseCLI
 from muse_lightning.speed.batches import check_documents, random_batch
 from muse_lightning.speed.steps import Steps, time_steps
 from muse_lightning.training.memory import StepMemory, step_memory

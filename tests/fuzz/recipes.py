@@ -28,12 +28,12 @@ from unittest import mock
 
 from jsonargparse import _core, _subcommands
 
-from muse_lightning.commands import MuseCLI
 from muse_lightning.configuration.allow_list import only_allowed_modules
 from muse_lightning.configuration.check import UNREADABLE
 from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import REDACTED
 from muse_lightning.errors import UserError, shown_url
+from muse_lightning.recipe_cli import MuseCLI
 from tests.fuzz.recipe_cases import Case, Grammar
 
 LONGEST_S = 5.0

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from muse_lightning.commands import MuseCLI
 from muse_lightning.measure.bench.parts import BETWEEN
 from muse_lightning.measure.bench.timing import Ceilings, Run
 from muse_lightning.measure.info import result_header
+from muse_lightning.recipe_cli import MuseCLI
 from muse_lightning.speed import profile as under_test
 from muse_lightning.speed.parts import Part, time_parts
 from muse_lightning.speed.profile import Profile, ProfileOptions, page, profile, records, table

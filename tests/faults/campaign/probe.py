@@ -151,12 +151,12 @@ def _before(owner: Any, name: str, first: Callable[..., None]) -> None:
 
 
 def _attach_to_stages(probe: Probe) -> None:
-    import muse_lightning.commands as commands
     from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
+    from muse_lightning.recipe_cli import MuseCLI
     from muse_lightning.training.run_folder import RunFolder
 
-    _before(commands.MuseCLI, "parse_arguments", lambda *_: probe.reach("parse"))
-    _before(commands.MuseCLI, "_report_differences", lambda *_: probe.reach("locked"))
+    _before(MuseCLI, "parse_arguments", lambda *_: probe.reach("parse"))
+    _before(MuseCLI, "_report_differences", lambda *_: probe.reach("locked"))
     _after(DurableCheckpointIO, "load_checkpoint", lambda *_, **__: probe.reach("loaded"))
     _after(RunFolder, "__init__", lambda folder, *_, **__: probe.note("folder", resumed=_step(folder.resumed)))
 
