@@ -18,11 +18,13 @@ from tests.leak.leaks import CONTROLS, HONEST
 from tests.leak.settings import CONTIGUOUS_QUERIES, REAL_CHUNKS, SEMANTIC_QUERIES, SMALL, SUMMARIES_ALONE
 from tests.leak.training import ERRORS, Result, Setting, train_and_evaluate
 
+AT_DEFAULT_SIZES = 1e-4
+"""Nats that may be found there: 0.00002 were (docs/attention.md), and the weaker control makes 0.005."""
 EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 HONEST_SETTINGS = [
-    pytest.param(SMALL, marks=pytest.mark.slow, id="small"),
-    pytest.param(SUMMARIES_ALONE, marks=EXHAUSTIVE, id="summaries-alone"),
-    pytest.param(REAL_CHUNKS, marks=pytest.mark.gpu, id="real-chunks"),
+    pytest.param(SMALL, 0.0, marks=pytest.mark.slow, id="small"),
+    pytest.param(SUMMARIES_ALONE, 0.0, marks=EXHAUSTIVE, id="summaries-alone"),
+    pytest.param(REAL_CHUNKS, AT_DEFAULT_SIZES, marks=pytest.mark.gpu, id="real-chunks"),
 ]
 CONTROL_SETTINGS = [
     pytest.param(SMALL, marks=pytest.mark.slow, id="small"),
@@ -39,10 +41,10 @@ def trained(name: str, setting: Setting) -> tuple[Result, Result]:
     return result, dense
 
 
-@pytest.mark.parametrize("setting", HONEST_SETTINGS)
-def test_a_short_training_finds_no_leak(setting: Setting) -> None:
+@pytest.mark.parametrize(("setting", "allowed"), HONEST_SETTINGS)
+def test_a_short_training_finds_no_leak(setting: Setting, allowed: float) -> None:
     result, _ = trained("honest", setting)
-    assert result.is_clean, result
+    assert result.is_clean or -allowed < result.excess.mean < 0, result
 
 
 @pytest.mark.parametrize("setting", CONTROL_SETTINGS)
@@ -51,6 +53,7 @@ def test_training_finds_a_leak_that_is_there(name: str, setting: Setting) -> Non
     with CONTROLS[name]():
         result, _ = trained(name, setting)
     assert result.leaks, result
+    assert result.excess.mean < -10 * AT_DEFAULT_SIZES, result
     assert result.advantage.errors > ERRORS, result
 
 
