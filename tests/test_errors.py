@@ -507,13 +507,16 @@ def test_settings_of_the_allow_list_exist() -> None:
 def test_an_error_that_its_own_effect_caused() -> None:
     """As a writer does that raises what its thread died of each time it is asked."""
     stored = OSError(errno.ENOSPC, "No space left on device")
-    try:
+
+    def raise_again() -> None:
         try:
             raise ValueError("cannot log") from stored
         except ValueError:
             raise stored  # noqa: B904  the circle
-    except OSError as error:
-        assert error.__context__ is not None
-        assert error.__context__.__cause__ is error
-        assert find_cause(error, KeyError) is None
-        assert is_storage_error(error)
+
+    with pytest.raises(OSError, match="No space left"):
+        raise_again()
+    assert stored.__context__ is not None
+    assert stored.__context__.__cause__ is stored
+    assert find_cause(stored, KeyError) is None
+    assert is_storage_error(stored)

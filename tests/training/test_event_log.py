@@ -72,6 +72,7 @@ def test_a_line_is_there_when_it_is_saved(tmp_path: Path) -> None:
     log.log_metrics({"loss": 1.0}, 1)
     log.save()
     assert steps(tmp_path) == [(1, 1.0)]
+    log.finalize("success")
 
 
 def test_what_follows_the_checkpoint_is_purged(tmp_path: Path) -> None:
@@ -133,6 +134,8 @@ def test_another_error_is_raised(tmp_path: Path, disk: Disk) -> None:
     disk.room, disk.error = 0, errno.EBADF
     with pytest.raises(OSError, match="the disk says no"):
         log.save()
+    disk.room = None
+    log.finalize("success")
 
 
 def test_memory_is_bounded(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,15 +256,22 @@ class Run:
         others = [fault for fault in faults if KINDS[fault.kind].goes_on and (fault.instant or has_looked)]
         codes = KINDS[ending[0].kind].codes if ending else frozenset({0})
         code = ended.codes[0]
+        if code == 75 and ended.first_code not in (0, 75):
+            # The launcher stopped it because another rank had failed; that one's code is what it reports.
+            code = ended.first_code
         problems = []
-        if codes.isdisjoint((code, ended.first_code)):
+        if code not in codes:
             problems.append(f"ended with {ended.codes}; right: {sorted(codes)}; {_last_line(ended.log)}")
         if code != KILLED:
             said = [KINDS[fault.kind].says for fault in [*others, *(ending if code else [])]]
             problems += [f"the log does not say {words!r}" for words in said if words not in ended.log]
-        # The thread of TensorBoard's writer prints its own when the disk is full.
-        if code not in (1, 77) and "Traceback" in ended.log:
-            problems.append(f"a traceback; {_last_line(ended.log)}")
+        # What a dead process did to the others is a bug's ending; so is what an interrupted one did, if they come to it
+        # before the launcher ends them.
+        problems += [
+            f"rank {rank}: a traceback; {_last_line(log)}"
+            for rank, (of_rank, log) in enumerate(zip(ended.codes, ended.logs, strict=True))
+            if "Traceback" in log and not (of_rank == 1 and (code == 1 or (code == 130 and " by peer" in log)))
+        ]
         return problems
 
     def _compare_whole(self) -> list[str]:
