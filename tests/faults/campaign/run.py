@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -278,7 +279,7 @@ class Run:
         others = [fault for fault in faults if KINDS[fault.kind].goes_on and (fault.instant or has_looked)]
         codes = KINDS[ending[0].kind].codes if ending else frozenset({0})
         code = ended.codes[0]
-        if code == 75 and ended.first_code not in (0, 75):
+        if code in (75, -signal.SIGTERM) and ended.first_code not in (0, code):
             # The launcher stopped it because another rank had failed; that one's code is what it reports.
             code = ended.first_code
         problems = []
