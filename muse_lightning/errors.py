@@ -3,7 +3,7 @@
 import difflib
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import TypeVar
 
@@ -62,17 +62,26 @@ class StorageError(Exception):
     """The storage does not take what must be kept: full, read-only or broken. Reported as one line, exit code 77."""
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error itself, then each that it was raised from or while handling.
+
+    They may form a circle: an error that is raised again while one that it caused is on its way comes to have that as
+    its context.
+    """
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or found.__context__
+
+
 def find_cause(error: BaseException, kind: type[Cause]) -> Cause | None:
-    """The error itself, or the one it was raised from or while handling, that is of this kind; None if there is none.
+    """The first of the causes of an error, itself included, that is of this kind; None if there is none.
 
     Lightning tears a trainer down while an error is on its way, and that can fail in turn.
     """
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, kind):
-            return found
-        found = found.__cause__ or found.__context__
-    return None
+    return next((found for found in causes(error) if isinstance(found, kind)), None)
 
 
 def is_storage_error(error: BaseException) -> bool:

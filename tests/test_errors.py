@@ -20,7 +20,7 @@ from muse_lightning.data.sources import Folders
 from muse_lightning.data.tokenizer import load_tokenizer
 from muse_lightning.data.tokenizer_training import train_tokenizer
 from muse_lightning.endings import as_user_error
-from muse_lightning.errors import UserError, nearest
+from muse_lightning.errors import UserError, find_cause, is_storage_error, nearest
 from muse_lightning.training.run_folder import RunFolder
 from tests.recipe import Muse
 
@@ -501,3 +501,22 @@ class TestHostileConfiguration:
 def test_settings_of_the_allow_list_exist() -> None:
     """The allow-list stands on these settings: a jsonargparse without them must fail here, not open the door."""
     set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
+
+
+@pytest.mark.timeout(10)
+def test_an_error_that_its_own_effect_caused() -> None:
+    """As a writer does that raises what its thread died of each time it is asked."""
+    stored = OSError(errno.ENOSPC, "No space left on device")
+
+    def raise_again() -> None:
+        try:
+            raise ValueError("cannot log") from stored
+        except ValueError:
+            raise stored  # noqa: B904  the circle
+
+    with pytest.raises(OSError, match="No space left"):
+        raise_again()
+    assert stored.__context__ is not None
+    assert stored.__context__.__cause__ is stored
+    assert find_cause(stored, KeyError) is None
+    assert is_storage_error(stored)

@@ -19,6 +19,8 @@ from muse_lightning.errors import RetryError, UserError
 
 LOCK_FILE = "lock"
 HEARTBEAT_S = 5.0
+SETTLE_S = 0.1
+"""A file that is being written on another machine may be seen half written, not for longer than this."""
 TIMEOUT_S = 30.0
 """Who has not been heard of for so long is dead. A process that is stopped (SIGSTOP) for longer, on another machine,
 seems so too."""
@@ -149,15 +151,26 @@ def _wait_for(descriptor: int, timeout_s: float) -> Holder | None:
 
 def _wait_for_silence(descriptor: int, timeout_s: float) -> Holder | None:
     """With the kernel's lock in hand: who is alive on another machine; None if nobody is."""
-    first = Holder.read(descriptor)
+    first = _named_in(descriptor)
     if first is None or first.boot_id == Holder.this_process().boot_id:
         return None
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         time.sleep(min(0.2, timeout_s / 10))
-        now = Holder.read(descriptor)
+        now = _named_in(descriptor)
         if now is None:
             return None
         if now != first:
             return now
     return None
+
+
+def _named_in(descriptor: int) -> Holder | None:
+    """Who a file names; None if nobody, which an empty file says at once and one of other content after SETTLE_S."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        holder = Holder.read(descriptor)
+        is_settled = time.monotonic() >= deadline
+        if holder is not None or is_settled or os.fstat(descriptor).st_size == 0:
+            return holder
+        time.sleep(SETTLE_S / 20)

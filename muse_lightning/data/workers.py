@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 
-from muse_lightning.errors import find_cause
+from muse_lightning.errors import causes
 
 
 class DataWorkerError(RuntimeError):
@@ -40,8 +40,5 @@ def death_of_worker(error: BaseException) -> RuntimeError | None:
 
     torch raises it wherever the training happens to be when the signal comes that a child has died.
     """
-    found = find_cause(error, RuntimeError)
-    while found is not None and "DataLoader worker (pid" not in str(found):
-        behind = found.__cause__ or found.__context__
-        found = None if behind is None else find_cause(behind, RuntimeError)
-    return found
+    of_torch = (found for found in causes(error) if isinstance(found, RuntimeError))
+    return next((found for found in of_torch if "DataLoader worker (pid" in str(found)), None)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from muse_lightning.errors import UserError, find_cause, reason_of
+from muse_lightning.errors import UserError, causes, find_cause, reason_of
 from muse_lightning.pretrained.tensors import INDEX_SUFFIX, PICKLE_FILE, SAFETENSORS_FILE, read_index
 from muse_lightning.pretrained.tokenizer_files import TOKENIZER_FILES
 
@@ -88,12 +88,7 @@ def _in_one_line(at: str) -> Iterator[None]:
             raise UserError(
                 f"{at} is not in the cache, and HF_HUB_OFFLINE is set; unset it or give a folder"
             ) from error
-        reason = reason_of(_first_cause(error)).rstrip(".")
+        # The library's own text is a paragraph.
+        *_, first = causes(error)
+        reason = reason_of(first).rstrip(".")
         raise UserError(f"{at} cannot be fetched: {reason}; check the network, or give a folder") from error
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """What an error was raised from in the end: the library's own text is a paragraph."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return error

@@ -72,8 +72,11 @@ def test_a_killed_holder_is_in_nobodys_way(tmp_path: Path) -> None:
 
 def elsewhere(folder: Path, heartbeat: int, boot_id: str = "another") -> None:
     """A lock that a process on another machine has written, which its kernel's flock does not reach."""
-    holder = {"host": "far", "pid": 7, "boot_id": boot_id, "heartbeat": heartbeat}
-    (folder / "lock").write_text(json.dumps(holder))
+    holder = json.dumps({"host": "far", "pid": 7, "boot_id": boot_id, "heartbeat": heartbeat}).encode()
+    # In place, as a holder does: it is never empty in between.
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    os.ftruncate(descriptor, os.pwrite(descriptor, holder, 0))
+    os.close(descriptor)
 
 
 def test_a_heart_that_beats_on_another_machine(tmp_path: Path) -> None:
@@ -83,7 +86,6 @@ def test_a_heart_that_beats_on_another_machine(tmp_path: Path) -> None:
         count = 0
         while not stop.wait(0.02):
             count += 1
-            # In place, as a holder does.
             elsewhere(tmp_path, count)
 
     elsewhere(tmp_path, 0)
@@ -96,6 +98,33 @@ def test_a_heart_that_beats_on_another_machine(tmp_path: Path) -> None:
     started = time.monotonic()
     FolderLock.acquire(tmp_path, timeout_s=0.3).release()
     assert time.monotonic() - started >= 0.3
+
+
+def test_a_heartbeat_that_is_seen_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system of a network, which shows what is being written piece by piece."""
+    monkeypatch.setattr(lock, "SETTLE_S", 5.0)
+    stop = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not stop.wait(0.02):
+            count += 1
+            elsewhere(tmp_path, count)
+            whole = (tmp_path / "lock").read_bytes()
+            os.truncate(tmp_path / "lock", len(whole) // 2)
+            stop.wait(0.02)
+            elsewhere(tmp_path, count + 1)
+
+    elsewhere(tmp_path, 0)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        for _ in range(10):
+            with pytest.raises(RetryError, match="is in use by process 7 on far"):
+                FolderLock.acquire(tmp_path, timeout_s=2)
+    finally:
+        stop.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}'])

@@ -21,12 +21,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="File for the records, a JSON line for each injection.")
     parser.add_argument("--replay", type=int, default=None, metavar="SEED", help="Repeat one run, and keep its logs.")
     parser.add_argument("--kinds", nargs="*", default=None, help="Kinds of faults to draw from; all by default.")
-    parser.add_argument("--tour", action="store_true", help="Every kind of fault once, in a few runs.")
+    parser.add_argument("--tour", choices=["short", "long"], help="A few kinds of fault once, or all others.")
     options = parser.parse_args()
     began = time.monotonic()
     with Campaign(kinds=options.kinds, keeps_logs=options.replay is not None) as campaign:
-        if options.tour:
-            records = campaign.run_tour()
+        if options.tour is not None:
+            records = campaign.run_tour(options.tour == "short")
         elif options.replay is not None:
             records = campaign.run([options.replay])
         else:

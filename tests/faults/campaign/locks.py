@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.faults.campaign.files import newest_whole
 from tests.faults.campaign.setting import run_of
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ def stale(folder: Path, fault: "Fault") -> bool:
 
 
 def elsewhere(folder: Path, fault: "Fault") -> bool:
-    """A process whose heartbeat is in the file, and whose flock does not reach this machine."""
-    if not (run_of(folder) / "checkpoints").is_dir():
+    """A process whose heartbeat is in the file, and whose flock does not reach this machine; whether there is a
+    checkpoint, as else a new run begins in another folder."""
+    if not newest_whole(folder):
         return False
     pid = os.fork()
     if pid == 0:

@@ -61,6 +61,8 @@ class Ended:
     log: str
     """Standard output and error of all ranks."""
     seconds: float
+    logs: list[str] = field(default_factory=list)
+    """Of each rank."""
     first_code: int = 0
     """Of the first rank that failed, which a launcher reports; 0 if none did."""
     has_hung: bool = False
@@ -107,7 +109,8 @@ class Start:
             _join_group(pid, self.pids[0] if self.pids else pid)
             self.pids.append(pid)
         ended = self._wait(began, when_stopped)
-        ended.log = "".join(self._log_of(rank).read_text(errors="replace") for rank in range(self.ranks))
+        ended.logs = [self._log_of(rank).read_text(errors="replace") for rank in range(self.ranks)]
+        ended.log = "".join(ended.logs)
         ended.seconds = time.monotonic() - began
         return ended
 

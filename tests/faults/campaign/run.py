@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,12 +21,24 @@ from tests.faults.campaign.oracle import (
     read_events,
     trace,
 )
-from tests.faults.campaign.probe import Probe
+from tests.faults.campaign.probe import Instant, Probe
 from tests.faults.campaign.processes import GRACE_S, Ended, Start, adopt_orphans
 from tests.faults.campaign.setting import MAX_STEPS, Setting, lay_out, run_of
 
 MOST_STARTS = 24
 FEWEST_FAULTS = 3
+SHORT_TOUR = (
+    "kill",
+    "kill_in_save",
+    "term_twice_in_save",
+    "second_run",
+    "save_fails",
+    "disk_full",
+    "checkpoint_bit",
+    "chunk_bit",
+    "stale_lock",
+)
+"""Kinds that differ most in what they ask of the code."""
 
 
 @dataclass
@@ -84,25 +97,35 @@ def make_plan(seed: int, has_mounts: bool, kinds: Sequence[str] | None = None, s
     return Plan(setting, starts)
 
 
-def tour(has_mounts: bool) -> list[Plan]:
-    """A few plans in which every kind of fault is planted once: on one rank, and those that need two on two."""
-    settings = (Setting(workers=2), Setting(accumulate=2, is_asynchronous=False), Setting(), Setting(ranks=2))
-    plans = [Plan(setting, []) for setting in settings]
+def tour(has_mounts: bool, is_short: bool) -> list[Plan]:
+    """Plans in which every kind of fault is planted where it strikes: the short one of a few kinds on one rank, or
+    those of all others, on one rank and, what needs two, on two."""
+    settings = [Setting()]
+    if not is_short:
+        settings = [Setting(workers=2), Setting(accumulate=2, is_asynchronous=False), Setting(), Setting(ranks=2)]
     rng = random.Random(0)
-    for number, (name, kind) in enumerate(sorted(KINDS.items(), key=lambda item: item[1].goes_on)):
-        homes = [plan for plan in plans if name in possible(plan.setting, has_mounts)]
-        homes = [plan for plan in homes if plan.setting.ranks == kind.ranks]
-        if not homes:
-            continue
-        plan = homes[number % len(homes)]
-        fault = draw(rng, name, plan.setting, last_batch=3, last_save=1)
-        # A kind after which the training goes on strikes in a start that another one ends, late: there must be two
-        # checkpoints for one to be damaged.
-        if kind.goes_on:
-            plan.starts[-1 - number % (len(plan.starts) // 2)].insert(0, fault)
-        else:
-            plan.starts.append([fault])
-    return plans
+    chosen: list[list[str]] = [[] for _ in settings]
+    for number, (name, kind) in enumerate(KINDS.items()):
+        homes = [
+            index
+            for index, setting in enumerate(settings)
+            if setting.ranks == kind.ranks and name in possible(setting, has_mounts)
+        ]
+        if homes and (name in SHORT_TOUR) == is_short:
+            chosen[homes[number % len(homes)]].append(name)
+    return [_tour_of(names, setting, rng) for names, setting in zip(chosen, settings, strict=True)]
+
+
+def _tour_of(names: list[str], setting: Setting, rng: random.Random) -> Plan:
+    """First a few checkpoints, so that one may be damaged; then each fault that ends a start; in the last start those
+    that the training survives, which must not be ended before they strike."""
+    saves = Fault("term", Instant("batch", 12 * setting.accumulate), ALL_RANKS, 0.0)
+    faults = [draw(rng, name, setting, last_batch=3, last_save=1) for name in names]
+    starts = [[fault] for fault in faults if not KINDS[fault.kind].goes_on]
+    planted = [fault for fault in faults if KINDS[fault.kind].goes_on and fault.instant is None]
+    for number, fault in enumerate(planted):
+        starts[number % len(starts)].insert(0, fault)
+    return Plan(setting, [[saves], *starts, [fault for fault in faults if fault.instant and KINDS[fault.kind].goes_on]])
 
 
 class Run:
@@ -256,15 +279,22 @@ class Run:
         others = [fault for fault in faults if KINDS[fault.kind].goes_on and (fault.instant or has_looked)]
         codes = KINDS[ending[0].kind].codes if ending else frozenset({0})
         code = ended.codes[0]
+        if code in (75, -signal.SIGTERM) and ended.first_code not in (0, code):
+            # The launcher stopped it because another rank had failed; that one's code is what it reports.
+            code = ended.first_code
         problems = []
-        if codes.isdisjoint((code, ended.first_code)):
+        if code not in codes:
             problems.append(f"ended with {ended.codes}; right: {sorted(codes)}; {_last_line(ended.log)}")
         if code != KILLED:
             said = [KINDS[fault.kind].says for fault in [*others, *(ending if code else [])]]
             problems += [f"the log does not say {words!r}" for words in said if words not in ended.log]
-        # The thread of TensorBoard's writer prints its own when the disk is full.
-        if code not in (1, 77) and "Traceback" in ended.log:
-            problems.append(f"a traceback; {_last_line(ended.log)}")
+        # What a dead process did to the others is a bug's ending; so is what an interrupted one did, if they come to it
+        # before the launcher ends them.
+        problems += [
+            f"rank {rank}: a traceback; {_last_line(log)}"
+            for rank, (of_rank, log) in enumerate(zip(ended.codes, ended.logs, strict=True))
+            if "Traceback" in log and not (of_rank == 1 and (code == 1 or (code == 130 and " by peer" in log)))
+        ]
         return problems
 
     def _compare_whole(self) -> list[str]:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign.faults import KINDS
+from tests.faults.campaign.faults import KINDS, Fault
 from tests.faults.campaign.mutants import MUTANTS
+from tests.faults.campaign.oracle import Oracle
+from tests.faults.campaign.processes import Ended
 from tests.faults.campaign.report import table
-from tests.faults.campaign.run import FEWEST_FAULTS, Record, make_plan, tour
+from tests.faults.campaign.run import FEWEST_FAULTS, Plan, Record, Run, make_plan, tour
+from tests.faults.campaign.setting import Setting
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.multi_process
@@ -29,9 +32,9 @@ def test_a_seed_is_a_plan() -> None:
     assert {plan.setting.ranks for plan in plans} == {1, 2}
 
 
-def test_the_tour_has_every_kind_once() -> None:
-    kinds = [fault.kind for plan in tour(True) for start in plan.starts for fault in start]
-    assert sorted(kinds) == sorted(KINDS)
+def test_the_tours_have_every_kind() -> None:
+    plans = [*tour(True, is_short=True), *tour(True, is_short=False)]
+    assert {fault.kind for plan in plans for start in plan.starts for fault in start} == set(KINDS)
 
 
 def test_the_table_counts_what_has_struck() -> None:
@@ -42,9 +45,34 @@ def test_the_table_counts_what_has_struck() -> None:
     assert lines[-1].startswith("1 injections in 1 runs and 1.0 minutes: 60 an hour; 1 more")
 
 
+TRACEBACK = "Traceback: closed by peer"
+
+
+@pytest.mark.parametrize(
+    ("kind", "codes", "first_code", "logs", "is_right"),
+    [
+        ("chunk_cut", [2, 75], 2, ["prepare the dataset again", ""], True),
+        ("chunk_cut", [75, 2], 2, ["", "prepare the dataset again"], True),
+        ("chunk_cut", [-15, 2], 2, ["", "prepare the dataset again"], True),
+        ("chunk_cut", [75, 75], 75, ["", "prepare the dataset again"], False),
+        ("term_rank_1", [75, 75], 75, ["preempted", "preempted"], True),
+        ("term_rank_1", [1, 75], 75, ["", "preempted"], False),
+        ("term_rank_1", [75, 75], 75, ["preempted", TRACEBACK], False),
+        ("interrupt", [130, 1], 130, ["", TRACEBACK], True),
+        ("interrupt", [130, 1], 130, ["", "Traceback: a bug"], False),
+        ("rank_dies", [1, -9], -9, [TRACEBACK, ""], True),
+    ],
+)
+def test_the_ending_of_two_ranks(kind: str, codes: list[int], first_code: int, logs: list[str], is_right: bool) -> None:
+    run = Run(0, Plan(Setting(ranks=2), []), Path(), Path(), Oracle([], "", []))
+    ended = Ended(codes, "".join(logs), 0.0, logs, first_code)
+    assert (run._judge_ending(ended, [Fault(kind, None, 0, 0.0)], True) == []) == is_right
+
+
 @pytest.mark.timeout(600)
-def test_every_kind_of_fault_once() -> None:
-    ended = program("", "--tour")
+@pytest.mark.parametrize("which", ["short", pytest.param("long", marks=pytest.mark.slow)])
+def test_every_kind_of_fault_strikes(which: str) -> None:
+    ended = program("", "--tour", which)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert " 0 | 0 | 0 | " in next(line for line in ended.stdout.splitlines() if line.startswith("| all "))
     assert "; 0 more were planted" in ended.stdout
