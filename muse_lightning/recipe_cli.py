@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.seed import max_seed_value as MAX_SEED
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -50,6 +50,7 @@ from muse_lightning.measure.info import run_environment
 from muse_lightning.numerics.guard import FOLDER_NAME as NUMERICS_FOLDER
 from muse_lightning.numerics.guard import NumericsGuard
 from muse_lightning.pretrained.run_folder import configuration_behind
+from muse_lightning.training.event_files import EventFiles
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.run_folder import RunFolder, find_checkpoint
 from muse_lightning.training.sharded import ShardedStrategy  # noqa: F401  known by its name from here on
@@ -349,7 +350,7 @@ class MuseCLI(LightningCLI):
         # What was logged after the checkpoint is logged again.
         purge_step = None if resumed is None else step_of(resumed)
         save_dir, name = folder.parent.parent, folder.parent.name
-        return TensorBoardLogger(save_dir=save_dir, name=name, version=folder.name, purge_step=purge_step)
+        return EventFiles(save_dir=save_dir, name=name, version=folder.name, purge_step=purge_step)
 
     def _callbacks(self, trainer: Namespace) -> list[Callback]:
         """The user's callbacks, and the default ones of kinds that the user has none of."""
