@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from muse_lightning.checkpoints.choice import stored
+from muse_lightning.checkpoints.manifest import manifest_path
 from muse_lightning.checkpoints.preemption import preemption_as_retry, stoppable
 from muse_lightning.data.workers import DataWorkerError, death_of_worker
 from muse_lightning.endings import as_ending
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, find_cause
 from muse_lightning.measure.info import GIB, machine_report
 from muse_lightning.numerics.replay import Replay, take_replay
 from muse_lightning.recipe_cli import ANY_SEQ_LEN, MuseCLI
@@ -64,6 +66,25 @@ def run_in_folder(verb: str, cli: MuseCLI) -> None:
                 # Lightning kills all ranks as soon as one that it has started ends with anything but 0.
                 return
             raise ending from error
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if find_cause(stop, KeyboardInterrupt):
+                if not cli.model.has_trained:
+                    folder.discard()
+                elif cli.trainer.is_global_zero:
+                    print(interrupted(cli.trainer.global_step, folder.checkpoints), file=sys.stderr)
+            raise
+
+
+def interrupted(step: int, checkpoints: Path) -> str:
+    """What Ctrl-C has left of a run, in one line.
+
+    Args:
+        step: optimizer steps done.
+        checkpoints: the folder where they are saved.
+    """
+    saved = [path for _, path in stored(checkpoints) if manifest_path(path).exists()]
+    rest = f"the last checkpoint is {saved[0]}; --resume goes on from there" if saved else "there is no checkpoint yet"
+    return f"interrupted at step {step}, which is not saved; {rest}"
 
 
 def replay(file: Path, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:

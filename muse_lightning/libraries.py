@@ -11,6 +11,8 @@ WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # Predictions are numbered by batch, in stored order.
     r"Couldn't infer the batch indices fetched from your dataloader",
+    # What evaluates a checkpoint has no guard of training steps.
+    r"Be aware that when using `ckpt_path`, callbacks .*: \['NumericsGuard'\]\.",
     # Of a user's own ModelCheckpoint: every run has a folder of its own, or goes on in it.
     r"The dirpath has changed from .* therefore `best_model_score`",
     r"Checkpoint directory .* exists and is not empty",
@@ -18,7 +20,10 @@ WARNINGS = (
 LOG_LINES = (
     # An advertisement for a hosted service.
     "💡 Tip:",
+    # config.yaml and environment.json have it; it would stand before the one line of a mistake.
+    "Seed set to ",
 )
+LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
 UNNEEDED = ("transformers", "matplotlib", "torchvision")
 """torchmetrics, which Lightning imports, imports these if they are installed, for metrics of text and images and plots.
 
@@ -29,15 +34,17 @@ A torchvision that was built for another torch cannot be imported at all.
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Inside, the listed warnings and log lines are dropped; everything else is shown."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(_is_wanted)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.addFilter(_is_wanted)
     try:
         with warnings.catch_warnings():
             for pattern in WARNINGS:
                 warnings.filterwarnings("ignore", message=pattern)
             yield
     finally:
-        logger.removeFilter(_is_wanted)
+        for logger in loggers:
+            logger.removeFilter(_is_wanted)
 
 
 def import_lightning() -> None:

@@ -333,7 +333,35 @@ class TestExitCodes:
 
     def test_ctrl_c(self, muse: Muse, step_raises: Any) -> None:
         step_raises(KeyboardInterrupt())
-        assert muse.with_recipe("fit")[0] == 130
+        code, _, err = muse.with_recipe("fit")
+        assert code == 130
+        assert "interrupted" not in err
+        assert not Path("runs").exists()
+
+    @pytest.mark.parametrize(
+        ("flags", "rest"),
+        [
+            ([], "there is no checkpoint yet"),
+            (
+                ["--trainer.callbacks+=DurableCheckpoint", "--trainer.callbacks.every_n_steps=1"],
+                "the last checkpoint is runs/tiny/version_0/checkpoints/step=1.ckpt; --resume goes on from there",
+            ),
+        ],
+        ids=["nothing saved", "saved"],
+    )
+    def test_ctrl_c_says_what_is_left(self, muse: Muse, step_raises: Any, flags: list[str], rest: str) -> None:
+        step = LanguageModel.training_step
+
+        def second_step_raises(model: LanguageModel, batch: Any, batch_idx: int) -> torch.Tensor:
+            if batch_idx == 1:
+                raise KeyboardInterrupt
+            return step(model, batch, batch_idx)
+
+        step_raises(KeyboardInterrupt())
+        LanguageModel.training_step = second_step_raises  # type: ignore[method-assign]
+        code, _, err = muse.with_recipe("fit", *flags)
+        assert code == 130
+        assert err.splitlines()[-1] == f"interrupted at step 1, which is not saved; {rest}"
 
     @pytest.mark.parametrize("is_behind", [False, True], ids=["itself", "behind-another"])
     def test_out_of_gpu_memory(self, muse: Muse, step_raises: Any, is_behind: bool) -> None:
@@ -388,6 +416,9 @@ class TestExitCodes:
         )
         assert muse.error("info", "--config=recipe.yaml", "--memory_gib=80") == (
             "--memory_gib=80: accepted beside --longest_context alone"
+        )
+        assert muse.error("fit", "--config=recipe.yaml", "--verify_every=0") == (
+            "verify_every: expected an integer above 0 or null, found 0 (command line)"
         )
         assert muse.error("info", "--config=recipe.yaml", "--longest_context", "--memory_gib=-1") == (
             "memory_gib: expected a number above 0 or null, found -1 (command line)"

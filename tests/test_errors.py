@@ -283,6 +283,13 @@ class TestCheckpoint:
         line = self.error(muse, "runs/tiny/version_0")
         assert line.endswith("; nearest: runs/tiny/version_0/checkpoints/step=2.ckpt")
 
+    def test_a_manifest(self, muse: Muse) -> None:
+        assert muse.with_recipe("fit")[0] == 0
+        path = "runs/tiny/version_0/checkpoints/step=2"
+        assert self.error(muse, f"{path}.manifest.json") == (
+            f"ckpt_path: {path}.manifest.json is the manifest of a checkpoint; expected the checkpoint, {path}.ckpt"
+        )
+
     def test_not_a_checkpoint(self, muse: Muse) -> None:
         Path("text.ckpt").write_text("hello")
         line = self.error(muse, "text.ckpt")

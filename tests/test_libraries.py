@@ -6,6 +6,8 @@ import sys
 import warnings
 
 import pytest
+import torch
+from lightning.fabric.utilities.seed import seed_everything
 
 from muse_lightning.libraries import quiet_libraries
 
@@ -24,8 +26,14 @@ def test_only_listed_messages_are_dropped(caplog: pytest.LogCaptureFixture) -> N
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     with warnings.catch_warnings(record=True) as caught, quiet_libraries(), caplog.at_level("INFO", logger.name):
         warnings.warn("The dirpath has changed from 'a' to 'b', therefore `best_model_score`", stacklevel=1)
+        warnings.warn(
+            "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided during "
+            "`Trainer` instantiation. Please add the following callbacks: ['NumericsGuard'].",
+            stacklevel=1,
+        )
         warnings.warn("something that matters", stacklevel=1)
         logger.info("💡 Tip: For seamless cloud logging")
+        seed_everything(torch.initial_seed() % 2**32)
         logger.info("GPU available: True")
     assert [str(warning.message) for warning in caught] == ["something that matters"]
     assert [record.getMessage() for record in caplog.records] == ["GPU available: True"]

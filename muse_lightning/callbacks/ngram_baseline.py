@@ -32,6 +32,10 @@ class NgramBaseline(L.Callback):
             max_train_tokens: Most tokens of the train split to count: the first ones of its first epoch.
         """
         self.max_train_tokens = max_train_tokens
+        self._validated_at = 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated_at = trainer.global_step
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -54,7 +58,10 @@ class NgramBaseline(L.Callback):
         model = float(trainer.callback_metrics["val/bpb"])
         print(f"unigram model: {unigram:.3f} validation bits per byte")
         print(f"bigram model:  {bigram:.3f} validation bits per byte")
-        print(f"this model:    {model:.3f} validation bits per byte", flush=True)
+        when = (
+            "" if self._validated_at == trainer.global_step else f" at step {self._validated_at}, its last validation"
+        )
+        print(f"this model:    {model:.3f} validation bits per byte{when}", flush=True)
 
 
 def _count(counts: NgramCounts, blocks: Iterable[Block], limit: int) -> None:

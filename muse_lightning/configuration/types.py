@@ -8,13 +8,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse.typing import PositiveFloat
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 WORDS = {
     type(None): "null",
     bool: "true or false",
     int: "an integer",
     float: "a number",
+    PositiveInt: "an integer above 0",
     PositiveFloat: "a number above 0",
     str: "text",
     Path: "a path",

@@ -38,7 +38,8 @@ def train_tokenizer(
 
     Args:
         sources: Where the text comes from, as in a recipe's data.sources.
-        output: The file to write, or the folder to write tokenizer.json in. Replaced when it exists.
+        output: The file to write, or the folder to write tokenizer.json in. One that is there already is
+            refused: datasets and models belong to it.
         vocab_size: Number of ids: 256 bytes, the special tokens, the rest merges.
         max_bytes: Most bytes of text to learn from, taken in seeded order.
         max_documents: Most documents to learn from; null for no limit.
@@ -53,13 +54,15 @@ def train_tokenizer(
         )
     if output.is_dir() or output.suffix != ".json":
         output = output / "tokenizer.json"
+    if output.exists():
+        raise UserError(f"output: {output} exists already, and datasets and models may belong to it; give a new one")
+    units = [unit for source in sources for unit in source.units()]
+    # Stable: equal names of two sources stay in the order of the sources.
+    units.sort(key=lambda unit: order_key(seed, unit.name, ""))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: cannot create {output.parent}: {error.strerror}") from error
-    units = [unit for source in sources for unit in source.units()]
-    # Stable: equal names of two sources stay in the order of the sources.
-    units.sort(key=lambda unit: order_key(seed, unit.name, ""))
     files = used = documents = 0
 
     def texts() -> Iterator[str]:

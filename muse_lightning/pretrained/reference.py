@@ -89,9 +89,10 @@ def open_model(reference: str | Path) -> ModelReference:
     """
     path = Path(reference).expanduser()
     is_run = not (path / HF_CONFIG_FILE).is_file()
-    folder = run_of(_checkpoint(path, "model")) if is_run else path
+    weights = _checkpoint(path, "model") if is_run else path
+    folder = run_of(weights) if is_run else path
     config = run_architecture(folder) if is_run else read_hf_config(folder)
-    tensors = open_weights(path, "model")
+    tensors = open_weights(weights, "model")
     if config.tie_word_embeddings:
         tensors = tensors.tied(str(path))
     check_shapes(model_shapes(config), tensors.shapes(), str(path), "its configuration")

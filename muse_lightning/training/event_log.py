@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from lightning.fabric.loggers import TensorBoardLogger as Events
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
@@ -44,12 +45,8 @@ class EventLog(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what waits, and `hparams.yaml` once. The latter may be missing: `config.yaml` has it all."""
-        try:
-            super().save()
-        except OSError as error:
-            if not is_storage_error(error):
-                raise
+        """Write what waits; no `hparams.yaml`, for `config.yaml` has the configuration."""
+        Events.save(self)
 
 
 class EventFile:

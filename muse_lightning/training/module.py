@@ -395,6 +395,8 @@ class LanguageModel(L.LightningModule):
             )
         if self.seq_len is None:
             return
+        if self.mlp_tiles > self.seq_len:
+            raise UserError(f"model.mlp_tiles is {self.mlp_tiles}; accepted: 1 to data.seq_len, {self.seq_len}")
         if self.seq_len > config.max_position_embeddings:
             raise UserError(
                 f"data.seq_len is {self.seq_len}; model.config.max_position_embeddings allows at most "

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from muse_lightning.checkpoints.choice import report, stored
-from muse_lightning.checkpoints.manifest import manifest_path, problem_of
+from muse_lightning.checkpoints.manifest import CHECKPOINT_SUFFIX, MANIFEST_SUFFIX, manifest_path, problem_of
 from muse_lightning.errors import UserError, shown_url
 from muse_lightning.model.llama import Llama
 from muse_lightning.pretrained.reference import copy_weights, known_config, open_weights
@@ -58,6 +58,9 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
             nearest = f"; nearest: {checkpoints[0][1]}" if checkpoints else ""
             raise UserError(f"ckpt_path: {path} is a folder without {SHARDS_FILE}; {expected}{nearest}")
         return
+    if path.endswith(MANIFEST_SUFFIX):
+        meant = path.removesuffix(MANIFEST_SUFFIX) + CHECKPOINT_SUFFIX
+        raise UserError(f"ckpt_path: {path} is the manifest of a checkpoint; expected the checkpoint, {meant}")
     _check_manifest(Path(path))
     needed = ["pytorch-lightning_version", *(["optimizer_states", "lr_schedulers"] if for_training else [])]
     checkpoint = read_checkpoint(Path(path), "ckpt_path")

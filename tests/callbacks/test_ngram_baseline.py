@@ -52,7 +52,7 @@ def data(tmp_path) -> TokenDataModule:
 def fit(tmp_path, data: TokenDataModule, callback: NgramBaseline, model: L.LightningModule | None = None, **arguments):
     trainer = L.Trainer(
         accelerator="cpu",
-        max_steps=2,
+        max_steps=arguments.pop("max_steps", 2),
         val_check_interval=2,
         logger=CSVLogger(tmp_path, name="", version="log"),
         enable_progress_bar=False,
@@ -68,8 +68,10 @@ def fit(tmp_path, data: TokenDataModule, callback: NgramBaseline, model: L.Light
 
 
 def printed_figures(text: str) -> list[float]:
-    pattern = r"unigram model: (.*) validation.*\nbigram model:  (.*) validation.*\nthis model:    (.*) validation.*\n$"
-    match = re.search(pattern, text)
+    pattern = "".join(
+        rf"{name}: +(.*) validation bits per byte\n" for name in ("unigram model", "bigram model", "this model")
+    )
+    match = re.search(pattern + "$", text)
     assert match is not None
     return [float(figure) for figure in match.groups()]
 
@@ -80,6 +82,16 @@ def test_a_model_of_nothing_is_a_uniform_model_of_the_same_blocks(data, tmp_path
     fit(tmp_path, data, NgramBaseline(max_train_tokens=0), limit_val_batches=limit)
     unigram, bigram, model = printed_figures(capsys.readouterr().out)
     assert unigram == bigram == model > 8
+
+
+@pytest.mark.parametrize(
+    ("steps", "end"),
+    [(4, "per byte\n"), (5, "per byte at step 4, its last validation\n")],
+    ids=["at the end", "before"],
+)
+def test_names_the_step_of_a_validation_before_the_end(data, tmp_path, capsys, steps, end):
+    fit(tmp_path, data, NgramBaseline(), max_steps=steps)
+    assert capsys.readouterr().out.endswith(end)
 
 
 def test_counting_helps_and_is_logged(data, tmp_path, capsys):

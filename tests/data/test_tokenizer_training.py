@@ -43,6 +43,7 @@ def test_what_the_licences_leave_out_is_not_learned(tmp_path):
 
     def vocabulary(**filters) -> set[str]:
         output = tmp_path / "tokenizer.json"
+        output.unlink(missing_ok=True)
         train_tokenizer([Folders(tmp_path, suffixes=(".py",))], output, 400, filters=Filters(**filters))
         return set(json.loads(output.read_text())["model"]["vocab"])
 
@@ -88,3 +89,19 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, content, arguments, 
     with pytest.raises(UserError, match=message):
         train_tokenizer([Folders(tmp_path / "r")], tmp_path / "t.json", **arguments)
     assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.parametrize("output", ["t.json", "folder"])
+def test_a_tokenizer_that_is_there_is_not_replaced(tmp_path, output):
+    path = tmp_path / output if output.endswith(".json") else tmp_path / output / "tokenizer.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"^output: .*json exists already"):
+        train_tokenizer([Folders(tmp_path)], tmp_path / output)
+    assert path.read_text() == "mine"
+
+
+def test_sources_that_are_missing_leave_no_folder(tmp_path):
+    with pytest.raises(UserError):
+        train_tokenizer([Folders(tmp_path / "none")], tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -117,6 +117,16 @@ def test_a_damaged_checkpoint(tmp_path: Path) -> None:
             opened(checkpoint)
 
 
+def test_a_damaged_newest_checkpoint_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = write_run(tmp_path, tiny_llama()) / "checkpoints" / "step=2.ckpt"
+    Manifest(2, whole.stat().st_size, sha256_file(whole)).write(whole)
+    newest = whole.with_name("step=3.ckpt")
+    newest.write_bytes(b"cut")
+    Manifest(3, 4, "").write(newest)
+    open_model(tmp_path)
+    assert capsys.readouterr().err == f"checkpoint {newest} is not used: it has 3 bytes, its manifest says 4\n"
+
+
 def test_a_folder_of_runs_names_the_newest(tmp_path: Path) -> None:
     for version in (0, 1):
         write_run(tmp_path / f"version_{version}", tiny_llama())

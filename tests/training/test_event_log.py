@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
@@ -55,7 +56,6 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 def test_tensorboard_reads_it(tmp_path: Path) -> None:
     log = log_at(tmp_path)
-    log.log_hyperparams({"width": 3})
     for step in range(5):
         log.log_metrics({"loss": step / 2}, step)
     log.experiment.add_figure("curve", Figure(), 3)
@@ -64,7 +64,6 @@ def test_tensorboard_reads_it(tmp_path: Path) -> None:
     assert steps(tmp_path) == [(step, step / 2) for step in range(5)]
     tags = EventAccumulator(str(log.log_dir)).Reload().Tags()
     assert (tags["images"], tags["histograms"]) == (["curve"], ["weights"])
-    assert (Path(log.log_dir) / "hparams.yaml").exists()
 
 
 def test_a_line_is_there_when_it_is_saved(tmp_path: Path) -> None:
@@ -150,3 +149,13 @@ def test_memory_is_bounded(tmp_path: Path, disk: Disk, monkeypatch: pytest.Monke
     kept = steps(tmp_path)
     assert kept == [(step, float(step)) for step in range(len(kept))]
     assert 10 < len(kept) < 200
+
+
+@pytest.mark.parametrize(("kind", "others"), [(EventLog, []), (TensorBoardLogger, ["hparams.yaml"])])
+def test_nothing_beside_events(tmp_path: Path, kind: type[TensorBoardLogger], others: list[str]) -> None:
+    logger = kind(tmp_path, name="run", version="version_0")
+    logger.log_metrics({"train/loss": 1.0}, step=1)
+    logger.save()
+    names = sorted(path.name for path in Path(logger.log_dir).iterdir())
+    assert [name for name in names if not name.startswith("events.out.tfevents.")] == others
+    assert len(names) == len(others) + 1

@@ -333,6 +333,7 @@ def test_max_steps_is_needed(tmp_path):
     ("options", "message"),
     [
         ({"tokenizer_size": 33}, "model.config.vocab_size is 32; the tokenizer has 33 ids, so at least 33 are needed"),
+        ({"mlp_tiles": 65, "seq_len": 64}, "model.mlp_tiles is 65; accepted: 1 to data.seq_len, 64"),
         ({"seq_len": 65}, "data.seq_len is 65; model.config.max_position_embeddings allows at most 64"),
         ({"learning_rate": 0.0}, "model.learning_rate is 0.0; accepted: above 0"),
         ({"optimizer": "sgd"}, "model.optimizer is 'sgd'; accepted: adamw or muon"),
