@@ -94,7 +94,11 @@ class NumericsGuard(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count, or go on."""
         self._agreement = Agreement()
+        # Of a training before this one, which may have ended anywhere.
         self._reader = LaggedReader(_LAG)
+        self._steps.clear()
+        self._is_step_over, self._has_stepped, self._loss = True, False, None
+        self._first_of_row = self._differs = None
         device = trainer.strategy.root_device
         row, total = int(self._row), int(self._total)
         # What goes on behind a row at which a run has ended begins another.
@@ -142,7 +146,7 @@ class NumericsGuard(L.Callback):
                 is_bad = torch.ones_like(is_bad)
         self._has_stepped = True
         # Nor is the one taken that begins before the host knows that the run ends: weights stay as the row found them.
-        is_bad = torch.maximum(is_bad, (self._row >= self.stop_after).float())
+        is_bad = (is_bad + (self._row >= self.stop_after)).clamp(max=1)
         self._row = (self._row + 1) * is_bad
         self._total = self._total + is_bad
         skip_where(optimizer, is_bad)

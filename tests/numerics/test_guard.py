@@ -117,6 +117,25 @@ def test_a_row_goes_on_after_a_restart(tmp_path: Path) -> None:
     assert resumed.state_dict() == whole.state_dict() == {"consecutive_skipped_steps": 0, "skipped_steps": 4}
 
 
+class _Breaks(L.Callback):
+    """Ends a training between a backward pass and its step."""
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 2:
+            raise InterruptedError
+
+
+def test_a_training_that_broke_off_leaves_nothing_to_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guard = guarded()
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, guard, {1: MLP}, callbacks=[_Breaks()])
+    fit(tmp_path, guard, {1: MLP}, 3)
+    assert capsys.readouterr().err.count("numerics: step 1 skipped: ") == 2
+    assert guard.state_dict() == {"consecutive_skipped_steps": 0, "skipped_steps": 2}
+
+
 def test_storage_that_takes_nothing_does_not_hide_why_the_run_ended(tmp_path: Path) -> None:
     (tmp_path / "numerics").write_text("a file where the folder would be")
     guard = guarded(tmp_path / "numerics", stop_after=1)
