@@ -131,8 +131,8 @@ def _plan(function: Callable[..., Any], module: nn.Module, args: Sequence[Tensor
 
 
 def _copy(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The same with a code of its own, by which the compiler counts and keeps what it has compiled: it would soon refuse
-    one more size, of the training too."""
+    """The same with a code of its own, by which the compiler counts what it has compiled: of one method it would soon
+    refuse another size, from the training too."""
     function: Any = method.__func__  # type: ignore[attr-defined]
     code = function.__code__.replace(co_name=f"{function.__name__}_predicted")
     copy = FunctionType(code, function.__globals__, closure=function.__closure__)
