@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from muse_lightning.errors import UserError
 from muse_lightning.files import sha256_file
 from muse_lightning.numerics.failed_step import KEY
 from muse_lightning.numerics.replay import take_replay
+from muse_lightning.training.module import LanguageModel
 from tests.recipe import Muse, start
 
 DIVERGES = ("--model.learning_rate=1e25", "--trainer.max_steps=20", "--trainer.accumulate_grad_batches=2")
@@ -81,10 +83,20 @@ def test_the_step_comes_again(muse: Muse, stopped: Path) -> None:
     assert "not reproduced: gradients that are not the same twice expected; found loss " in error
 
 
-def test_flags_win_over_the_settings_in_the_file(muse: Muse, stopped: Path) -> None:
+def test_flags_win_over_the_settings_in_the_file(muse: Muse, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as it sets it; here, to be taken back
+    modes, total_nats = [], LanguageModel.total_nats
+
+    def noted(model: LanguageModel, batch: Any) -> torch.Tensor:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return total_nats(model, batch)
+
+    monkeypatch.setattr(LanguageModel, "total_nats", noted)
     flags = ("--model.attention={class_path: Dense, init_args: {}}", "--model.recompute=block")
-    code, out, err = muse("fit", f"--replay={stopped}", *flags)
+    code, out, err = muse("fit", f"--replay={stopped}", *flags, "--trainer.deterministic=true")
     assert code == 0, err
+    assert modes == [True, True]
+    assert not torch.are_deterministic_algorithms_enabled()
     assert out.splitlines()[-1] == "reproduced"
     error = muse.error("fit", f"--replay={stopped}", "--model.config.hidden_size=32")
     assert "hidden_size" in error or "embed_tokens" in error
