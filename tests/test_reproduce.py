@@ -127,6 +127,18 @@ def test_a_run_that_began_with_a_checkpoint(muse: Muse) -> None:
     assert muse.error("reproduce", str(RUN)) == message
 
 
+def test_a_run_that_ended_with_numbers_that_are_not_finite(muse: Muse) -> None:
+    """It does so again, and its losses agree."""
+    diverges = ("--model.learning_rate=1e25", "--trainer.max_steps=20", "--trainer.limit_val_batches=0")
+    assert muse.with_recipe("fit", *diverges)[0] == 76
+    code, out, err = muse("reproduce", str(RUN))
+    assert code == 0, err
+    assert "reproduce: 5 steps in a row had no finite loss and gradient; " in err
+    logged = len(losses.logged_losses(RUN)["train/loss"])
+    assert logged >= 6
+    assert f"train/loss: equal bit for bit at {logged} of {logged} logged steps" in out
+
+
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "torch": (lambda found: found["packages"].update(torch="2.0.1"), "torch: 2.0.1 then, "),
     "package": (lambda found: found["distributions"].update(numpy="1.0"), "numpy: 1.0 then, "),
