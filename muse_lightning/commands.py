@@ -97,7 +97,10 @@ def replay(file: Path, description: str, args: Sequence[str], allowed: Sequence[
     with step.settings_file() as settings:
         cli = MuseCLI("fit", description, [f"--config={settings}", *args], allowed, builds="model")
     trainer = cli.config.trainer
-    for line in step.run(cli.model, accelerator=trainer.accelerator, precision=trainer.precision or "32-true"):
+    precision = trainer.precision or "32-true"
+    for line in step.run(
+        cli.model, accelerator=trainer.accelerator, precision=precision, deterministic=trainer.deterministic
+    ):
         print(line)
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from muse_lightning.reproduce import losses
+from muse_lightning.reproduce.recorded import environment_differences
 from tests.recipe import Muse
 
 RUN = Path("runs/tiny/version_0")
@@ -126,6 +127,18 @@ def test_a_run_that_began_with_a_checkpoint(muse: Muse) -> None:
     assert muse.error("reproduce", str(RUN)) == message
 
 
+def test_a_run_that_ended_with_numbers_that_are_not_finite(muse: Muse) -> None:
+    """It does so again, and its losses agree."""
+    diverges = ("--model.learning_rate=1e25", "--trainer.max_steps=20", "--trainer.limit_val_batches=0")
+    assert muse.with_recipe("fit", *diverges)[0] == 76
+    code, out, err = muse("reproduce", str(RUN))
+    assert code == 0, err
+    assert "reproduce: 5 steps in a row had no finite loss and gradient; " in err
+    logged = len(losses.logged_losses(RUN)["train/loss"])
+    assert logged >= 6
+    assert f"train/loss: equal bit for bit at {logged} of {logged} logged steps" in out
+
+
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "torch": (lambda found: found["packages"].update(torch="2.0.1"), "torch: 2.0.1 then, "),
     "package": (lambda found: found["distributions"].update(numpy="1.0"), "numpy: 1.0 then, "),
@@ -134,18 +147,24 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "driver": (lambda found: found.update(driver="1.2\x1b"), "driver: 1.2? then, "),
     "code": (lambda found: found.update(source_sha256="0" * 64, git_revision="abc"), "muse-lightning: abc then, "),
     "data": (lambda found: found["data"][0].update(fingerprint="0" * 64), "data: 000000000000 then, "),
-    "nothing": (lambda found: found.pop("distributions"), "installed packages: not recorded then, "),
 }
 
 
 def test_differences_refuse_it_unless_they_are_to_be_ignored(muse: Muse) -> None:
     trained(muse, "--trainer.limit_val_batches=0")
-    environment = (RUN / "environment.json").read_text()
+    text = (RUN / "environment.json").read_text()
+    changed = json.loads(text)
     for name, (change, line) in CHANGES.items():
-        edit(RUN / "environment.json", change)
-        (found,) = refused(muse)
+        then = json.loads(text)
+        change(then)
+        (found,) = environment_differences(then, json.loads(text))
         assert found.startswith(line), name
-        (RUN / "environment.json").write_text(environment)
+        change(changed)
+    (found,) = environment_differences({**json.loads(text), "distributions": None}, json.loads(text))
+    assert found.startswith("installed packages: not recorded then, ")
+    (RUN / "environment.json").write_text(json.dumps(changed))
+    assert refused(muse) == environment_differences(changed, json.loads(text))
+    (RUN / "environment.json").write_text(text)
     edit(RUN / "environment.json", CHANGES["torch"][0])
     code, out, err = muse("reproduce", str(RUN), "--ignore_differences")
     assert (code, "reproduce: torch: 2.0.1 then, " in err) == (0, True), err

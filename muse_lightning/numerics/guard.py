@@ -34,8 +34,8 @@ class NumericsGuard(L.Callback):
 
     A step that is skipped changes no parameter and no state of the optimizer, its count of steps included. What the
     host counts goes on: position in the data, `global_step`, learning rate, `train/tokens`. All is decided on the
-    device; the host reads it a step later, so a run stops a step late, which is skipped too or changes nothing
-    that is saved. With `precision: 16-mixed` gradients that overflow are the loss scaler's, and count here only
+    device; the host reads it a step later, so a run stops a step late, which is skipped too whatever its numbers. With
+    `precision: 16-mixed` gradients that overflow are the loss scaler's, and count here only
     where the scale has come down to 1.
 
     Args:
@@ -94,11 +94,16 @@ class NumericsGuard(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count, or go on."""
         self._agreement = Agreement()
+        # Of a training before this one, which may have ended anywhere.
         self._reader = LaggedReader(_LAG)
+        self._steps.clear()
+        self._is_step_over, self._has_stepped, self._loss = True, False, None
+        self._first_of_row = self._differs = None
         device = trainer.strategy.root_device
-        self._row, self._total = (
-            torch.tensor(float(count), device=device) for count in (int(self._row), int(self._total))
-        )
+        row, total = int(self._row), int(self._total)
+        # What goes on behind a row at which a run has ended begins another.
+        row = row if row < self.stop_after else 0
+        self._row, self._total = (torch.tensor(float(count), device=device) for count in (row, total))
 
     def state_dict(self) -> dict[str, int]:
         """The counters, for a checkpoint."""
@@ -140,6 +145,8 @@ class NumericsGuard(L.Callback):
                 self._differs = FailedStep(inputs, float(loss), float(norm), differs=names)
                 is_bad = torch.ones_like(is_bad)
         self._has_stepped = True
+        # Nor is the one taken that begins before the host knows that the run ends: weights stay as the row found them.
+        is_bad = (is_bad + (self._row >= self.stop_after)).clamp(max=1)
         self._row = (self._row + 1) * is_bad
         self._total = self._total + is_bad
         skip_where(optimizer, is_bad)

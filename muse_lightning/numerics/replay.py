@@ -1,6 +1,7 @@
 """`muse fit --replay FILE`: the one step that a run was stopped at, computed again and looked into."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -65,12 +67,14 @@ class Replay:
             path.write_text(self._step["settings"], encoding="utf-8")
             yield path
 
-    def run(self, model: LanguageModel, *, accelerator: str, precision: Any) -> list[str]:
+    def run(
+        self, model: LanguageModel, *, accelerator: str, precision: Any, deterministic: bool | str | None
+    ) -> list[str]:
         """Compute the step on one device, the batches of all ranks one after the other.
 
         Args:
             model: without weights, of the file's configuration or another one of the same weights.
-            accelerator, precision: as Lightning names them.
+            accelerator, precision, deterministic: as Lightning's trainer has them.
         Returns:
             What was found, in lines.
         Raises:
@@ -87,6 +91,10 @@ class Replay:
         model.load_state_dict(self._weights)
         lines = [f"replay: {self.path}: step {self._step['step']} of {len(self._step['ranks'])} rank(s)"]
         lines += _listed("weights that are not finite", not_finite(model.named_parameters()))
+        with _deterministic_algorithms(deterministic):
+            return self._compute(fabric, model, lines)
+
+    def _compute(self, fabric: L.Fabric, model: LanguageModel, lines: list[str]) -> list[str]:
         loss = self._forward_and_backward(fabric, model, lines)
         norm = float(gradient_norm(model))
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -128,6 +136,19 @@ class Replay:
                     after = located.before_backward or "the loss"
                     lines.append(f"{where}gradient at the output of {located.backward}; at {after} it is finite")
         return total
+
+
+@contextmanager
+def _deterministic_algorithms(mode: bool | str | None) -> Iterator[None]:
+    """As the trainer sets them: without, a GPU may give other bits the second time on sound hardware."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=mode == "warn")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _listed(what: str, names: list[str]) -> list[str]:

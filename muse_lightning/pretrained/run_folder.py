@@ -78,9 +78,15 @@ def configuration_behind(checkpoint: Path) -> dict[str, Any]:
         UserError: it lies in no run folder, or that is not YAML of a run.
     """
     folder, step = run_of(checkpoint), step_of(checkpoint)
-    starts = {int(path.name[12:-5]): path for path in folder.glob("config.step=*.yaml") if path.name[12:-5].isdigit()}
-    before = [start for start in starts if start < step]
-    return run_configuration(folder, starts[max(before)].name if before else CONFIG_FILE)
+    resumed = resumed_configurations(folder)
+    before = [start for start in resumed if start < step]
+    return run_configuration(folder, resumed[max(before)] if before else CONFIG_FILE)
+
+
+def resumed_configurations(folder: Path) -> dict[int, str]:
+    """Names of the configurations of a run's later starts, by the step that each went on from, in order."""
+    steps = {path.name[12:-5]: path.name for path in folder.glob("config.step=*.yaml")}
+    return dict(sorted((int(step), name) for step, name in steps.items() if step.isdecimal()))
 
 
 def run_configuration(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:

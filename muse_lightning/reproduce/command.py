@@ -11,7 +11,7 @@ import lightning as L
 
 from muse_lightning.checkpoints.preemption import stoppable
 from muse_lightning.commands import run_in_folder
-from muse_lightning.errors import ExitCode, UserError
+from muse_lightning.errors import ExitCode, NumericsError, UserError
 from muse_lightning.function_commands import parse_flags
 from muse_lightning.pretrained.run_folder import CONFIG_FILE
 from muse_lightning.recipe_cli import MuseCLI, say
@@ -81,7 +81,11 @@ def reproduce(verb: str, description: str, args: Sequence[str], allowed: Sequenc
     with stoppable():
         cli = MuseCLI("fit", description, given, allowed, builds="trainer", reproduces=run)
         cli.trainer.callbacks.append(StopAfter(stop))  # type: ignore[attr-defined]
-        run_in_folder("fit", cli)
+        try:
+            run_in_folder("fit", cli)
+        except NumericsError as error:
+            # As the run may have ended, too: its losses say so.
+            say(f"reproduce: {error}")
     if not cli.trainer.is_global_zero:
         return
     agreements = compare(then, logged_losses(cli.run_folder.path), stop)

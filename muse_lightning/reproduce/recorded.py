@@ -9,7 +9,7 @@ from typing import Any
 from muse_lightning.checkpoints.choice import step_of
 from muse_lightning.configuration.differences import changed_values
 from muse_lightning.errors import UserError, reason_of
-from muse_lightning.pretrained.run_folder import CONFIG_FILE, run_configuration
+from muse_lightning.pretrained.run_folder import CONFIG_FILE, resumed_configurations, run_configuration
 
 ENVIRONMENT_FILE = "environment.json"
 _NOT_RECORDED = "not recorded"
@@ -41,10 +41,9 @@ def starts_of(run: Path) -> list[Start]:
     checkpoint = config.get("ckpt_path")
     first = max(step_of(Path(checkpoint)), 0) if isinstance(checkpoint, str) else 0
     starts = [Start(first, CONFIG_FILE, config, _environment(run / ENVIRONMENT_FILE))]
-    names = {path.name: path.name[12:-5] for path in run.glob("config.step=*.yaml")}
-    for name in sorted((name for name in names if names[name].isdigit()), key=lambda name: int(names[name])):
-        environment = _environment(run / f"environment.step={names[name]}.json")
-        starts.append(Start(int(names[name]), name, run_configuration(run, name), environment))
+    for step, name in resumed_configurations(run).items():
+        environment = _environment(run / f"environment.step={step}.json")
+        starts.append(Start(step, name, run_configuration(run, name), environment))
     return starts
 
 

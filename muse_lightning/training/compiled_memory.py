@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ def _plan(function: Callable[..., Any], module: nn.Module, args: Sequence[Tensor
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with _disable_current_modes(), mode, torch.enable_grad(), _true_norms(), hooks:
         own = [arg.detach().requires_grad_(arg.requires_grad) for arg in args]
-        results = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*own)
+        results = torch.compile(_copy(function), backend=backend, fullgraph=True, dynamic=False)(*own)
         results = list(results) if isinstance(results, tuple) else [results]
         sums = sum(result.sum() for result in results)
         found = torch.autograd.grad(sums, list(parameters.values()), allow_unused=True)
@@ -127,6 +128,16 @@ def _plan(function: Callable[..., Any], module: nn.Module, args: Sequence[Tensor
         parameters=[name for name, grad in zip(parameters, found, strict=True) if grad is not None],
         outputs=[(result.shape, result.dtype) for result in results],
     )
+
+
+def _copy(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with a code of its own, by which the compiler counts what it has compiled: of one method it would soon
+    refuse another size, from the training too."""
+    function: Any = method.__func__  # type: ignore[attr-defined]
+    code = function.__code__.replace(co_name=f"{function.__name__}_predicted")
+    copy = FunctionType(code, function.__globals__, closure=function.__closure__)
+    copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
+    return MethodType(copy, method.__self__)  # type: ignore[attr-defined]
 
 
 @contextmanager

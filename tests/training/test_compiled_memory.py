@@ -50,3 +50,14 @@ def test_it_keeps_what_the_compiler_keeps(name: str, dtype: torch.dtype) -> None
     outputs = emulated if isinstance(emulated, tuple) else (emulated,)
     expected = result if isinstance(result, tuple) else (result,)
     assert [(out.shape, out.dtype) for out in outputs] == [(out.shape, out.dtype) for out in expected]
+
+
+def test_predictions_do_not_use_up_what_the_compiler_keeps_of_a_method() -> None:
+    """It refuses more sizes of one method than a limit, of the training too."""
+    with FakeTensorMode(allow_non_fake_inputs=False), torch._dynamo.config.patch(recompile_limit=1):
+        twin = block(torch.float32)
+        after_attention = AsCompiled(twin.after_attention, {})
+        config = load_preset("demo")
+        for tokens in (16, 32):
+            x = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
+            after_attention(x, torch.randn(1, config.num_attention_heads, tokens, 32))
