@@ -20,6 +20,7 @@ FIRST_STEP_S = 40
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_demo_ends_below_a_bigram_model_and_starts_soon(tmp_path: Path) -> None:
     # One thread: two would wait for each other wherever other tests run beside them.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

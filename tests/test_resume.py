@@ -131,7 +131,10 @@ def logged(folder: Path) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
 
 
-@pytest.mark.parametrize("is_asynchronous", ["true", "false"], ids=["asynchronous", "synchronous"])
+@pytest.mark.parametrize(
+    "is_asynchronous",
+    [pytest.param("true", id="asynchronous"), pytest.param("false", id="synchronous", marks=pytest.mark.exhaustive)],
+)
 def test_killed_three_times_in_one_folder(muse: Muse, is_asynchronous: str) -> None:
     """The same command line each time; every step is trained as by a run that nobody kills, and logged once."""
     assert muse.with_recipe("prepare")[0] == 0

@@ -69,10 +69,10 @@ def test_a_full_temporary_folder_is_one_line(tmp_path, longest_file, monkeypatch
 
 
 def test_fewer_merges_than_asked_for_are_told(repositories, tmp_path, capsys):
-    train_tokenizer([Folders(repositories)], tmp_path, vocab_size=20_000)
-    found = load_tokenizer(str(tmp_path)).vocab_size
+    train_tokenizer([Folders(repositories)], tmp_path / "first", vocab_size=20_000)
+    found = load_tokenizer(str(tmp_path / "first")).vocab_size
     assert f"vocab_size: 20,000 asked for, but the text has pairs for {found:,} only; " in capsys.readouterr().err
-    train_tokenizer([Folders(repositories)], tmp_path, vocab_size=found)
+    train_tokenizer([Folders(repositories)], tmp_path / "second", vocab_size=found)
     assert capsys.readouterr().err == ""
 
 

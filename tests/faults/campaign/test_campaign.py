@@ -16,6 +16,7 @@ from tests.faults.campaign.setting import Setting
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.multi_process
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 
 
 def program(module: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +71,7 @@ def test_the_ending_of_two_ranks(kind: str, codes: list[int], first_code: int, l
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("which", ["short", pytest.param("long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["short", pytest.param("long", marks=EXHAUSTIVE)])
 def test_every_kind_of_fault_strikes(which: str) -> None:
     ended = program("", "--tour", which)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -79,6 +80,7 @@ def test_every_kind_of_fault_strikes(which: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_mutant_turns_it_red() -> None:
     ended = program(".mutants")
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -11,6 +11,7 @@ from tests.faults.sweep.sweeping import Outcome, sweep
 from tests.faults.sweep.tracing import why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no system call can be failed here: {why_not()}")
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 ONE_SAVE = "step=2"
 CALLS = 20
 """That change something, for one checkpoint and its manifest, which is written twice: at least."""
@@ -38,7 +39,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if mutant in FAST else pytest.mark.slow) for name, mutant in MUTANTS.items()]
+    "name", [pytest.param(name, marks=[] if mutant in FAST else EXHAUSTIVE) for name, mutant in MUTANTS.items()]
 )
 def test_broken_code_is_found(name: str) -> None:
     assert verdict(name) is not None
