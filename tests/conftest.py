@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -109,3 +110,15 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         assert main(["prepare", "--config", "recipe.yaml"]) == 0
     return folder / "dataset"
+
+
+@pytest.fixture
+def muse_with_dataset(
+    tmp_path: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
+    """`tests.recipe.Muse` in a working directory of its own that has the recipe's dataset already."""
+    from tests.recipe import Muse
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_dataset, "dataset")
+    return Muse(tmp_path, capsys)

@@ -1,7 +1,6 @@
 """`muse reproduce`: a run again by what it has left, what it refuses, and how it says whether losses agree."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,8 @@ AGAIN = Path("runs/tiny/version_1")
 
 
 @pytest.fixture
-def muse(
-    tmp_path: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Muse:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_dataset, "dataset")
-    return Muse(tmp_path, capsys)
+def muse(muse_with_dataset: Muse) -> Muse:
+    return muse_with_dataset
 
 
 def trained(muse: Muse, *flags: str) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +31,8 @@ EVERY_STEP = (
 
 
 @pytest.fixture
-def muse(
-    tmp_path: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Muse:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_dataset, "dataset")
-    return Muse(tmp_path, capsys)
+def muse(muse_with_dataset: Muse) -> Muse:
+    return muse_with_dataset
 
 
 def ok(result: tuple[int, str, str]) -> str:

@@ -1,8 +1,5 @@
 """A resumed run is the run that saved and went on: before each update their whole states are equal, exactly."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -25,12 +22,8 @@ CASES = {
 
 
 @pytest.fixture
-def muse(
-    tmp_path: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Muse:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_dataset, "dataset")
-    return Muse(tmp_path, capsys)
+def muse(muse_with_dataset: Muse) -> Muse:
+    return muse_with_dataset
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`muse fit` ends with 76 where nothing is finite, and `muse fit --replay FILE` repeats the step."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,8 @@ DIVERGES = ("--model.learning_rate=1e25", "--trainer.max_steps=20", "--trainer.a
 
 
 @pytest.fixture
-def muse(
-    tmp_path: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Muse:
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_dataset, "dataset")
-    return Muse(tmp_path, capsys)
+def muse(muse_with_dataset: Muse) -> Muse:
+    return muse_with_dataset
 
 
 @pytest.fixture
