@@ -150,14 +150,13 @@ def test_without_gradients_nothing_is_copied() -> None:
 @pytest.mark.parametrize("policy", ["keep_attention", "block"])
 @pytest.mark.parametrize("attention", [Dense, Muse], ids=["Dense", "Muse"])
 def test_on_a_gpu(attention: type[AttentionStrategy], policy: Recompute) -> None:
-    """Gradients are as near to those of two runs without as these to each other, equal where those are, and the peak is
-    lower by what all blocks but two keep; over several steps, in which buffers are used again."""
+    """Gradients are as near to those of two runs without as these to each other, and what a step takes at its peak is
+    less by what all blocks but two keep; over several steps, in which buffers are used again."""
     tokens, layers = 32768, 8
     config = LlamaConfig(
         **(vars(CONFIG) | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": layers})
     )
     found, peaks = [], []
-    torch.use_deterministic_algorithms(True, warn_only=True)
     for offloads in (False, False, True):
         torch.manual_seed(0)
         llama = Llama(config, attention).to("cuda")
@@ -168,14 +167,15 @@ def test_on_a_gpu(attention: type[AttentionStrategy], policy: Recompute) -> None
         for _ in range(3):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
             with torch.autocast("cuda", torch.bfloat16):
                 loss = llama.hidden_states(ids).float().square().mean()
             loss.backward()
-        found.append([p.grad.clone() for p in llama.parameters() if p.grad is not None])
-        peaks.append(torch.cuda.max_memory_allocated())
+        found.append(torch.cat([p.grad.flatten() for p in llama.parameters() if p.grad is not None]))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
         del llama, loss
-    torch.use_deterministic_algorithms(False)
-    assert all((a - c).norm() <= 2 * (a - b).norm() for a, b, c in zip(*found, strict=True))
+    plain, again, offloaded = found
+    assert (plain - offloaded).norm() <= 2 * (plain - again).norm()
     hidden = tokens * config.hidden_size * 4
     per_block = hidden if policy == "block" else hidden * (1 + (1 + 0.5 + 0.5 + 1) / 2)
     assert peaks[1] - peaks[2] > 0.8 * (layers - 2) * per_block

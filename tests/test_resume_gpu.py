@@ -12,7 +12,7 @@ from tests.resumed import check_equal_to_uninterrupted
 
 pytestmark = pytest.mark.gpu
 
-# Sizes that the Triton kernels take, and seven batches in an epoch.
+# Sizes that the Triton kernels take, and three batches in an epoch, at whose end a checkpoint is saved, too.
 FLAGS = (
     "--trainer.accelerator=gpu",
     "--trainer.deterministic=true",
@@ -25,7 +25,7 @@ FLAGS = (
     "--model.attention.exact_below=64",
     "--model.attention.implementation=triton",
     "--data.seq_len=256",
-    "--data.batch_size=1",
+    "--data.batch_size=2",
 )
 
 

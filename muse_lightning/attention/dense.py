@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,8 +21,12 @@ _KERNELS_BY_SPEED = [
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """Causal scaled_dot_product_attention by the fastest kernel that takes these tensors, every row one document."""
-    with sdpa_kernel(_KERNELS_BY_SPEED, set_priority=True):
+    """Causal scaled_dot_product_attention by the fastest kernel that takes these tensors, every row one document.
+
+    Not cuDNN's under `torch.use_deterministic_algorithms`, which its backward pass does not obey.
+    """
+    kernels = _KERNELS_BY_SPEED[1:] if torch.are_deterministic_algorithms_enabled() else _KERNELS_BY_SPEED
+    with sdpa_kernel(kernels, set_priority=True):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )

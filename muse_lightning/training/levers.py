@@ -54,9 +54,10 @@ class Setting:
 def levers(setting: Setting) -> Iterator[Setting]:
     """The setting with each lever pulled that is not pulled yet, one at a time.
 
-    In order of what they cost: nothing but smaller products (batch, chunk of the loss); the feed-forward network's
-    forward pass, which costs nothing more where it is computed again anyway; that of all but attention; attention, too;
-    the way to the host, which may be slower than the device.
+    In order of what they cost, as measured (benchmarks/results/2026-11-29_h200_training-steps.md): nothing but smaller
+    products (batch, chunk of the loss, 1 %); the forward pass of all but attention once more; that of attention, too
+    (16 %). Then, of blocks that are computed again, the way to the host, which is hidden (none), and tiles, which
+    compute the feed-forward network a third time (4 %).
     """
     if setting.batch_size > 1:
         said = f"data.batch_size=1 trainer.accumulate_grad_batches={setting.accumulate * setting.batch_size}"
@@ -70,8 +71,6 @@ def levers(setting: Setting) -> Iterator[Setting]:
 def _changes(model: LanguageModel) -> Iterator[dict[str, Any]]:
     if model.loss_chunk > LOSS_CHUNK:
         yield {"loss_chunk": LOSS_CHUNK}
-    if model.mlp_tiles < MLP_TILES:
-        yield {"mlp_tiles": MLP_TILES}
     if model.recompute == "none":
         yield {"recompute": "keep_attention"}
     elif model.recompute_every > 1:
@@ -80,6 +79,8 @@ def _changes(model: LanguageModel) -> Iterator[dict[str, Any]]:
         yield {"recompute": "block"}
     if model.recompute != "none" and not model.offload:
         yield {"offload": True}
+    if model.mlp_tiles < MLP_TILES:
+        yield {"mlp_tiles": MLP_TILES}
 
 
 def next_lever(setting: Setting) -> str | None:

@@ -38,3 +38,22 @@ def test_forward_and_gradients_are_as_accurate_as_on_the_cpu(
     for name, (actual, exact, baseline) in zip(("out", "dq", "dk", "dv"), results, strict=True):
         # FlashAttention rounds the weights to the working dtype before the product with v; the CPU kernels do not.
         assert_as_accurate(actual, exact=exact, baseline=baseline, multiple=4.0, name=name)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 3000, 3000, 8192]], ids=["rows", "documents"])
+@pytest.mark.parametrize("strategy", [Dense(0), Muse(0, exact_below=0), SlidingWindow(0)], ids=repr)
+def test_gradients_are_the_same_bits_when_determinism_is_asked_for(
+    strategy: AttentionStrategy, cu_seqlens: list[int] | None
+) -> None:
+    qkv = [torch.randn(1, 8, 8192, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    dout = torch.randn_like(qkv[0])
+    documents = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=torch.int32, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [
+            torch.autograd.grad(strategy(*qkv, softmax_scale=0.125, cu_seqlens=documents), qkv, dout) for _ in range(4)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(map(torch.equal, run, runs[0]))

@@ -37,10 +37,10 @@ def pulled_one_after_the_other(start: Setting) -> list[str]:
             [
                 "data.batch_size=1 trainer.accumulate_grad_batches=8",
                 "model.loss_chunk=1024",
-                "model.mlp_tiles=8",
                 "model.recompute=keep_attention",
                 "model.recompute=block",
                 "model.offload=true",
+                "model.mlp_tiles=8",
             ],
         ),
         ({"loss_chunk": 512, "mlp_tiles": 16}, ["model.offload=true"]),
@@ -59,7 +59,7 @@ def test_the_first_that_is_worth_its_while_is_advised() -> None:
     """A large vocabulary: the loss. A wide feed-forward network: tiles, though the loss comes first in the order."""
     assert (next_lever(setting(loss_chunk=4096)) or "").startswith("model.loss_chunk=1024 (predicted peak ")
     config = load_preset("demo", intermediate_size=8192)
-    wide = Setting(LanguageModel(config, Dense, recompute="block", warmup_steps=0), 1, 4096, 1, "32-true")
+    wide = Setting(LanguageModel(config, Dense, recompute="block", offload=True), 1, 4096, 1, "32-true")
     said = next_lever(wide)
     assert said is not None
     assert said.startswith("model.mlp_tiles=8 (predicted peak ")
@@ -75,7 +75,8 @@ def test_nothing_is_advised_where_nothing_helps() -> None:
 @pytest.mark.parametrize("attention", [Dense, Muse], ids=["Dense", "Muse"])
 def test_the_longest_context(attention: Any) -> None:
     """It fits, a fiftieth or a chunk more does not, and each lever makes it longer."""
-    model = LanguageModel(load_preset("demo", num_hidden_layers=1), attention, recompute="block", loss_chunk=1024)
+    kept = {"recompute": "block", "offload": True, "loss_chunk": 1024}
+    model = LanguageModel(load_preset("demo", num_hidden_layers=1), attention, **kept)
     start, memory = Setting(model, 1, 4096, 1, "bf16-mixed"), 2**27
     found = list(islice(longest_contexts(start, memory), 2))
     assert [said for said, _ in found] == ["as it is", "model.mlp_tiles=8"]
