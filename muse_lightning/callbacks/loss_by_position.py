@@ -15,10 +15,11 @@ from muse_lightning.training.totals import Totals
 
 
 class LossByPosition(L.Callback):
-    """Draws the figure `val/loss_by_position` at each validation, and logs `val/loss_short` and `val/loss_long`.
+    """Draws the figure `val/loss_by_position` at each validation, writes its points as `val/loss_by_position/N`, and logs
+    `val/loss_short` and `val/loss_long`.
 
     A prediction at position i of its document sees i + 1 tokens; losses are averaged over 1, 2-3, 4-7, 8-15, ... tokens
-    in sight, over all batches and ranks. `val/loss_short` is the mean over predictions that see at most `short_context`
+    in sight (N is the first of them), over all batches and ranks. `val/loss_short` is the mean over predictions that see at most `short_context`
     tokens, which a long context must not spoil; `val/loss_long` that over those that see more than half the context;
     each is left out where there are none.
 
@@ -76,6 +77,10 @@ class LossByPosition(L.Callback):
                 log_x=True,
             )
             write_figure(trainer, "val/loss_by_position", figure)
+            # Not logged by the module: sixteen lines more on the console would hide the others.
+            for logger in trainer.loggers:
+                values = {f"val/loss_by_position/{start:.0f}": loss for start, loss in points}
+                logger.log_metrics(values, step=trainer.global_step)
 
 
 def tokens_in_sight(batch: dict[str, Tensor]) -> Tensor:

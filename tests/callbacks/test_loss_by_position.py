@@ -31,12 +31,19 @@ def test_sums_against_a_loop(packed):
     assert sum(counts) == (batch["labels"] != -100).sum()
 
 
-def test_a_figure_per_validation(tmp_path):
+def test_a_figure_and_its_points_per_validation(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=2, val_check_interval=1, callbacks=[LossByPosition()])
-    trainer.fit(tiny_model(), TinyData(batches(2), batches(2)))
+    model, val = tiny_model(), batches(2)
+    trainer.fit(model, TinyData(batches(2), val))
     events = EventAccumulator(trainer.log_dir)
     events.Reload()
     assert [event.step for event in events.Images("val/loss_by_position")] == [1, 2]
+    sums = [torch.stack(sums_by_context(model.token_nats(batch), batch)) for batch in val]
+    nats, counts = sum(sums)
+    for i, mean in enumerate((nats / counts).tolist()):
+        before, after = events.Scalars(f"val/loss_by_position/{2**i}")
+        assert (before.step, after.step) == (1, 2)
+        assert after.value == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole-rows"])

@@ -1,0 +1,92 @@
+"""tools/training_results.py: what it reads, compares, refuses and writes, of event files with known values."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from tools import training_results as under_test
+
+LOSSES = {"dense": [5.0, 4.0, 3.0], "muse": [4.5, 3.5, 2.7]}
+STEPS = (10, 20, 30)
+
+
+def write_run(folder: Path, name: str, tokens: float = 3e6, **environment: Any) -> Path:
+    """A run of thirty steps, a second each; MuSe's own loss is 0.1 over its exact one."""
+    folder.mkdir()
+    with SummaryWriter(str(folder)) as writer:
+        for step, loss in zip(STEPS, LOSSES[name], strict=True):
+            scalars = {"val/loss_exact": loss, "val/loss": loss + 0.1, "val/loss_by_position/1": loss + 3.0}
+            scalars |= {"train/tokens": tokens * step / 30, "throughput/device/tokens_per_sec": 1000.0 * step}
+            scalars |= {"muse/relative_error": step / 1000} if name == "muse" else {}
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step, walltime=1000.0 + step)
+    recorded = {"seed": 1, "devices": ["GPU"], "data": [{"name": "d", "fingerprint": "ab"}], **environment}
+    (folder / "environment.json").write_text(json.dumps(recorded))
+    (folder / "config.yaml").write_text(f"model: {{attention: {{class_path: {name}}}}}\n")
+    return folder
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> str:
+    return f"Dense={write_run(tmp_path / 'dense', 'dense')}"
+
+
+def muse(tmp_path: Path, **changes: Any) -> str:
+    return f"MuSe={write_run(tmp_path / 'muse', 'muse', **changes)}"
+
+
+def test_the_table(tmp_path: Path, dense: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert under_test.main([str(tmp_path / "out"), dense, muse(tmp_path)]) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert rows[2] == ["Dense", "1", "3.0000", "+0.00%", "3.1000", "-", "-", "-", "20,000", "20", "20"]
+    # It is as good as the first's end at its third validation, after 20 seconds.
+    assert rows[3] == ["MuSe", "1", "2.7000", "-10.00%", "2.8000", "-", "-", "-", "20,000", "20", "20"]
+
+
+def test_times_of_another_device_are_not_compared(
+    tmp_path: Path, dense: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    under_test.main([str(tmp_path / "out"), dense, muse(tmp_path, devices=["other"])])
+    assert capsys.readouterr().out.splitlines()[3].endswith("| another device | - |")
+
+
+def test_raw_data_and_plots(tmp_path: Path, dense: str) -> None:
+    under_test.main([str(tmp_path / "out"), dense, muse(tmp_path)])
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [r["attention"]["class_path"] for r in records if r["record"] == "run"] == ["dense", "muse"]
+    points = {(r["name"], r["tag"]): r["points"] for r in records if r["record"] == "scalar"}
+    assert points["MuSe", "val/loss_exact"] == [[10, 0.0, 4.5], [20, 10.0, 3.5], [30, 20.0, 2.7]]
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_evaluations_are_a_table_of_their_own(tmp_path: Path, dense: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert under_test.main([str(tmp_path / "out"), dense, "--evaluated", muse(tmp_path, tokens=1)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["| `val/loss` | 2.8000 |", "| `val/loss_exact` | 2.7000 |"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": [{"fingerprint": "cd"}]}, r"MuSe: trained on dataset \['cd'\], Dense on \['ab'\]"),
+        ({"tokens": 2e6}, "MuSe: saw 2,000,000 tokens, Dense 3,000,000"),
+    ],
+    ids=["dataset", "tokens"],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, dense: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        under_test.main([str(tmp_path / "out"), dense, muse(tmp_path, **changes)])
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"), [("environment.json", "has no environment.json"), ("events*", "no scal")]
+)
+def test_what_is_no_run_is_refused(tmp_path: Path, dense: str, missing: str, message: str) -> None:
+    (path,) = (tmp_path / "dense").glob(missing)
+    path.unlink()
+    with pytest.raises(SystemExit, match=message):
+        under_test.main([str(tmp_path / "out"), dense])
