@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from muse_lightning.attention import Muse
 from muse_lightning.training.memory import step_memory
 from muse_lightning.training.module import LanguageModel
 
@@ -104,7 +105,7 @@ def longest_contexts(setting: Setting, memory: int) -> Iterator[tuple[str, int]]
         The lever, as flags, and tokens; 0 if not even the shortest fits.
     """
     strategy = setting.model.llama.blocks[0].self_attn.attention
-    unit = getattr(strategy, "options", {}).get("chunk", TOKENS)
+    unit = strategy.options["chunk"] if isinstance(strategy, Muse) else TOKENS
     current: Setting | None = setting
     while current is not None:
         longest = _longest(current, int(USABLE * memory), unit)

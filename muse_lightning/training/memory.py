@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from muse_kernels.attention.chunks import num_rows
 from muse_kernels.attention.op import HAS_TRITON
 from muse_kernels.attention.options import ResolvedOptions
+from muse_lightning.attention import Muse
 from muse_lightning.data.batches import Batch
 from muse_lightning.errors import UserError, reason_of
 from muse_lightning.measure.info import MIB, MIXED_DTYPES, TRUE_DTYPES
@@ -101,9 +102,8 @@ def step_memory(
     dtype = TRUE_DTYPES.get(str(precision), torch.float32)
     twin = model.twin(compiled=False, weights=None, seq_len=None, tokenizer_size=None)
     for block in twin.llama.blocks:
-        options = getattr(block.self_attn.attention, "options", {})
-        if "implementation" in options:
-            options["implementation"] = "auto"  # a kernel that is asked for wants a GPU
+        if isinstance(block.self_attn.attention, Muse):
+            block.self_attn.attention.options["implementation"] = "auto"  # a kernel that is asked for wants a GPU
     if on_gpu and model.compiled and (model.recompute == "none" or model.recompute_every > 1):
         _as_compiled(twin)
     try:
@@ -141,9 +141,9 @@ def _take_step(
         live.add("optimizer", moments * sum(parameter.nbytes for parameter in group["params"]))
     for parameter in parameters:
         live.label("parameters", parameter)
-        # Those of the step before, or of the micro-batch before.
-        parameter.grad = torch.empty_like(parameter)
-        live.label("gradients", parameter.grad)
+        if accumulate > 1:  # those of the micro-batch before
+            parameter.grad = torch.empty_like(parameter)
+            live.label("gradients", parameter.grad)
         parameter.register_post_accumulate_grad_hook(lambda p: live.label("gradients", p.grad))
     twin.llama.model.register_forward_hook(lambda *_: setattr(live, "kind", "loss"))
     with live:
@@ -151,10 +151,6 @@ def _take_step(
         input_ids, labels = (torch.zeros(batch_size, seq_len, dtype=torch.int64) for _ in range(2))
         with torch.autocast("cpu", autocast) if autocast else nullcontext():
             loss = twin.total_nats(Batch(input_ids=input_ids, labels=labels)) / (batch_size * seq_len)
-        if accumulate == 1:
-            # Lightning clears gradients here, not before the forward pass.
-            for parameter in parameters:
-                parameter.grad = None
         live.kind = "backward"
         loss.backward()
 

@@ -253,9 +253,12 @@ class LanguageModel(L.LightningModule):
         return nats / labels.numel()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the loss of the optimizer step that just ended: over all its micro-batches and ranks, by label."""
+        """Log the loss of the optimizer step that just ended: over all its micro-batches and ranks, by label; and free
+        its gradients, which Lightning would keep until the next forward pass is over."""
         if not ends_step(self.trainer):
             return
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()
         if is_log_step(self.trainer, self.trainer.global_step):
             nats, labels = self._train_totals.collect(self.trainer)
             self.log("train/loss", _mean(nats, labels), prog_bar=True)

@@ -131,7 +131,7 @@ def test_muse_against_storages_that_are_alive(levers: dict[str, Any]) -> None:
 
 
 def test_weights_moments_and_gradients() -> None:
-    """The first micro-batch clears the gradients of the step before, a later one keeps those of the first."""
+    """A step begins without gradients; a later micro-batch has those of the first."""
     model = a_model(recompute="block", loss_chunk=16, mlp_tiles=8)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     single, several = (predicted(model, accumulate=count) for count in (1, 2))
