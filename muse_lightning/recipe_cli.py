@@ -27,6 +27,8 @@ from muse_lightning.callbacks.environment_file import EnvironmentFile
 from muse_lightning.callbacks.ledger import Ledger
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import progress_bar
+from muse_lightning.callbacks.run_text import RunText
+from muse_lightning.callbacks.scalar_layout import ScalarLayout
 from muse_lightning.checkpoints.choice import report, step_of
 from muse_lightning.checkpoints.durable_checkpoint import DurableCheckpoint
 from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
@@ -362,6 +364,8 @@ class MuseCLI(LightningCLI):
             (trainer["enable_checkpointing"] is not False, Checkpoint, DurableCheckpoint),
             (self.verb == "fit" and trainer["enable_progress_bar"] is not False, Banner, Banner),
             (True, EnvironmentFile, lambda: EnvironmentFile(self.run_folder, self.environment())),
+            (self.verb in ("fit", "validate"), ScalarLayout, ScalarLayout),
+            (self.verb in ("fit", "validate"), RunText, lambda: RunText(self._config_text(), self.environment())),
             (self.verb == "fit", Ledger, lambda: Ledger(self.run_folder.path / FOLDER_NAME)),
             (self.verb == "fit", NumericsGuard, NumericsGuard),
             (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),

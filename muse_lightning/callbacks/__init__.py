@@ -14,6 +14,8 @@ from muse_lightning.callbacks.needle_retrieval import NeedleRetrieval
 from muse_lightning.callbacks.ngram_baseline import NgramBaseline
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import ProgressLines
+from muse_lightning.callbacks.run_text import RunText
+from muse_lightning.callbacks.scalar_layout import ScalarLayout
 from muse_lightning.callbacks.step_time import StepTime
 from muse_lightning.callbacks.throughput import DeviceThroughput
 
@@ -41,5 +43,7 @@ __all__ = [
     "NgramBaseline",
     "PredictionFiles",
     "ProgressLines",
+    "RunText",
+    "ScalarLayout",
     "StepTime",
 ]

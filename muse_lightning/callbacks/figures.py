@@ -2,8 +2,11 @@
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+
+from muse_lightning.training.log_step import written_step
 
 
 def draw_curve(
@@ -34,7 +37,13 @@ def draw_curve(
 
 
 def write_figure(trainer: L.Trainer, tag: str, figure: Figure) -> None:
-    """Write a figure to TensorBoard, on the first rank."""
+    """Write a figure to TensorBoard, on the first rank, at the step of the scalars that are logged with it.
+
+    One step later it would be dropped when the run is resumed from the checkpoint of that validation.
+    """
     for logger in trainer.loggers:
         if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(tag, figure, trainer.global_step)
+            logger.experiment.add_figure(tag, figure, written_step(trainer))
+    # A figure and its canvas are cycles, with the pixels in them: dozens would wait for the collector.
+    figure.clear()
+    figure.set_canvas(FigureCanvasBase(figure))

@@ -10,6 +10,7 @@ from torch import Tensor
 from muse_lightning.callbacks.figures import draw_curve, write_figure
 from muse_lightning.errors import UserError
 from muse_lightning.model.rope import document_positions
+from muse_lightning.training.log_step import written_step
 from muse_lightning.training.loss import IGNORED_LABEL
 from muse_lightning.training.totals import Totals
 
@@ -80,7 +81,7 @@ class LossByPosition(L.Callback):
             # Not logged by the module: sixteen lines more on the console would hide the others.
             for logger in trainer.loggers:
                 values = {f"val/loss_by_position/{start:.0f}": loss for start, loss in points}
-                logger.log_metrics(values, step=trainer.global_step)
+                logger.log_metrics(values, step=written_step(trainer))
 
 
 def tokens_in_sight(batch: dict[str, Tensor]) -> Tensor:

@@ -12,3 +12,9 @@ def is_log_step(trainer: L.Trainer, step: int) -> bool:
 def ends_step(trainer: L.Trainer) -> bool:
     """In `on_train_batch_end`: whether the batch ended an optimizer step, and not one of its micro-batches before."""
     return not trainer.fit_loop._should_accumulate()
+
+
+def written_step(trainer: L.Trainer) -> int:
+    """The step at which Lightning writes what is logged now: during a fit, that of the optimizer step that has just
+    ended, from 0."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure
 
 from muse_lightning.callbacks.figures import draw_curve, write_figure
 from tests.tiny import tiny_trainer
@@ -29,6 +31,24 @@ def test_drawing_keeps_nothing_of_its_callers_alive(log_x: bool, tmp_path: Path)
     gc.disable()
     try:
         assert draw_with_a_batch(tmp_path, log_x)() is None
+    finally:
+        gc.enable()
+
+
+def test_pixels_are_freed_when_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    canvases: list[weakref.ref[FigureCanvasBase]] = []
+    add_figure = logger.experiment.add_figure
+
+    def spied(tag: str, figure: Figure, step: int) -> None:
+        add_figure(tag, figure, step)
+        canvases.append(weakref.ref(figure.canvas))
+
+    monkeypatch.setattr(logger.experiment, "add_figure", spied)
+    gc.disable()
+    try:
+        write_figure(tiny_trainer(tmp_path, logger=logger), "a", draw_curve([(1.0, 2.0), (2.0, 3.0)], "x", "y"))
+        assert [canvas() for canvas in canvases] == [None]
     finally:
         gc.enable()
 
