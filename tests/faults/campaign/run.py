@@ -342,7 +342,8 @@ class Run:
             problems.append("the last checkpoint is not that of the undisturbed run")
         logged = logged_losses(self.work)
         missing = [step for step, loss in self.oracle.logged if (step, loss) not in logged]
-        self.records[-1].unlogged = len(missing)
+        if self.records:
+            self.records[-1].unlogged = len(missing)
         # Lightning numbers them from 0.
         is_due = any(step + 1 not in self._saved_last for step in missing)
         if is_due or logged != [row for row in self.oracle.logged if row[0] not in missing]:
