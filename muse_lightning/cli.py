@@ -1,9 +1,12 @@
 """`muse`: the table of verbs and the exit codes. Neither torch nor Lightning is imported before a verb needs it."""
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -66,10 +69,31 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run `muse` and return its exit code (`ExitCode`).
 
     Args:
-        args: the command line; None: this process's.
+        args: the command line; None: this process's, which ends then: signals that ask a training to save or to stop
+            are ignored once that has ended.
     """
+    with nullcontext() if args is None else _same_handlers_afterwards():
+        return _exit_code_of(sys.argv[1:] if args is None else list(args))
+
+
+@contextmanager
+def _same_handlers_afterwards() -> Iterator[None]:
+    """Put back the handlers of signals for who goes on after a command."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return run(sys.argv[1:] if args is None else list(args))
+        yield
+    finally:
+        for number, handler in before.items():
+            # None: set by who is not Python, and still there unless a training has replaced it.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _exit_code_of(args: list[str]) -> int:
+    try:
+        return run(args)
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             _print_traceback()

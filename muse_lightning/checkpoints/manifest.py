@@ -1,7 +1,8 @@
 """The manifest beside a checkpoint, written last: a checkpoint without a fitting one does not exist.
 
 `step=N.manifest.json` says of `step=N.ckpt` how many bytes it has and their SHA-256, the optimizer step, where training
-stood in the data, and what was measured there.
+stood in the data, and what was measured there; and the SHA-256 of all that, for a flipped bit may leave a manifest that
+is as good as any, of another step.
 """
 
 import json
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from muse_lightning.errors import reason_of
-from muse_lightning.files import atomic_file, sha256_file
+from muse_lightning.files import atomic_file, sha256_bytes, sha256_file
 
 FORMAT_VERSION = 1
 """Of checkpoint and manifest; it is in both."""
 CHECKPOINT_SUFFIX = ".ckpt"
 MANIFEST_SUFFIX = ".manifest.json"
+_OWN_HASH = "manifest_sha256"
+"""Of all other fields, as JSON with sorted keys. Manifests of before it was introduced have none."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class Manifest:
         Raises:
             OSError: the storage does not take it.
         """
+        # As it will be read: keys are text then.
+        fields = json.loads(json.dumps(asdict(self)))
+        text = json.dumps(fields | {_OWN_HASH: _hash_of(fields)}, indent=1)
         with atomic_file(manifest_path(checkpoint), may_copy=True) as file:
-            file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
+            file.write(f"{text}\n".encode())
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Manifest":
@@ -57,8 +63,12 @@ class Manifest:
         try:
             fields = json.loads(manifest_path(checkpoint).read_text(encoding="utf-8"))
             version = fields["format_version"]
-        except (ValueError, RecursionError, TypeError, KeyError):
-            raise ValueError("its manifest is damaged") from None
+            own_hash = fields.pop(_OWN_HASH, None)
+            is_damaged = own_hash is not None and own_hash != _hash_of(fields)
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            is_damaged = True
+        if is_damaged:
+            raise ValueError("its manifest is damaged")
         if version != FORMAT_VERSION:
             raise ValueError(f"its manifest has format_version {version!r}; accepted: {FORMAT_VERSION}")
         try:
@@ -77,6 +87,10 @@ class Manifest:
             and isinstance(self.metrics, dict)
             and all(isinstance(value, float | int) for value in self.metrics.values())
         )
+
+
+def _hash_of(fields: dict[str, Any]) -> str:
+    return sha256_bytes(json.dumps(fields, sort_keys=True).encode())
 
 
 def manifest_path(checkpoint: Path) -> Path:

@@ -16,6 +16,9 @@ from muse_lightning.errors import RetryError
 
 STOP, SAVE = signal.SIGTERM, signal.SIGUSR1
 """SIGTERM: save and stop. SIGUSR1: save and go on."""
+_is_ending = threading.Event()
+"""Set where it is decided how a training ends. The SIGTERM of a launcher, which comes to every rank when one has
+failed, must neither cut short what is said of it nor change the exit code."""
 
 
 class SignalFlags:
@@ -47,9 +50,10 @@ class SignalFlags:
         self._before = {}
 
     def leave(self) -> None:
-        """As restore, where others put back what there was before both; until then a signal sets a flag that nobody
-        looks at."""
+        """As restore, where others put back what there was before both, when the training has ended: from now on a
+        signal sets a flag that nobody looks at, and ends nothing of `stoppable` either."""
         self._before = {}
+        _is_ending.set()
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -76,7 +80,11 @@ def preemption_as_retry() -> Iterator[None]:
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Inside, as long as nothing else handles it, SIGTERM ends what is done, as RetryError: for what comes before the
-    first step, and for a training that saves nothing. SIGUSR1 does nothing."""
+    first step, and for a training that saves nothing. SIGUSR1 does nothing.
+
+    Behind it both are ignored, for a program that is about to end: `cli.main` puts the handlers of before back for a
+    caller that goes on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -85,16 +93,18 @@ def stoppable() -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() != pid:
             _die_of(number)
-        elif number == STOP:
+        elif number == STOP and not _is_ending.is_set():
             raise _Preempted
 
-    before = {number: signal.signal(number, handle) for number in (STOP, SAVE)}
+    _is_ending.clear()
+    for number in (STOP, SAVE):
+        signal.signal(number, handle)
     try:
         with preemption_as_retry():
             yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        for number in (STOP, SAVE):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _die_of(number: int) -> None:

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,12 +59,43 @@ def test_damage_is_named(checkpoint: Path, damage: Callable[[Path], object], pro
     assert problem in found
 
 
+def test_every_bit_of_a_manifest_counts(checkpoint: Path) -> None:
+    """A step of 5 is a step of 7 by one bit: the run would go on from there, or be done."""
+    path = manifest_path(checkpoint)
+    content, written = path.read_bytes(), Manifest.read(checkpoint)
+    for place in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with suppress(ValueError):
+            # Such as 1e-05 for 1E-05.
+            assert Manifest.read(checkpoint) == written, bytes(damaged)
+
+
+def test_a_manifest_of_before_is_read(checkpoint: Path) -> None:
+    written = Manifest.read(checkpoint)
+    put(checkpoint)
+    assert Manifest.read(checkpoint) == written
+
+
 @pytest.mark.parametrize(
     "field",
     [{"step": "5"}, {"size_bytes": -1}, {"sha256": 3}, {"data": []}, {"metrics": {"val/loss": "2"}}, {"extra": 1}],
     ids=str,
 )
 def test_fields_of_other_types_are_damage(checkpoint: Path, field: dict[str, object]) -> None:
-    path = manifest_path(checkpoint)
-    path.write_text(json.dumps(json.loads(path.read_text()) | field))
+    put(checkpoint, **field)
     assert problem_of(checkpoint) == "its manifest is damaged"
+
+
+def put(checkpoint: Path, **fields: object) -> None:
+    """Change fields of the manifest, which has no SHA-256 of its own then."""
+    found = json.loads(manifest_path(checkpoint).read_text()) | fields
+    del found["manifest_sha256"]
+    manifest_path(checkpoint).write_text(json.dumps(found))
+
+
+def test_keys_that_are_numbers(checkpoint: Path) -> None:
+    replace(Manifest.read(checkpoint), data={"train": {2: (1, 2), 10: None}}).write(checkpoint)
+    assert problem_of(checkpoint) is None
+    assert Manifest.read(checkpoint).data == {"train": {"2": [1, 2], "10": None}}

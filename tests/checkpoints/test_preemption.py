@@ -5,26 +5,28 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from muse_lightning import cli
 from muse_lightning.checkpoints.preemption import Agreement, SignalFlags, stoppable
 from muse_lightning.errors import RetryError
 
 ROOT = Path(__file__).parents[2]
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
     """Whatever a test does, handlers are those from before afterwards."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
-    found = {number: signal.getsignal(number) for number in before}
     for number, handler in before.items():
         signal.signal(number, handler)
-    assert found == before
 
 
 def test_flags() -> None:
@@ -41,7 +43,10 @@ def test_flags() -> None:
     flags.install()
     os.kill(os.getpid(), signal.SIGTERM)
     assert flags.stop
+    before = [signal.getsignal(number) for number in SIGNALS]
     flags.restore()
+    assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_DFL] * 2
 
 
 def test_another_thread_leaves_the_handlers_alone() -> None:
@@ -84,6 +89,39 @@ def test_a_forked_process_dies_of_the_signal(number: signal.Signals, kind: str) 
     assert os.WTERMSIG(status) == number
 
 
+def preempted_in(act: Callable[[], object]) -> bool:
+    """Whether SIGTERM in the middle of it leaves as RetryError."""
+    try:
+        with stoppable():
+            act()
+            os.kill(os.getpid(), signal.SIGTERM)
+    except RetryError:
+        return True
+    return False
+
+
+def test_a_training_that_has_its_ending_keeps_it() -> None:
+    """The launcher's SIGTERM, as another rank has failed, comes while an error is on its way out, or is being told."""
+    assert preempted_in(lambda: None)
+    assert not preempted_in(SignalFlags().leave)
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)
+    assert preempted_in(lambda: None), "of the next training in this process"
+
+
+@pytest.mark.parametrize("is_program", [True, False])
+def test_a_command_tells_its_ending_to_the_end(monkeypatch: pytest.MonkeyPatch, is_program: bool) -> None:
+    def run(args: list[str]) -> int:
+        with stoppable():
+            raise ValueError("closed by peer")
+
+    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(cli, "_print_traceback", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert cli.main(None if is_program else []) == 1
+    after = signal.SIG_IGN if is_program else signal.SIG_DFL
+    assert [signal.getsignal(number) for number in SIGNALS] == [after] * 2
+
+
 def test_before_the_first_step() -> None:
     with pytest.raises(RetryError, match="preempted outside of training"), stoppable():
         os.kill(os.getpid(), signal.SIGUSR1), os.kill(os.getpid(), signal.SIGTERM)
@@ -96,6 +134,7 @@ def test_alone_one_agrees_with_oneself() -> None:
 
 PROGRAM = """
 import sys, torch.distributed as dist
+from muse_lightning import cli
 from muse_lightning.checkpoints.preemption import Agreement
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

@@ -141,6 +141,9 @@ def newest_whole(folder: Path) -> int:
     for manifest in sorted((run_of(folder) / "checkpoints").glob("*.manifest.json"), key=_step_of, reverse=True):
         try:
             said = json.loads(manifest.read_text())
+            own_hash = said.pop("manifest_sha256")
+            if own_hash != hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest():
+                continue
             content = manifest.with_name(manifest.name.replace(".manifest.json", ".ckpt")).read_bytes()
             is_whole = (said["size_bytes"], said["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
             if is_whole and said["step"] == _step_of(manifest):

@@ -122,6 +122,27 @@ def checkpoint_hash_not_checked() -> None:
     vars(module)["problem_of"] = lambda path: None if path.exists() else "it is not there"
 
 
+def manifest_hash_not_checked() -> None:
+    import muse_lightning.checkpoints.manifest as module
+
+    class Fits(str):
+        __hash__ = str.__hash__
+
+        def __ne__(self, other: object) -> bool:
+            return False
+
+    read, hash_of = module.Manifest.read.__func__, module._hash_of  # type: ignore[attr-defined]
+
+    def wrong(cls: type, checkpoint: Any) -> Any:
+        vars(module)["_hash_of"] = lambda fields: Fits()
+        try:
+            return read(cls, checkpoint)
+        finally:
+            vars(module)["_hash_of"] = hash_of
+
+    vars_of(module.Manifest, read=classmethod(wrong))
+
+
 def newest_by_time() -> None:
     import muse_lightning.checkpoints.choice as module
 
@@ -172,6 +193,7 @@ MUTANTS = {
     "a step's first micro-batch forgotten": Mutant(stops_between_micro_batches, ("term",), Setting(accumulate=2)),
     "lock ignored": Mutant(lock_ignored, ("lock_elsewhere", "kill")),
     "checkpoint's hash not checked": Mutant(checkpoint_hash_not_checked, _DAMAGED),
+    "manifest's hash not checked": Mutant(manifest_hash_not_checked, ("manifest_bit", "kill")),
     "newest by time of the file": Mutant(newest_by_time, ("times_mixed", "kill")),
     "chunk's hash not checked": Mutant(chunk_hash_not_checked, ("chunk_bit", "chunk_zeros")),
     "workers die of a preemption": Mutant(workers_die_of_a_preemption, ("term_group",), Setting(workers=2)),

@@ -6,9 +6,11 @@ itself starts the second rank, it would run this program again.
 """
 
 import ctypes
+import fcntl
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 import traceback
@@ -24,6 +26,8 @@ LIMIT_S = 120.0
 """A start that takes longer hangs."""
 
 _SET_CHILD_SUBREAPER = 36
+_NEWNET = 0x40000000
+_SET_FLAGS, _UP = 0x8914, 1
 
 
 def import_everything() -> None:
@@ -180,7 +184,9 @@ class Start:
             self.inside(rank)
             from muse_lightning.cli import main
 
-            code = int(main(self.args))
+            # Not as an argument: main would take this process for one that goes on.
+            sys.argv = ["muse", *self.args]
+            code = int(main())
         except BaseException:
             traceback.print_exc()
         finally:
@@ -208,6 +214,14 @@ class Start:
 def adopt_orphans() -> None:
     """Let this process be the parent of processes whose own parent dies, so that it can wait for them."""
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def own_loopback() -> None:
+    """Give this process and its children a network of their own, where that can be had: a port that one run has found
+    free is not taken by another one before its first rank listens to it."""
+    if ctypes.CDLL(None).unshare(_NEWNET) == 0:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh14x", b"lo", _UP))
 
 
 def _join_group(pid: int, group: int) -> None:
