@@ -16,6 +16,7 @@ from muse_lightning.errors import (
     UserError,
     find_cause,
     nearest,
+    one_line,
     shown_url,
 )
 
@@ -188,7 +189,7 @@ def _print_traceback() -> None:
 
 def _print_line(text: str) -> None:
     # In one piece: ranks share a terminal.
-    sys.stderr.write(f"{_rank_prefix()}{shown_url(' '.join(text.split()))}\n")
+    sys.stderr.write(f"{_rank_prefix()}{one_line(text)}\n")
 
 
 def _rank_prefix() -> str:

@@ -26,6 +26,7 @@ QUERY_IN_URL = re.compile(
 )
 _STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _LONGEST_REASON = 300
+_LONGEST_START, _LONGEST_END = 1200, 700
 _PLACE = re.compile(r"\S+/\S+")
 
 
@@ -101,6 +102,15 @@ def shown_url(text: str) -> str:
     """A URL, or a text with URLs in it, as it may be printed and stored: without users and passwords, and with `?...`
     in place of a query, which may be a signature. Equal for a URL that is signed anew."""
     return QUERY_IN_URL.sub(r"\1?...", USER_IN_URL.sub("", text))
+
+
+def one_line(text: str) -> str:
+    """A message as it is printed: one line without credentials. Of a long one, which quotes what may be as long as a
+    command line or a file, the middle is left out."""
+    line = shown_url(" ".join(text.split()))
+    if len(line) <= _LONGEST_START + _LONGEST_END:
+        return line
+    return f"{line[:_LONGEST_START]} ... {line[-_LONGEST_END:]}"
 
 
 def reason_of(error: BaseException) -> str:

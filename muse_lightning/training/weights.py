@@ -1,5 +1,6 @@
 """Weights to start from and checkpoints to go on from; and saying clearly when they belong to another model."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
     expected = "expected the path of a local checkpoint, last, or best"
     if "://" in path:
         raise UserError(f"ckpt_path: {shown_url(path)} is an address; {expected}")
-    if not Path(path).exists():
+    if not os.path.exists(path):  # false also of what can be no path, where pathlib raises
         raise UserError(f"ckpt_path: no checkpoint at {path}; {expected}")
     if Path(path).is_dir():
         if not is_sharded(Path(path)):
