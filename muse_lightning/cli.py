@@ -18,6 +18,7 @@ from muse_lightning.errors import (
     nearest,
     one_line,
     shown_url,
+    too_long_path,
 )
 
 ALLOW_MODULE = "--allow_module"
@@ -72,10 +73,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if args is None else list(args))
     except UserError as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            _print_traceback()
-        _print_line(f"error: {error}")
-        return ExitCode.USER_ERROR
+        return _refuse(error)
     except RetryError as reason:
         _print_line(str(reason))
         return ExitCode.RETRY
@@ -98,6 +96,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if find_cause(error, KeyboardInterrupt):
             return ExitCode.INTERRUPTED
+        mistake = too_long_path(error)
+        if mistake is not None:
+            return _refuse(mistake)
         _print_traceback()
         return ExitCode.BUG
 
@@ -181,6 +182,14 @@ def take_allowed_modules(args: Sequence[str]) -> tuple[list[str], list[str]]:
             raise UserError(f"{ALLOW_MODULE}: a module name must follow, such as my_project.attention")
         allowed.append(value)
     return allowed, rest
+
+
+def _refuse(mistake: UserError) -> ExitCode:
+    """Report a user's mistake, while its error is handled."""
+    if os.environ.get(TRACEBACK_VARIABLE):
+        _print_traceback()
+    _print_line(f"error: {mistake}")
+    return ExitCode.USER_ERROR
 
 
 def _print_traceback() -> None:

@@ -91,6 +91,17 @@ def is_storage_error(error: BaseException) -> bool:
     return found is not None and found.errno in _STORAGE_FAULTS
 
 
+def too_long_path(error: BaseException) -> UserError | None:
+    """The user's mistake behind an error, where a path is longer than the system takes; None if that is not the error.
+
+    Almost any look at a path may be the first that fails so: of these errors alone the system's word is enough.
+    """
+    found = find_cause(error, OSError)
+    if found is None or found.errno != errno.ENAMETOOLONG:
+        return None
+    return UserError(f"{str(found.filename)!r:.300}: {reason_of(found)}; give a shorter path")
+
+
 def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
     """The names in `accepted` most like `name`, as text for an error message; all of them when few or none is alike."""
     accepted = sorted(accepted)

@@ -124,10 +124,6 @@ def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
 
 def _parse(value: str, name: str) -> Any:
     try:
-        f"{name}={value}".encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{name}: {value!r:.300} is refused: it is not UTF-8, as a configuration is") from None
-    try:
         values = load_with_presets(value)
         _check_texts(values)
     except OutOfBounds as error:

@@ -195,10 +195,14 @@ def _remembered_actions() -> Iterator[None]:
             found.clear()
         _, by_name = found.setdefault(key, (parser, {}))
         if dest not in by_name:
-            by_name[dest] = _subcommands.find_action_and_subcommand(parser, dest, exclude)
+            by_name[dest] = look(parser, dest, exclude)
         return by_name[dest]
 
-    with mock.patch.object(_core, "find_action_and_subcommand", find):
+    look = _subcommands.find_action_and_subcommand
+    with (
+        mock.patch.object(_core, "find_action_and_subcommand", find),
+        mock.patch.object(_subcommands, "find_action_and_subcommand", find),
+    ):
         yield
 
 
