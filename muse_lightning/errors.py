@@ -27,6 +27,7 @@ QUERY_IN_URL = re.compile(
 _STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _LONGEST_REASON = 300
 _LONGEST_START, _LONGEST_END = 1200, 700
+_LONGEST_SEARCHED = 20_000
 _PLACE = re.compile(r"\S+/\S+")
 
 
@@ -118,7 +119,11 @@ def shown_url(text: str) -> str:
 def one_line(text: str) -> str:
     """A message as it is printed: one line without credentials. Of a long one, which quotes what may be as long as a
     command line or a file, the middle is left out."""
-    line = shown_url(" ".join(text.split()))
+    line = " ".join(text.split())
+    if len(line) > _LONGEST_SEARCHED:
+        # The patterns take time with the square of what is full of beginnings of URLs.
+        line = f"{line[: _LONGEST_SEARCHED // 2]} ... {line[-_LONGEST_SEARCHED // 2 :]}"
+    line = shown_url(line)
     if len(line) <= _LONGEST_START + _LONGEST_END:
         return line
     return f"{line[:_LONGEST_START]} ... {line[-_LONGEST_END:]}"

@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ def test_nearest(name: str, expected: str) -> None:
 )
 def test_one_line(text: str, expected: str) -> None:
     assert one_line(text) == expected
+
+
+def test_a_line_full_of_urls_takes_no_time() -> None:
+    started = time.process_time()
+    assert len(one_line("http:/" * 20_000)) < 2000
+    assert time.process_time() - started < 4  # 18 s if all of it were searched
 
 
 def test_a_path_that_is_too_long() -> None:
