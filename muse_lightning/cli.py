@@ -19,7 +19,9 @@ from muse_lightning.errors import (
     UserError,
     find_cause,
     nearest,
+    one_line,
     shown_url,
+    too_long_path,
 )
 
 ALLOW_MODULE = "--allow_module"
@@ -95,10 +97,7 @@ def _exit_code_of(args: list[str]) -> int:
     try:
         return run(args)
     except UserError as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            _print_traceback()
-        _print_line(f"error: {error}")
-        return ExitCode.USER_ERROR
+        return _refuse(error)
     except RetryError as reason:
         _print_line(str(reason))
         return ExitCode.RETRY
@@ -121,6 +120,9 @@ def _exit_code_of(args: list[str]) -> int:
     except Exception as error:
         if find_cause(error, KeyboardInterrupt):
             return ExitCode.INTERRUPTED
+        mistake = too_long_path(error)
+        if mistake is not None:
+            return _refuse(mistake)
         _print_traceback()
         return ExitCode.BUG
 
@@ -206,13 +208,21 @@ def take_allowed_modules(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return allowed, rest
 
 
+def _refuse(mistake: UserError) -> ExitCode:
+    """Report a user's mistake, while its error is handled."""
+    if os.environ.get(TRACEBACK_VARIABLE):
+        _print_traceback()
+    _print_line(f"error: {mistake}")
+    return ExitCode.USER_ERROR
+
+
 def _print_traceback() -> None:
     sys.stderr.write(shown_url(traceback.format_exc()))
 
 
 def _print_line(text: str) -> None:
     # In one piece: ranks share a terminal.
-    sys.stderr.write(f"{_rank_prefix()}{shown_url(' '.join(text.split()))}\n")
+    sys.stderr.write(f"{_rank_prefix()}{one_line(text)}\n")
 
 
 def _rank_prefix() -> str:

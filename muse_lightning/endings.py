@@ -14,6 +14,7 @@ from muse_lightning.errors import (
     find_cause,
     is_storage_error,
     reason_of,
+    too_long_path,
 )
 from muse_lightning.training.levers import Setting, next_lever
 
@@ -62,6 +63,9 @@ def out_of_memory(error: Exception, config: Namespace, setting: Callable[[], Set
 def as_user_error(error: Exception, config: Namespace) -> UserError | None:
     """The user's mistake behind an error of a library; None if it is not one."""
     mistake = find_cause(error, UserError)
+    if mistake is not None:
+        return mistake
+    mistake = too_long_path(error)
     if mistake is not None:
         return mistake
     message = str(error)

@@ -26,6 +26,8 @@ QUERY_IN_URL = re.compile(
 )
 _STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _LONGEST_REASON = 300
+_LONGEST_START, _LONGEST_END = 1200, 700
+_LONGEST_SEARCHED = 20_000
 _PLACE = re.compile(r"\S+/\S+")
 
 
@@ -90,6 +92,17 @@ def is_storage_error(error: BaseException) -> bool:
     return found is not None and found.errno in _STORAGE_FAULTS
 
 
+def too_long_path(error: BaseException) -> UserError | None:
+    """The user's mistake behind an error, where a path is longer than the system takes; None if that is not the error.
+
+    Almost any look at a path may be the first that fails so: of these errors alone the system's word is enough.
+    """
+    found = find_cause(error, OSError)
+    if found is None or found.errno != errno.ENAMETOOLONG:
+        return None
+    return UserError(f"{str(found.filename)!r:.300}: {reason_of(found)}; give a shorter path")
+
+
 def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
     """The names in `accepted` most like `name`, as text for an error message; all of them when few or none is alike."""
     accepted = sorted(accepted)
@@ -101,6 +114,19 @@ def shown_url(text: str) -> str:
     """A URL, or a text with URLs in it, as it may be printed and stored: without users and passwords, and with `?...`
     in place of a query, which may be a signature. Equal for a URL that is signed anew."""
     return QUERY_IN_URL.sub(r"\1?...", USER_IN_URL.sub("", text))
+
+
+def one_line(text: str) -> str:
+    """A message as it is printed: one line without credentials. Of a long one, which quotes what may be as long as a
+    command line or a file, the middle is left out."""
+    line = " ".join(text.split())
+    if len(line) > _LONGEST_SEARCHED:
+        # The patterns take time with the square of what is full of beginnings of URLs.
+        line = f"{line[: _LONGEST_SEARCHED // 2]} ... {line[-_LONGEST_SEARCHED // 2 :]}"
+    line = shown_url(line)
+    if len(line) <= _LONGEST_START + _LONGEST_END:
+        return line
+    return f"{line[:_LONGEST_START]} ... {line[-_LONGEST_END:]}"
 
 
 def reason_of(error: BaseException) -> str:

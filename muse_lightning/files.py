@@ -3,6 +3,7 @@ this file."""
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -32,6 +33,18 @@ def sha256_file(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's content, read in pieces of 1 MiB."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def expand_home(path: Path | str) -> Path:
+    """A path as a user writes it, with a home folder in place of `~` or `~NAME`.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: no user of this name has a home folder; give the whole path") from None
 
 
 def is_file_name(text: str) -> bool:
@@ -157,7 +170,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Leftovers of killed builds of the same folder are removed first, so at most one process may build it: hold
     `exclusive_lock(path)`.
     """
-    for leftover in path.parent.glob(f".{path.name}{PARTIAL}*"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     suffix = uuid.uuid4().hex[:8]
     temporary = path.with_name(f".{path.name}{PARTIAL}{suffix}")

@@ -218,6 +218,7 @@ class MuseCLI(LightningCLI):
         use_loader()
         check = ConfigCheck(parser, LINKS, self.allowed)
         if not {"-h", "--help"} & set(args):
+            _check_encoding(args)
             for layer in read_layers(args):
                 check.add(layer)
         self.config = parse(parser, args, check)
@@ -392,6 +393,15 @@ class MuseCLI(LightningCLI):
         if has_io or any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             return plugins
         return [*plugins, DurableCheckpointIO()]
+
+
+def _check_encoding(args: Sequence[str]) -> None:
+    """Refuse an argument that the run's config.yaml, which is UTF-8, could not say."""
+    for arg in args:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{arg!r:.300} (command line): not UTF-8; give names and values in UTF-8") from None
 
 
 def _check_strategy(strategy: Any) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from muse_lightning.data.sources import Folders
 from muse_lightning.data.tokenizer import load_tokenizer
 from muse_lightning.data.tokenizer_training import train_tokenizer
 from muse_lightning.endings import as_user_error
-from muse_lightning.errors import UserError, find_cause, is_storage_error, nearest
+from muse_lightning.errors import UserError, find_cause, is_storage_error, nearest, one_line, too_long_path
 from muse_lightning.training.run_folder import RunFolder
 from tests.recipe import Muse
 
@@ -34,6 +35,75 @@ def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 @pytest.mark.parametrize(("name", "expected"), [("topk", "top_k"), ("zzz", "chunk, order, top_k"), ("chnk", "chunk")])
 def test_nearest(name: str, expected: str) -> None:
     assert nearest(name, ["top_k", "chunk", "order"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\n  b", "a b"),
+        ("a" * 1900, "a" * 1900),
+        ("a" * 1200 + "b" * 25_000 + "c" * 700, "a" * 1200 + " ... " + "c" * 700),
+        ("a" * 1190 + " https://u:hunter2" + "@h/a" + "b" * 1000, "a" * 1190 + " https://h" + " ... " + "b" * 700),
+    ],
+    ids=["lines", "longest", "longer", "credentials where it is cut"],
+)
+def test_one_line(text: str, expected: str) -> None:
+    assert one_line(text) == expected
+
+
+def test_a_line_full_of_urls_takes_no_time() -> None:
+    started = time.process_time()
+    assert len(one_line("http:/" * 20_000)) < 2000
+    assert time.process_time() - started < 4  # 18 s if all of it were searched
+
+
+def test_a_path_that_is_too_long() -> None:
+    with pytest.raises(OSError, match="too long") as found:
+        os.stat("a" * 5000)
+    caused = RuntimeError("of a library")
+    caused.__cause__ = found.value
+    for error in (found.value, caused):
+        assert str(too_long_path(error)) == f"'{'a' * 299}: File name too long; give a shorter path"
+    assert too_long_path(FileNotFoundError(errno.ENOENT, "No such file", "a" * 5000)) is None
+    assert too_long_path(ValueError()) is None
+
+
+class TestPaths:
+    """Wherever a user names one, it may be none that the system takes."""
+
+    LONG = "a" * 300 + "/b"
+
+    @pytest.mark.parametrize(
+        "args",
+        [
+            ("fit", "--replay={}"),
+            ("fit", "--config=recipe.yaml", "--run.name={}"),
+            ("fit", "--config=recipe.yaml", "--resume", "--run.root={}"),
+            ("validate", "--config=recipe.yaml", "--ckpt_path={}"),
+            ("prepare", "--config=recipe.yaml", "--data.dataset={}"),
+            ("prepare", "--config=recipe.yaml", "--data.tokenizer={}"),
+            ("data", "audit", "{}"),
+            ("export", "{}", "--output=o"),
+            ("import", "source", "--output={}"),
+            ("reproduce", "{}"),
+        ],
+        ids=lambda args: " ".join(arg for arg in args if arg != "--config=recipe.yaml"),
+    )
+    def test_too_long(self, muse: Muse, args: tuple[str, ...]) -> None:
+        line = muse.error(*(arg.format(self.LONG) for arg in args))
+        assert "File name too long" in line or line.startswith("ckpt_path: no checkpoint at aaa")
+
+    def test_a_run_that_has_begun_is_discarded(self, muse: Muse) -> None:
+        assert "File name too long" in muse.error("fit", "--config=recipe.yaml", f"--model.weights={self.LONG}")
+
+    @pytest.mark.parametrize("flag", ["--data.dataset={}", "--data.tokenizer={}", "--model.weights={}"])
+    def test_home_of_no_user(self, muse: Muse, flag: str) -> None:
+        line = muse.error("fit", "--config=recipe.yaml", flag.format("~no-such-user/a"))
+        assert line == "~no-such-user/a: no user of this name has a home folder; give the whole path"
+
+    def test_not_utf_8(self, muse: Muse) -> None:
+        line = muse.error("fit", "--config=recipe.yaml", "--run.name=caf\udce9")
+        assert line == r"'--run.name=caf\udce9' (command line): not UTF-8; give names and values in UTF-8"
 
 
 class TestConfiguration:

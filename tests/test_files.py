@@ -74,6 +74,23 @@ def test_atomic_directory_replaces_a_folder_and_clears_leftovers(tmp_path):
     assert names(tmp_path) == ["data"]
 
 
+@pytest.mark.parametrize("name", ["a*", "[ab]*", "x*[**"])
+def test_leftovers_are_those_of_this_name_alone(tmp_path, name):
+    for left in ("ab", name):
+        (tmp_path / f".{left}{files.PARTIAL}1").mkdir()
+    with files.atomic_directory(tmp_path / name):
+        pass
+    assert names(tmp_path) == sorted([name, f".ab{files.PARTIAL}1"])
+
+
+def test_home_folders(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/h")
+    assert files.expand_home("~/a") == Path("/home/h/a")
+    assert files.expand_home(Path("a/~b")) == Path("a/~b")
+    with pytest.raises(UserError, match="no user of this name has a home folder"):
+        files.expand_home("~no-such-user/a")
+
+
 def test_atomic_directory_keeps_the_old_folder_when_the_block_fails(tmp_path):
     target = tmp_path / "data"
     target.mkdir()

@@ -19,13 +19,15 @@ from typing import Any, get_args
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from muse_lightning.configuration.allow_list import ALLOWED_MODULES, is_allowed
-from muse_lightning.configuration.layers import Layer, is_file, load_yaml
+from muse_lightning.configuration.layers import COMMAND_LINE, Layer, is_file, load_yaml
 from muse_lightning.configuration.packaged import resolve
 from muse_lightning.configuration.types import Accepted, accepted_by, describe
 from muse_lightning.errors import UserError, nearest, reason_of
 
 UNREADABLE = "the configuration cannot be read"
 SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
+NO_SETTINGS = {"config", "print_config", "print_shtab"}
+"""Options of every parser of a verb that are no keys of a configuration."""
 
 
 @dataclasses.dataclass
@@ -115,6 +117,9 @@ class ConfigCheck:
         """Merge the arguments `new` of a group over `old`: `prefix` is its key in `parser`, `path` its whole key."""
         typed = _typed(parser)
         names = _children(parser, prefix)
+        is_top = parser is self.parser and not path
+        if is_top:
+            names -= NO_SETTINGS
         for written, value in new.items():
             key = str(written).removesuffix("+")
             dest, full = _join(prefix, key), _join(path, key)
@@ -125,7 +130,8 @@ class ConfigCheck:
                 )
             if key not in names:
                 whose = f"a parameter of {owner.__name__}" if owner else "a known option"
-                problem = f"{full}: not {whose}; nearest: {nearest(key, names)} ({layer.source})"
+                known = names | {"config", "print_config"} if is_top and layer.source == COMMAND_LINE else names
+                problem = f"{full}: not {whose}; nearest: {nearest(key, known)} ({layer.source})"
                 if parser is self.parser:
                     raise UserError(problem)
                 self.problems.append(problem)

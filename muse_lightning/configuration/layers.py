@@ -137,9 +137,11 @@ def _check_texts(values: Any) -> None:
     """Bounds of the texts in a configuration: jsonargparse reads each as YAML where its type is no text.
 
     Raises:
-        OutOfBounds: one exceeds them.
+        OutOfBounds: one exceeds them, or has a null byte, which no path can have.
     """
     if isinstance(values, str):
+        if "\0" in values:
+            raise OutOfBounds(f"{values!r:.60} has a null byte")
         try:
             check_bounds(values)
         except OutOfBounds:

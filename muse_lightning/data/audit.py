@@ -19,6 +19,7 @@ from muse_lightning.data.ledger import (
     read_ledger,
 )
 from muse_lightning.errors import ExitCode, UserError
+from muse_lightning.files import expand_home
 
 
 @dataclass
@@ -106,7 +107,7 @@ def audit_run(run: Path) -> Audit:
     Raises:
         UserError: it has none, or a line is damaged.
     """
-    files = ledger_files(run.expanduser() / FOLDER_NAME)
+    files = ledger_files(expand_home(run) / FOLDER_NAME)
     if 0 not in files:
         raise UserError(f"{run}: no {FOLDER_NAME}/rank0.jsonl found; give the folder of a run, runs/NAME/version_N")
     found = Audit()

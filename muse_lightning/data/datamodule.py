@@ -30,6 +30,7 @@ from muse_lightning.data.selection import FileOrder, Limits
 from muse_lightning.data.streaming import EvaluationLoader, Share, TrainLoader
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens, load_tokenizer
 from muse_lightning.errors import UserError, shown_url
+from muse_lightning.files import expand_home
 
 DEFAULT_CACHE_DIR = Path("~/.cache/muse-lightning/chunks")
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -154,8 +155,8 @@ class TokenDataModule(L.LightningDataModule):
                 "data.sources: given, but only data.dataset as a folder can be prepared; prepare each dataset by a "
                 "recipe of its own, and set data.sources to null here"
             )
-        self.dataset = Path(self._listed[0][0]).expanduser()
-        self._cache = ChunkCache(cache_dir.expanduser(), cache_bytes)
+        self.dataset = expand_home(self._listed[0][0])
+        self._cache = ChunkCache(expand_home(cache_dir), cache_bytes)
         self.ranks_per_block = ranks_per_block
         self.sources = sources
         self.tokenizer_name = shown_url(tokenizer)

@@ -12,6 +12,7 @@ from muse_lightning.data.prepare import damaged_chunks
 from muse_lightning.data.remote import CachedChunks, ChunkCache, copy_description
 from muse_lightning.data.tokenizer import Tokenizer
 from muse_lightning.errors import UserError, shown_url
+from muse_lightning.files import expand_home
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class PreparedDataset:
             url = name.rstrip("/")
             folder = copy_description(url, cache.folder)
             return cls(shown_url(url), url, key, weight, folder, read_card(folder), cache)
-        folder = Path(name).expanduser()
+        folder = expand_home(name)
         return cls(name, None, key, weight, folder, read_card(folder), None)
 
     def check(self, splits: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import tokenizers
 
 from muse_lightning.data.token_bytes import token_texts
 from muse_lightning.errors import UserError, reason_of
-from muse_lightning.files import sha256_bytes
+from muse_lightning.files import expand_home, sha256_bytes
 
 MAX_IDS = 1 << 24
 
@@ -194,7 +193,7 @@ def load_tokenizer(name: str, special_tokens: SpecialTokens = DEFAULT_SPECIAL_TO
     """
     if name == "bytes":
         return ByteTokenizer(special_tokens)
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():

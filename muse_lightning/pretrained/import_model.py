@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from muse_lightning.errors import UserError
-from muse_lightning.files import atomic_write, new_directory
+from muse_lightning.files import atomic_write, expand_home, new_directory
 from muse_lightning.pretrained.hub import download_descriptions, download_weights, is_hub_id
 from muse_lightning.pretrained.reference import ModelReference, model_shapes, open_model, read_hf_config
 from muse_lightning.pretrained.tensors import HEAD
@@ -35,7 +35,7 @@ def import_model(source: str, *, output: Path, revision: str | None = None, dtyp
         revision: Branch, tag or commit on the hub; null: main.
         dtype: Of the weights; null: as they are stored.
     """
-    origin = Path(source).expanduser()
+    origin = expand_home(source)
     is_here = origin.exists()
     if not is_here and not is_hub_id(source):
         raise UserError(f"source: {source} does not exist; expected a folder, or the name of a model on the hub")

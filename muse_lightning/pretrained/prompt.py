@@ -9,6 +9,7 @@ import tokenizers
 
 from muse_lightning.data.tokenizer import Tokenizer
 from muse_lightning.errors import UserError, reason_of
+from muse_lightning.files import expand_home
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> bytes:
@@ -24,7 +25,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> bytes:
     elif prompt_file is not None:
         name = f"prompt_file {prompt_file}"
         try:
-            text = prompt_file.expanduser().read_bytes()
+            text = expand_home(prompt_file).read_bytes()
         except OSError as error:
             raise UserError(f"prompt_file: {prompt_file} cannot be read: {reason_of(error)}") from None
     elif sys.stdin is None or sys.stdin.isatty():

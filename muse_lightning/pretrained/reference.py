@@ -9,7 +9,7 @@ from muse_lightning.attention import exact_attention
 from muse_lightning.checkpoints.choice import damage_of
 from muse_lightning.data.tokenizer import Tokenizer
 from muse_lightning.errors import UserError
-from muse_lightning.files import read_json
+from muse_lightning.files import expand_home, read_json
 from muse_lightning.model.assign import assign
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.hf import config_from_hf
@@ -87,7 +87,7 @@ def open_model(reference: str | Path) -> ModelReference:
         UserError: nothing there, or none of these; an architecture that this implementation lacks; weights that are
             damaged or do not fit it.
     """
-    path = Path(reference).expanduser()
+    path = expand_home(reference)
     is_run = not (path / HF_CONFIG_FILE).is_file()
     weights = _checkpoint(path, "model") if is_run else path
     folder = run_of(weights) if is_run else path

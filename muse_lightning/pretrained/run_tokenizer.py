@@ -11,6 +11,7 @@ from muse_lightning.data.filesystems import is_url
 from muse_lightning.data.ledger import FOLDER_NAME, LedgerHeader, ledger_path, read_ledger
 from muse_lightning.data.tokenizer import SpecialTokens, Tokenizer, load_tokenizer
 from muse_lightning.errors import UserError, shown_url
+from muse_lightning.files import expand_home
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.pretrained.run_folder import CONFIG_FILE, run_configuration
 from muse_lightning.pretrained.tokenizer_files import TOKENIZER_FILE
@@ -44,7 +45,7 @@ def run_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
 def _file_tokenizer(folder: Path, data: Mapping[str, Any], name: str, special: SpecialTokens) -> Tokenizer:
     datasets = list(_local_datasets(data))
     copies = [str(dataset / TOKENIZER_FILE) for dataset in datasets if (dataset / TOKENIZER_FILE).is_file()]
-    named = [] if is_url(name) or not Path(name).expanduser().exists() else [name]
+    named = [] if is_url(name) or not expand_home(name).exists() else [name]
     what = f"{folder / CONFIG_FILE}: data.tokenizer {shown_url(name)}"
     if not copies and not named:
         raise UserError(f"{what} is not on this machine; expected a path of it")
@@ -68,7 +69,7 @@ def _local_datasets(data: Mapping[str, Any]) -> Iterator[Path]:
     """Folders of a run's data."""
     mixture = data.get("mixture") or []
     names = [data.get("dataset"), *(entry.get("dataset") for entry in mixture if isinstance(entry, Mapping))]
-    return (Path(str(name)).expanduser() for name in names if name is not None and not is_url(str(name)))
+    return (expand_home(str(name)) for name in names if name is not None and not is_url(str(name)))
 
 
 def _trained_datasets(folder: Path, datasets: list[Path]) -> Iterator[tuple[Path, DatasetCard]]:

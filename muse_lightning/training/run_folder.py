@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,14 @@ class RunFolder:
             # then sends rank 0's paths to them, and nothing is ever written to this one.
             return cls(Path(os.environ.get(RUN_FOLDER_VARIABLE, root / name / "unknown")))
         parent = root / name
+        made: list[Path] = []
         try:
             made = [folder for folder in (parent, root) if not folder.exists()]
             parent.mkdir(parents=True, exist_ok=True)
             path = _make_version(parent, version)
             lock = FolderLock.acquire(path)
         except OSError as error:
+            _remove_empty(made)
             raise _refusal(f"run.root: cannot create a folder in {parent}", error) from None
         os.environ[RUN_FOLDER_VARIABLE] = str(path.resolve())
         return cls(path, lock, made)
@@ -144,9 +147,7 @@ class RunFolder:
                 path.rmdir() if path.is_dir() else path.unlink()
             return
         shutil.rmtree(self.path)
-        for folder in self._made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        _remove_empty(self._made)
 
     def close(self) -> None:
         """Release the lock."""
@@ -195,6 +196,13 @@ def versions_with_checkpoints(root: Path, name: str, version: int | None = None)
 def _refusal(what: str, error: OSError) -> UserError | StorageError:
     has_fault = is_storage_error(error) or isinstance(error, PermissionError)
     return (StorageError if has_fault else UserError)(f"{what}: {reason_of(error)}")
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _is_rank_zero() -> bool:

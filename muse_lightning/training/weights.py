@@ -1,5 +1,6 @@
 """Weights to start from and checkpoints to go on from; and saying clearly when they belong to another model."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from muse_lightning.checkpoints.choice import report, stored
 from muse_lightning.checkpoints.manifest import CHECKPOINT_SUFFIX, MANIFEST_SUFFIX, manifest_path, problem_of
 from muse_lightning.errors import UserError, shown_url
+from muse_lightning.files import expand_home
 from muse_lightning.model.llama import Llama
 from muse_lightning.pretrained.reference import copy_weights, known_config, open_weights
 from muse_lightning.pretrained.run_folder import SHARDS_FILE, is_sharded
@@ -50,7 +52,7 @@ def check_checkpoint(path: str, for_training: bool, max_steps: int = -1) -> None
     expected = "expected the path of a local checkpoint, last, or best"
     if "://" in path:
         raise UserError(f"ckpt_path: {shown_url(path)} is an address; {expected}")
-    if not Path(path).exists():
+    if not os.path.exists(path):  # false also of what can be no path, where pathlib raises
         raise UserError(f"ckpt_path: no checkpoint at {path}; {expected}")
     if Path(path).is_dir():
         if not is_sharded(Path(path)):
@@ -101,7 +103,7 @@ def check_weights(llama: Llama, path: Path) -> TensorStore:
     Raises:
         UserError: nothing readable there, or it belongs to a model of another shape.
     """
-    tensors = open_weights(path.expanduser(), "model.weights")
+    tensors = open_weights(expand_home(path), "model.weights")
     if llama.config.tie_word_embeddings:
         tensors = tensors.tied(str(path))
     check_shapes({name: tensor.shape for name, tensor in llama.state_dict().items()}, tensors.shapes(), str(path))
@@ -119,7 +121,7 @@ def load_weights(llama: Llama, path: Path) -> list[str]:
         UserError: nothing readable there, or it belongs to a model of another shape; no parameter has changed.
     """
     copy_weights(llama, check_weights(llama, path))
-    trained, recipe = known_config(path.expanduser()), llama.config
+    trained, recipe = known_config(expand_home(path)), llama.config
     return [
         f"model.config.{name}: {getattr(trained, name)} at {path}, {getattr(recipe, name)} in this recipe, which wins"
         for name in _SHAPELESS

@@ -90,7 +90,11 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str 
     ("yaml", "line"),
     [
         ("lenght: 3", "lenght: not a known option; nearest: length (a.yaml)"),
-        ("extra: {}", "extra: not a known option; nearest: config, length, model, print_config (a.yaml)"),
+        ("extra: {}", "extra: not a known option; nearest: length, model (a.yaml)"),
+        ("config: {}", "config: not a known option; nearest: length, model (a.yaml)"),
+        ("print_config: {}", "print_config: not a known option; nearest: length, model (a.yaml)"),
+        ("print_shtab: {}", "print_shtab: not a known option; nearest: length, model (a.yaml)"),
+        (r'model: {attention: "a\0b"}', "--config: cannot read a.yaml: 'a\\x00b' has a null byte"),
         ("model: {betas: [1, a]}", "model.betas: expected [a number, a number], found [1, 'a'] (a.yaml)"),
         ("model: {atention: Near}", "model.atention: not a parameter of Model; nearest: attention (a.yaml)"),
         ("model: 3", "model: expected keys with values, found 3 (a.yaml)"),

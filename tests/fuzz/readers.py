@@ -16,7 +16,7 @@ from muse_lightning.data.card import SplitEntry, check_index, count_blocks, larg
 from muse_lightning.data.inspection import describe_card
 from muse_lightning.data.prepare import damaged_chunks
 from muse_lightning.data.tokenizer import load_tokenizer
-from muse_lightning.errors import UserError
+from muse_lightning.errors import UserError, one_line
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.pretrained.generate import end_ids
 from muse_lightning.pretrained.reference import read_hf_config
@@ -143,4 +143,4 @@ def read(name: str, content: bytes, folder: Path) -> bool:
 
 def check_line(text: str) -> None:
     """Whether a message is one line, as it will be printed."""
-    assert 0 < len(" ".join(text.split())) <= LONGEST_LINE, text[:300]
+    assert 0 < len(one_line(text)) <= LONGEST_LINE, text[:300]

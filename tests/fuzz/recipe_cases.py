@@ -79,6 +79,7 @@ TEXTS = [
         "http://127.0.0.1:1/a",
         "s3://u:p@b/k?token=x",
         "~/x",
+        "~nobody/x",
         "$HOME",
         "%s",
         "{0}",

@@ -32,15 +32,14 @@ from muse_lightning.configuration.allow_list import only_allowed_modules
 from muse_lightning.configuration.check import UNREADABLE
 from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import REDACTED
-from muse_lightning.errors import UserError, shown_url
+from muse_lightning.errors import UserError, one_line
 from muse_lightning.recipe_cli import MuseCLI
 from tests.fuzz.recipe_cases import Case, Grammar
 
 LONGEST_S = 5.0
 """Of processor time: others may use the machine. What waits, for a pipe for example, has `LONGEST_WAIT_S`."""
 LONGEST_WAIT_S = 300.0
-LONGEST_LINE = 6000
-"""What a message quotes is bounded; a name in it, such as that of a file, may be as long as the command line has it."""
+LONGEST_LINE = 2000
 MORE_MEMORY_BYTES = 2 << 30
 BUILDS = {"fit": "trainer", "prepare": "data", "info": "model"}
 MINIMAL = {
@@ -89,7 +88,7 @@ class Target:
         return sorted(dest for dest in dests if dest not in ("help", "config", "print_config"))
 
     def run(self, case: Case) -> str:
-        """What became of a command line: "accepted", "refused" or "ended" (as by --print_config).
+        """What became of a command line: "accepted", "refused" or "ended", after the help of a class.
 
         Raises:
             FindingError: something else.
@@ -117,10 +116,12 @@ class Target:
                 cli._set_seed()
                 self._check_round_trip(cli)
         except UserError as error:
-            line = " ".join(shown_url(str(error)).split())
+            line = one_line(str(error))
             if len(line) > LONGEST_LINE:
                 raise FindingError(f"a line of {len(line):,} characters") from error
-            return "refused, but not explained" if line.startswith(UNREADABLE) else "refused"
+            if line.startswith(UNREADABLE):
+                raise FindingError("refused, but not explained") from error
+            return "refused"
         except SystemExit as error:
             if error.code not in (0, None):
                 raise FindingError(f"exit code {error.code}") from error
@@ -194,10 +195,14 @@ def _remembered_actions() -> Iterator[None]:
             found.clear()
         _, by_name = found.setdefault(key, (parser, {}))
         if dest not in by_name:
-            by_name[dest] = _subcommands.find_action_and_subcommand(parser, dest, exclude)
+            by_name[dest] = look(parser, dest, exclude)
         return by_name[dest]
 
-    with mock.patch.object(_core, "find_action_and_subcommand", find):
+    look = _subcommands.find_action_and_subcommand
+    with (
+        mock.patch.object(_core, "find_action_and_subcommand", find),
+        mock.patch.object(_subcommands, "find_action_and_subcommand", find),
+    ):
         yield
 
 

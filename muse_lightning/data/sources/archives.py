@@ -17,6 +17,7 @@ from muse_lightning.data.sources.declarations import Declaration, read_declarati
 from muse_lightning.data.sources.downloads import Download, cache_folder, fetch
 from muse_lightning.data.sources.local import EXCLUDE, PathRules, clean_path, file_stamp, walk
 from muse_lightning.errors import UserError, reason_of
+from muse_lightning.files import expand_home
 
 _ENDINGS = re.compile(r"\.(?:tar|tar\.(?:gz|bz2|xz|zst)|tgz|tbz2?|txz|zip|whl|crate)$")
 # "requests-2.32.5", "coreutils_9.1.orig": a name, then what begins with a digit.
@@ -56,7 +57,7 @@ class Archives(DocumentSource):
             raise UserError(
                 "Archives: neither path nor downloads is given; name a folder of archives or files to fetch"
             )
-        self.path = None if path is None else path.expanduser()
+        self.path = None if path is None else expand_home(path)
         self.downloads = list(downloads or ())
         self.rules = PathRules(None if suffixes is None else tuple(suffixes), tuple(exclude))
         self.cache = cache_folder(cache)

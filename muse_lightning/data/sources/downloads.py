@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from muse_lightning.data.filesystems import open_file
 from muse_lightning.errors import UserError, reason_of, shown_url
-from muse_lightning.files import sha256_file
+from muse_lightning.files import expand_home, sha256_file
 
 _PIECE = 1 << 20
 # Of a file's name on Linux.
@@ -40,7 +40,7 @@ class Download:
 def cache_folder(chosen: Path | None) -> Path:
     """The folder for what is fetched: the one that was chosen, or this package's in the user's cache folder."""
     if chosen is not None:
-        return chosen.expanduser().absolute()
+        return expand_home(chosen).absolute()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "muse-lightning"
 

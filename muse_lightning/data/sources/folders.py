@@ -8,6 +8,7 @@ from typing import Any
 from muse_lightning.data.documents import DocumentSource, SourceUnit
 from muse_lightning.data.sources.local import EXCLUDE, PathRules, folder_unit
 from muse_lightning.errors import UserError
+from muse_lightning.files import expand_home
 
 
 class Folders(DocumentSource):
@@ -22,7 +23,7 @@ class Folders(DocumentSource):
                 filters.
             exclude: Patterns of folder names to leave out at any depth.
         """
-        self.path = path.expanduser()
+        self.path = expand_home(path)
         self.rules = PathRules(None if suffixes is None else tuple(suffixes), tuple(exclude))
 
     def identity(self) -> dict[str, Any]:

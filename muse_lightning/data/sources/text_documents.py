@@ -21,6 +21,7 @@ from muse_lightning.data.sources.local import (
     walk,
 )
 from muse_lightning.errors import UserError
+from muse_lightning.files import expand_home
 
 Grouping = Literal["folder", "top", "file"]
 
@@ -44,7 +45,7 @@ class TextDocuments(DocumentSource):
             suffixes: Endings of the file names to take.
             exclude: Patterns of folder names to leave out at any depth.
         """
-        self.path = path.expanduser()
+        self.path = expand_home(path)
         self.group = group
         self.rules = PathRules(tuple(suffixes), tuple(exclude))
 
