@@ -19,10 +19,10 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install dev test lint wheel clean
+.PHONY: help demo install dev test lint dist dist-check docs clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*  ## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*  ## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*  ## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | expand -t 14
 
 demo: install  ## Install, then train the demo on this machine
 	$(BIN)/muse fit --config recipes/demo.yaml
@@ -51,8 +51,16 @@ lint: dev  ## ruff (lint and format) and mypy
 test: lint  ## Lint, then the tests that run anywhere; PYTEST_FLAGS replaces how
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-wheel: dev  ## Build the wheel into dist/
-	$(BIN)/python -m hatchling build --target wheel
+dist: dev  ## Build the wheel and the sdist into dist/
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
+dist-check: dist  ## Install them into a clean environment and train the demo from what is installed
+	PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' tools/check_dist.sh dist
+
+docs: dev  ## Build the documentation as a site into build/site and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/linkchecker --config .linkcheckerrc --no-status build/site/index.html
 
 clean:  ## Remove the environment, caches and built files; runs/ and data/ stay
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

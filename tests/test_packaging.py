@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import packages_distributions
@@ -24,14 +25,24 @@ def normalized(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
+def build(target: str, source: Path, folder: Path) -> Path:
+    """Build `target`, wheel or sdist, of the project in `source`."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(folder)]
+    subprocess.run(command, check=True, cwd=source, capture_output=True)
+    (path,) = folder.iterdir()
+    return path
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built wheel."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    (path,) = folder.iterdir()
-    return path
+    return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built sdist."""
+    return build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
 
 
 def test_the_wheel_holds_both_packages_recipes_presets_and_the_licence(wheel: Path) -> None:
@@ -52,6 +63,32 @@ def test_the_wheel_holds_both_packages_recipes_presets_and_the_licence(wheel: Pa
         assert b"muse = muse_lightning.cli:main" in archive.read(f"{info}/entry_points.txt")
     assert packed == expected
     assert {"muse_lightning/recipes/demo.yaml", "muse_lightning/model/presets/demo.yaml"} <= packed
+
+
+def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    assert source.name == f"muse_lightning-{muse_lightning.__version__}"
+    rebuilt = build("wheel", source, tmp_path / "rebuilt")
+    assert rebuilt.name == wheel.name
+    assert rebuilt.read_bytes() == wheel.read_bytes()
+    read = ("CHANGELOG.md", "LICENSE", "README.md", "SECURITY.md", "constraints.txt", "docs/tensorboard.md")
+    assert all((source / name).read_bytes() == (ROOT / name).read_bytes() for name in read)
+    assert not {"tests", "benchmarks", "tools", ".github"} & {path.name for path in source.iterdir()}
+
+
+def test_the_version_stands_in_one_place() -> None:
+    version = re.escape(muse_lightning.__version__)
+    assert PROJECT["dynamic"] == ["version"]
+    assert re.search(rf"^## \[.*{version}", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    # Of this project: constraints and actions have versions of theirs.
+    named = re.compile(rf"muse[_-]lightning[^\n]{{0,20}}(?<![\d.]){version}(?![\d.])")
+    build_files = ["Dockerfile", "Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "SECURITY.md"]
+    paths = [*(ROOT / name for name in build_files), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.yml")]
+    assert len(paths) > 20
+    for path in [*paths, *(ROOT / "muse_lightning").rglob("*.py")]:
+        assert not named.search(path.read_text(encoding="utf-8")), path
 
 
 PEERS = {"fla"}
@@ -125,3 +162,6 @@ def test_each_form_of_installation_works(form: str, wheel: Path, tmp_path: Path)
     muse = python.with_name("muse")
     assert muse_lightning.__version__ in run(muse, "--version")
     assert "hidden_size" in run(muse, "fit", "--config", "recipe:demo", "--print_config")
+    if form == "wheel":
+        run(muse, "fit", "--config", "recipe:demo", "--config", "recipe:overlays/smoke")
+        assert (tmp_path / "runs/smoke/version_0/checkpoints/step=2.ckpt").is_file()
