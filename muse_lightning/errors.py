@@ -24,7 +24,8 @@ QUERY_IN_URL = re.compile(
     r"\?(?!\.\.\.[^\w%&=]*(?:\s|$))((?:[^\s#'\"<>]|['\"](?=[\w%'\"]))*)",
     re.IGNORECASE,
 )
-_STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
+# ESPIPE: of mounted buckets without a cache, which append to nothing.
+_STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ESPIPE}
 _LONGEST_REASON = 300
 _LONGEST_START, _LONGEST_END = 1200, 700
 _LONGEST_SEARCHED = 20_000

@@ -93,14 +93,15 @@ def fsync_names_of(folder: Path) -> None:
                 raise
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
+def atomic_write(path: Path, data: bytes | str, *, may_copy: bool = False) -> None:
     """Write a file so that a reader, or a kill at any instant, sees the old content or the new one, never a part.
 
     Args:
         path: The file to write or to replace. Its folder must exist.
         data: The whole content; text is encoded as UTF-8.
+        may_copy: As of `atomic_file`.
     """
-    with atomic_file(path) as file:
+    with atomic_file(path, may_copy=may_copy) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 

@@ -82,7 +82,8 @@ class Ledger(L.Callback):
                         f"ledger: warning: {path} does not have the {self._batches} batches that the checkpoint "
                         f"{trainer.ckpt_path} was trained on"
                     )
-                atomic_write(ledger_path(self.folder, rank), "".join(lines))
+                # A part does not have the hash of the checkpoint, which the next start says.
+                atomic_write(ledger_path(self.folder, rank), "".join(lines), may_copy=True)
         self._file = ledger_path(self.folder, trainer.global_rank).open("a", encoding="utf-8")
         self._file.write(data.ledger_header(self._batches).to_line())
         self._file.flush()

@@ -16,9 +16,11 @@ from muse_lightning.errors import StorageError, UserError, is_storage_error, rea
 from muse_lightning.files import atomic_write
 
 RUN_FOLDER_VARIABLE = "MUSE_RUN_FOLDER"
-"""Environment variable that tells the other ranks of a node, which rank 0 starts, the folder that rank 0 created."""
+"""Environment variable that tells the ranks that the first of a node starts which folder the run has."""
 CHECKPOINT_VARIABLE = "MUSE_CHECKPOINT"
-"""Likewise the checkpoint that rank 0 goes on from."""
+"""Likewise the checkpoint that the run goes on from."""
+NODE_VARIABLE = "NODE_RANK"
+"""Which node this is; whoever starts one command per node sets it (Lightning's LightningEnvironment)."""
 CHECKPOINTS = "checkpoints"
 
 
@@ -36,6 +38,9 @@ class RunFolder:
         self.resumed = resumed
         self._lock = lock
         self._made = made
+        self._is_told = False
+        self.is_inherited = lock is None and RUN_FOLDER_VARIABLE in os.environ
+        """Whether another process, the first of this node, has started this one."""
         self._found = set(path.rglob("*")) if lock is not None and resumed is not None else set()
 
     @classmethod
@@ -54,7 +59,7 @@ class RunFolder:
         if not _is_rank_zero():
             # A launcher that starts all ranks at once (torchrun, SLURM) leaves them without the variable: Lightning
             # then sends rank 0's paths to them, and nothing is ever written to this one.
-            return cls(Path(os.environ.get(RUN_FOLDER_VARIABLE, root / name / "unknown")))
+            return cls(Path(os.environ.get(RUN_FOLDER_VARIABLE, root / name / "unknown")))._tell()
         parent = root / name
         made: list[Path] = []
         try:
@@ -65,8 +70,7 @@ class RunFolder:
         except OSError as error:
             _remove_empty(made)
             raise _refusal(f"run.root: cannot create a folder in {parent}", error) from None
-        os.environ[RUN_FOLDER_VARIABLE] = str(path.resolve())
-        return cls(path, lock, made)
+        return cls(path, lock, made)._tell()
 
     @classmethod
     def resume(cls, root: Path, name: str, version: int | None = None) -> "RunFolder | None":
@@ -89,9 +93,7 @@ class RunFolder:
                 raise _refusal(f"run.root: cannot write in {path}", error) from None
             checkpoint = last_checkpoint(path / CHECKPOINTS)
             if checkpoint is not None:
-                os.environ[RUN_FOLDER_VARIABLE] = str(path.resolve())
-                os.environ[CHECKPOINT_VARIABLE] = str(checkpoint.resolve())
-                return cls(path, lock, resumed=checkpoint)
+                return cls(path, lock, resumed=checkpoint)._tell()
             lock.release()
         return None
 
@@ -106,18 +108,22 @@ class RunFolder:
         for path in versions_with_checkpoints(root, name, version):
             found = last_checkpoint(path / CHECKPOINTS, say=lambda line: None)
             if found is not None:
-                return cls(path, resumed=found)
+                return cls(path, resumed=found)._tell()
         return None
+
+    def _tell(self) -> "RunFolder":
+        """Let the ranks know that this process starts, if it is the first of a node and no launcher starts them."""
+        self._is_told = not self.is_inherited
+        if self._is_told:
+            os.environ[RUN_FOLDER_VARIABLE] = str(self.path.resolve())
+            if self.resumed is not None:
+                os.environ[CHECKPOINT_VARIABLE] = str(self.resumed.resolve())
+        return self
 
     @property
     def is_owner(self) -> bool:
         """Whether this process created the folder and may write to it."""
         return self._lock is not None
-
-    @property
-    def is_inherited(self) -> bool:
-        """Whether rank 0 has started this process."""
-        return not self.is_owner and RUN_FOLDER_VARIABLE in os.environ
 
     @property
     def checkpoints(self) -> Path:
@@ -127,7 +133,8 @@ class RunFolder:
     def write(self, name: str, text: str) -> None:
         """Write a small file whole or not at all; does nothing on other ranks."""
         if self.is_owner:
-            atomic_write(self.path / name, text)
+            # A part is of a start that a kill has ended before its first step.
+            atomic_write(self.path / name, text, may_copy=True)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Write `environment.json`: what the run runs on; of one that goes on, `environment.step=N.json`."""
@@ -153,6 +160,7 @@ class RunFolder:
         """Release the lock."""
         if self._lock is not None:
             self._lock.release()
+        if self._is_told:
             os.environ.pop(RUN_FOLDER_VARIABLE, None)
             os.environ.pop(CHECKPOINT_VARIABLE, None)
 
@@ -206,7 +214,8 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def _is_rank_zero() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
+    # Before there is a trainer, Lightning takes the first process of every node for the first of all.
+    return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get(NODE_VARIABLE, "0") == "0"
 
 
 def _versions(parent: Path) -> list[int]:
