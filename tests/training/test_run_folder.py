@@ -13,7 +13,8 @@ import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
 from muse_lightning.errors import StorageError, UserError
-from muse_lightning.training.run_folder import RUN_FOLDER_VARIABLE, RunFolder
+from muse_lightning.training.run_folder import CHECKPOINT_VARIABLE, RUN_FOLDER_VARIABLE, RunFolder
+from tests.checkpoints.folder import put
 
 
 @pytest.fixture(autouse=True)
@@ -78,12 +79,51 @@ def test_other_ranks_learn_the_folder_and_write_nothing(tmp_path: Path, monkeypa
     assert [path.name for path in owner.path.iterdir()] == ["lock"]
 
 
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_the_first_process_of_another_node_owns_nothing_and_tells_its_own_ranks(
+    has_checkpoint: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if has_checkpoint:
+        folder = tmp_path / "demo" / "version_0" / "checkpoints"
+        folder.mkdir(parents=True)
+        put(folder, 3)
+    before = sorted(tmp_path.rglob("*"))
+
+    def opened() -> RunFolder:
+        return RunFolder.resume(tmp_path, "demo") or RunFolder.create(tmp_path, "demo")
+
+    # Lightning's rank is 0 there until there is a trainer, as in the fixture.
+    monkeypatch.setenv("NODE_RANK", "1")
+    with opened() as first:
+        assert not first.is_owner
+        assert not first.is_inherited, "its exit code is that of the node"
+        monkeypatch.setattr(rank_zero_only, "rank", 3)
+        with opened() as second:
+            assert second.is_inherited, "Lightning would kill the node if it ended with 75"
+            assert second.path == first.path.resolve()
+            assert second.resumed == (first.resumed and first.resumed.resolve())
+        assert RUN_FOLDER_VARIABLE in os.environ
+    assert not {RUN_FOLDER_VARIABLE, CHECKPOINT_VARIABLE} & set(os.environ)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_written_files_are_whole(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, "demo") as folder:
         folder.write("config.yaml", "a: 1\n")
         folder.write_environment({"python": "3.11"})
         assert (folder.path / "config.yaml").read_text() == "a: 1\n"
         assert json.loads((folder.path / "environment.json").read_text()) == {"python": "3.11"}
+
+
+def test_storage_that_cannot_rename_is_copied_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with RunFolder.create(tmp_path, "demo") as folder:
+        folder.write("config.yaml", "a: 1\n")
+        assert {path.name for path in folder.path.iterdir()} == {"lock", "config.yaml"}
+        assert (folder.path / "config.yaml").read_text() == "a: 1\n"
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
