@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+TORCH_VARIANT ?= cpu
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
@@ -19,10 +20,10 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install dev test lint wheel clean
+.PHONY: help demo install dev test lint wheel lock image-check clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*  ## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*  ## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*  ## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | expand -t 13
 
 demo: install  ## Install, then train the demo on this machine
 	$(BIN)/muse fit --config recipes/demo.yaml
@@ -53,6 +54,12 @@ test: lint  ## Lint, then the tests that run anywhere; PYTEST_FLAGS replaces how
 
 wheel: dev  ## Build the wheel into dist/
 	$(BIN)/python -m hatchling build --target wheel
+
+lock:  ## Write the container image's locks from constraints.txt; needs uv
+	tools/lock.sh
+
+image-check:  ## Build the container image twice and run it, without an engine; as root, see tools/image_check.sh
+	tools/image_check.sh $(TORCH_VARIANT)
 
 clean:  ## Remove the environment, caches and built files; runs/ and data/ stay
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
