@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+TORCH_VARIANT ?= cpu
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
@@ -19,7 +20,7 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install dev test lint dist dist-check docs clean
+.PHONY: help demo install dev test lint dist dist-check docs lock image-check clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | expand -t 14
@@ -61,6 +62,12 @@ dist-check: dist  ## Install them into a clean environment and train the demo fr
 docs: dev  ## Build the documentation as a site into build/site and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/linkchecker --config .linkcheckerrc --no-status build/site/index.html
+
+lock:  ## Write the container image's locks from constraints.txt; needs uv
+	tools/lock.sh
+
+image-check:  ## Build the container image twice and run it, without an engine; as root, see tools/image_check.sh
+	tools/image_check.sh $(TORCH_VARIANT)
 
 clean:  ## Remove the environment, caches and built files; runs/ and data/ stay
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ NOT_RUN_HERE = {
     "python3 -m venv": "installs an environment: make demo does the same",
     "pip ": "installs",
     "docker ": "needs a container engine",
+    "mkdir -p runs && docker ": "likewise; tools/image_check.sh runs the image without one",
     "tensorboard ": "a server that does not end",
 }
 """Beginnings of the commands that no test can run, with the reason."""

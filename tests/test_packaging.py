@@ -124,19 +124,6 @@ def test_every_direct_dependency_has_a_tested_version() -> None:
     assert direct <= {normalized(name) for name in pins}
 
 
-def test_the_image_is_built_from_paths_that_exist_and_that_the_build_may_see() -> None:
-    copied = re.findall(
-        r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
-    paths = {path for entry in copied for path in entry.split()}
-    admitted = {
-        line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[0] == "!"
-    }
-    assert "muse_lightning" in paths
-    assert paths == admitted
-    assert all((ROOT / path).exists() for path in paths)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["wheel", "folder", "editable"])
 def test_each_form_of_installation_works(form: str, wheel: Path, tmp_path: Path) -> None:

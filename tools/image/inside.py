@@ -1,0 +1,90 @@
+"""What tools/image_check.sh asks of an image from inside: a compiler, kernels, losses of two runs.
+
+Usage: python inside.py extension | read-only | bytecode | losses RUNS OTHER_RUNS
+"""
+
+import getpass
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+EXTENSION = """
+#include <Python.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "extension", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_extension(void) {
+    PyObject *made = PyModule_Create(&module);
+    PyModule_AddIntConstant(made, "answer", 42);
+    return made;
+}
+"""
+
+
+def extension() -> str:
+    """Compile and import a module against Python.h, by both compilers, in the folder for temporary files."""
+    answers = []
+    for compiler, suffix in (("gcc", "c"), ("g++", "cpp")):
+        with tempfile.TemporaryDirectory() as folder:
+            source, library = Path(folder, f"extension.{suffix}"), Path(folder, "extension.so")
+            source.write_text(EXTENSION)
+            command = [compiler, "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", source, "-o", library]
+            subprocess.run(command, check=True)
+            spec = importlib.util.spec_from_file_location("extension", library)
+            assert spec is not None
+            answers.append(importlib.util.module_from_spec(spec).answer)
+    assert answers == [42, 42], answers
+    return f"gcc and g++ compile against Python {sys.version.split()[0]}, in {tempfile.gettempdir()}"
+
+
+def read_only() -> str:
+    """Nothing can be written but on the volumes; the user has no name, and packages ask for one."""
+    for folder in ("/", "/tmp", "/opt/muse", "/usr/lib", "/etc", "/work", "/home"):
+        try:
+            Path(folder, "written").write_text("")
+        except OSError:
+            continue
+        raise AssertionError(f"{folder} can be written to")
+    for folder in ("/data", "/runs"):
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    return f"only the volumes can be written to; {getpass.getuser()}"
+
+
+def bytecode() -> str:
+    """Modules are compiled, and are not compared with their sources when they are imported."""
+    counted = 0
+    for name in ("json", "torch", "lightning.pytorch", "muse_lightning.cli"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.cached is not None
+        flags = Path(spec.cached).read_bytes()[4:8]
+        # PEP 552: bit 0 a hash instead of a time, bit 1 to be checked.
+        assert flags == b"\x01\0\0\0", f"{spec.cached}: flags {flags!r}"
+        counted += 1
+    return f"{counted} modules compiled"
+
+
+def losses(runs: str, others: str) -> str:
+    """The newest version of each run has the same loss at each step, bit for bit, each step once."""
+    found = [scalars(Path(folder)) for folder in (runs, others)]
+    assert found[0] == found[1], "\n".join(f"{tag}: {found[0].get(tag)} {found[1].get(tag)}" for tag in found[0])
+    steps = found[0]["train/loss"]
+    return f"{len(steps)} losses of {steps[0][0]} to {steps[-1][0]} and {len(found[0])} tags are equal bit for bit"
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Losses by tag: (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = folder.glob("*/version_0")
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.endswith(("loss", "bpb", "grad_norm"))]
+    assert "train/loss" in tags, tags
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in sorted(tags)}
+
+
+if __name__ == "__main__":
+    checks = {"extension": extension, "read-only": read_only, "bytecode": bytecode, "losses": losses}
+    print(checks[sys.argv[1]](*sys.argv[2:]))
