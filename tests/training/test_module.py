@@ -105,6 +105,25 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     assert results[0][2] == results[1][2]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_there_from_a_backward_pass_to_the_end_of_its_step(tmp_path, monkeypatch, accumulate):
+    """The forward pass of the next step does not hold those of the last one; that of a later micro-batch does."""
+    held = []
+    step = module.LanguageModel.training_step
+
+    def training_step(self, batch, batch_idx):
+        held.append(sum(parameter.grad is not None for parameter in self.parameters()))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(module.LanguageModel, "training_step", training_step)
+    model = tiny_model()
+    tiny_trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate).fit(
+        model, TinyData(batches(3 * accumulate))
+    )
+    every = len(list(model.parameters()))
+    assert held == [0, every][:accumulate] * 3
+
+
 def test_tokens_that_ranks_share_are_counted_once():
     model = tiny_model()
     model.configure_model()
