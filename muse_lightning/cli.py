@@ -89,8 +89,9 @@ def _same_handlers_afterwards() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            # None: set by who is not Python, and still there unless a training has replaced it.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            # Only what has changed: of a handler that is not Python's, such as faulthandler's, Python does not know.
+            if signal.getsignal(number) != handler:
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _exit_code_of(args: list[str]) -> int:

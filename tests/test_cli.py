@@ -309,6 +309,17 @@ class TestRunFolder:
         assert rates == [(2, 0.02, 0.1)]
 
 
+def test_a_handler_that_python_does_not_know_stays() -> None:
+    """faulthandler's, in a program that calls a command: SIGUSR1 by default would kill it."""
+    program = (
+        "import faulthandler, signal; from muse_lightning.cli import main; faulthandler.register(signal.SIGUSR1)\n"
+        "main(['--version']); signal.raise_signal(signal.SIGUSR1)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0
+    assert "most recent call first" in done.stderr
+
+
 class TestExitCodes:
     @pytest.fixture
     def step_raises(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
