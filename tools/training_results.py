@@ -192,8 +192,9 @@ def main(args: Sequence[str] | None = None) -> int:
             read.append(read_run(name, Path(folder)))
     trained, evaluated = read[: len(options.runs)], read[len(options.runs) :]
     for run in trained:
-        if not run.exact():
-            raise SystemExit(f"{run.name}: has no validation loss")
+        for tag, points in ((TOKENS, run.scalars.get(TOKENS)), (OWN, run.exact())):
+            if not points:
+                raise SystemExit(f"{run.name}: has no {tag}; give the folder of a fit, and validations after --evaluated")
     check_comparable(trained)
     write_raw(read, options.out.with_name(options.out.name + ".jsonl"))
     draw(trained, options.out.with_name(options.out.name + ".png"))

@@ -82,6 +82,18 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, dense: str, changes:
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_validation_among_the_trainings_is_refused(tmp_path: Path, dense: str) -> None:
+    folder = tmp_path / "validated"
+    folder.mkdir()
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_scalar("val/loss", 3.0, 0)
+    for name in ("environment.json", "config.yaml"):
+        (folder / name).write_text((tmp_path / "dense" / name).read_text())
+    with pytest.raises(SystemExit, match="MuSe: has no train/tokens; give the folder of a fit"):
+        under_test.main([str(tmp_path / "out"), dense, f"MuSe={folder}"])
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("missing", "message"), [("environment.json", "has no environment.json"), ("events*", "no scal")]
 )
