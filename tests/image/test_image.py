@@ -29,7 +29,7 @@ def test_the_image_is_built_from_paths_that_exist_and_that_the_build_may_see() -
 
 
 def test_the_base_is_named_by_its_digest_and_all_packages_by_theirs() -> None:
-    assert re.search(r"^ARG BASE_IMAGE=\S+@sha256:[0-9a-f]{64}$", DOCKERFILE, flags=re.MULTILINE)
+    assert re.search(r"^ARG BASE_IMAGE=docker\.io/library/\S+@sha256:[0-9a-f]{64}$", DOCKERFILE, flags=re.MULTILINE)
     assert set(re.findall(r"^FROM (\S+)", DOCKERFILE, flags=re.MULTILINE)) == {"${BASE_IMAGE}", "python", "pip"}
     installs = re.findall(r"pip install (.*)", DOCKERFILE)
     assert len(installs) == 3

@@ -40,7 +40,7 @@ def extension() -> str:
 
 def read_only() -> str:
     """Nothing can be written but on the volumes; the user has no name, and packages ask for one."""
-    for folder in ("/", "/tmp", "/opt/muse", "/usr/lib", "/etc", "/work", "/home"):
+    for folder in ("/", "/tmp", "/opt/muse", "/usr/lib", "/etc", "/home"):
         try:
             Path(folder, "written").write_text("")
         except OSError:
