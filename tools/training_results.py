@@ -194,7 +194,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for run in trained:
         for tag, points in ((TOKENS, run.scalars.get(TOKENS)), (OWN, run.exact())):
             if not points:
-                raise SystemExit(f"{run.name}: has no {tag}; give the folder of a fit, and validations after --evaluated")
+                raise SystemExit(f"{run.name}: has no {tag}; give a fit here, validations after --evaluated")
     check_comparable(trained)
     write_raw(read, options.out.with_name(options.out.name + ".jsonl"))
     draw(trained, options.out.with_name(options.out.name + ".png"))

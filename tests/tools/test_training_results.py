@@ -89,7 +89,7 @@ def test_a_validation_among_the_trainings_is_refused(tmp_path: Path, dense: str)
         writer.add_scalar("val/loss", 3.0, 0)
     for name in ("environment.json", "config.yaml"):
         (folder / name).write_text((tmp_path / "dense" / name).read_text())
-    with pytest.raises(SystemExit, match="MuSe: has no train/tokens; give the folder of a fit"):
+    with pytest.raises(SystemExit, match="MuSe: has no train/tokens; give a fit here, validations after --evaluated"):
         under_test.main([str(tmp_path / "out"), dense, f"MuSe={folder}"])
     assert not (tmp_path / "out.jsonl").exists()
 
