@@ -4,12 +4,14 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 import muse_lightning.attention
 from muse_kernels.attention.options import MuseOptions
@@ -216,3 +218,18 @@ def test_exact_attention_of_a_window(window: int | None, length: int) -> None:
     assert strategy.pairs([length]) == expected.pairs([length])
     qkv = random_qkv()
     assert torch.equal(strategy(*qkv, softmax_scale=0.3), expected(*qkv, softmax_scale=0.3))
+
+
+@pytest.mark.parametrize("is_asked_for", [False, True])
+def test_cudnn_is_left_out_where_determinism_is_asked_for(is_asked_for: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[SDPBackend] = []
+
+    def sdpa_kernel(backends: list[SDPBackend], set_priority: bool) -> nullcontext[None]:
+        given.extend(backends)
+        return nullcontext()
+
+    monkeypatch.setattr("muse_lightning.attention.dense.sdpa_kernel", sdpa_kernel)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: is_asked_for)
+    Dense(0)(*random_qkv(), softmax_scale=0.3)
+    assert (SDPBackend.CUDNN_ATTENTION in given) is not is_asked_for
+    assert SDPBackend.FLASH_ATTENTION in given
