@@ -66,7 +66,7 @@ class Sample:
     rss_mib: float
     """Resident memory of the process alone."""
     pss_mib: float
-    """Proportional memory of all: pages that several share count once."""
+    """Proportional memory of all, without pages of files: pages that several share count once."""
     descriptors: int
     """Open in all."""
     processes: int
@@ -156,10 +156,11 @@ def take_sample(process: psutil.Process, runs: Path, started: float) -> Sample:
 
 
 def _pss_bytes(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise FileNotFoundError(pid)
+    """Of memory without a file behind it: pages of libraries count for more when another program stops sharing them."""
+    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    if not fields:
+        raise FileNotFoundError(pid)  # it has just ended
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("Pss_Anon", "Pss_Shmem"))
 
 
 def watch(command: Sequence[str], folder: Path, *, seconds: float, every: float) -> tuple[list[Sample], int | None]:
@@ -226,7 +227,7 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = {
-        "pss_mib": "memory of all processes (PSS), MiB",
+        "pss_mib": "memory of all processes but files (PSS), MiB",
         "rss_mib": "memory of the training process (RSS), MiB",
         "descriptors": "open descriptors",
         "checkpoints_mib": "checkpoints, MiB",
