@@ -84,7 +84,7 @@ if wanted build; then
     fi
     for build in 1 2; do
         say "build ${build} of ${image}"
-        buildah bud --no-cache --layers=false --timestamp "${epoch}" --tag "${image}-${build}" \
+        buildah bud --no-cache --layers --timestamp "${epoch}" --tag "${image}-${build}" \
             --build-arg "TORCH_VARIANT=${variant}" --build-arg "REVISION=$(git rev-parse HEAD)" \
             --build-arg "VERSION=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' muse_lightning/__init__.py)" \
             "${base_flags[@]}" "${build_flags[@]}" . > "${store}/build-${build}.log" 2>&1 \
