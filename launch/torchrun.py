@@ -1,11 +1,13 @@
 """Trains by torchrun, and ends with the exit code of the rank that failed first, where torchrun itself ends with 1.
 
-    python launch/torchrun.py --nproc_per_node=8 -- fit --config=recipe:llama-150m-64k-muse --trainer.devices=8 --resume
+    python launch/torchrun.py --nproc_per_node=8 \
+        -- fit --config=recipe:llama-150m-64k-muse --data.sources=null --trainer.devices=8 --resume
 
 On each of several nodes, all of which see the same runs/ and data/:
 
     python launch/torchrun.py --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
-        -- fit --config=recipe:llama-150m-64k-muse --trainer.num_nodes=2 --trainer.devices=8 --resume
+        -- fit --config=recipe:llama-150m-64k-muse --data.sources=null \
+        --trainer.num_nodes=2 --trainer.devices=8 --resume
 
 Before `--` stand options of torchrun, after it the command line of `muse`. Who repeats a command until it succeeds can
 tell by the code whether to: docs/reliability.md.

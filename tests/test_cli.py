@@ -416,10 +416,10 @@ class TestExitCodes:
         assert longest % 16 == 0
         assert 0.97 < longest / ((0.95 * 0.0035 * 2**30 - 10**6) / 1000) <= 1
         assert [line.split()[1] for line in levers] == [
-            "model.mlp_tiles=8",
             "model.recompute=keep_attention",
             "model.recompute=block",
             "model.offload=true",
+            "model.mlp_tiles=8",
         ]
         assert limit == "model.config.max_position_embeddings, now 64, must be as long"
         assert muse.error("info", "--config=recipe.yaml", "--longest_context") == (

@@ -5,6 +5,10 @@ Usage: python tools/training_results.py OUT NAME=RUN_FOLDER... [--evaluated NAME
 OUT: path without ending; writes OUT.jsonl and OUT.png. A run folder is runs/NAME/version_N, of `muse fit` or, after
 --evaluated, of `muse validate`; the first training is what the others are compared with. Refuses trainings of different
 datasets, or seen tokens: their losses say nothing about each other; and compares times only of one kind of GPU.
+
+Columns: the last validation loss by exact attention, and by how much it differs from the first training's; the loss by
+the training's own attention; bits per byte; the loss where few and where many tokens are in sight; the median of tokens
+per second and device; seconds to the end, and to an exact loss as low as the first training's last.
 """
 
 import argparse

@@ -246,6 +246,17 @@ def test_slurm_requeues_by_the_exit_code(
 
 def test_slurm_refuses_an_unknown_container(tmp_path: Path) -> None:
     assert run_shell(LAUNCH / "slurm.sbatch", tmp_path, SLURM | {"CONTAINER": "docker"})[0] == ExitCode.USER_ERROR
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["slurm.sbatch", "torchrun.py", "skypilot.yaml", "kubernetes/job.yaml", "kubernetes/jobset.yaml"]
+)
+def test_a_recipe_of_prepared_data_looks_for_no_sources(name: str) -> None:
+    text = re.sub(r"\\\n[# ]*", "", (LAUNCH / name).read_text())
+    commands = re.findall(r"fit\W+--config=(?!\.\.\.).*(?:\n +- .*)*|sbatch --config=.*", text)
+    assert commands
+    assert all("--data.sources=null" in command for command in commands), commands
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
