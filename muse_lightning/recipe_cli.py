@@ -402,6 +402,8 @@ def _check_encoding(args: Sequence[str]) -> None:
             arg.encode()
         except UnicodeEncodeError:
             raise UserError(f"{arg!r:.300} (command line): not UTF-8; give names and values in UTF-8") from None
+        if "\0" in arg:  # of a caller in this process: a command line has none
+            raise UserError(f"{arg!r:.300} (command line): has a null byte, which no path can have")
 
 
 def _check_strategy(strategy: Any) -> None:

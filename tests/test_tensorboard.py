@@ -37,6 +37,7 @@ SAME = {"rel": 1e-5}
 """Of sums in float32 in another order."""
 
 Batch = dict[str, Tensor]
+Value = Callable[[LanguageModel, list[Batch]], float]
 
 
 class Recorded:
@@ -107,24 +108,27 @@ def exact_loss(model: LanguageModel, batches: list[Batch]) -> float:
         return loss(model, batches)
 
 
-def far_loss(model: LanguageModel, batches: list[Batch]) -> float:
-    """Of predictions that see more than half the context."""
-    kept = []
-    for batch in batches:
-        starts, in_sight = set(batch["cu_seqlens"].tolist()), 0
-        each = nats(model, batch).flatten()
-        for place, label in enumerate(batch["labels"].flatten().tolist()):
-            in_sight = 1 if place in starts else in_sight + 1
-            if label != -100 and in_sight > SEQ_LEN / 2:
-                kept.append(float(each[place]))
-    return sum(kept) / len(kept)
+def loss_in_sight_of(least: int, below: int) -> Value:
+    """The loss of predictions that see at least so many tokens, and less than so many."""
+
+    def value(model: LanguageModel, batches: list[Batch]) -> float:
+        kept = []
+        for batch in batches:
+            starts, in_sight = set(batch["cu_seqlens"].tolist()), 0
+            each = nats(model, batch).flatten()
+            for place, label in enumerate(batch["labels"].flatten().tolist()):
+                in_sight = 1 if place in starts else in_sight + 1
+                if label != -100 and least <= in_sight < below:
+                    kept.append(float(each[place]))
+        return sum(kept) / len(kept)
+
+    return value
 
 
 def errors_of_attention(model: LanguageModel, batches: list[Batch]) -> Tensor:
     return attention_errors(model.llama, batches[0]["input_ids"], batches[0]["cu_seqlens"])
 
 
-Value = Callable[[LanguageModel, list[Batch]], float]
 AT_TRAINING: dict[str, Value] = {"train/loss": loss, "train/grad_norm": gradient_norm}
 AT_VALIDATION: dict[str, Value] = {
     "val/loss": loss,
@@ -132,7 +136,8 @@ AT_VALIDATION: dict[str, Value] = {
     "val/bpb": bits_per_byte,
     "val/loss_exact": exact_loss,
     "val/loss_short": loss,
-    "val/loss_long": far_loss,
+    "val/loss_long": loss_in_sight_of(SEQ_LEN // 2 + 1, SEQ_LEN + 1),
+    **{f"val/loss_by_position/{2**i}": loss_in_sight_of(2**i, 2 ** (i + 1)) for i in range(6)},
     "muse/relative_error": lambda model, batches: float(errors_of_attention(model, batches).mean()),
     "muse/relative_error_layer_0": lambda model, batches: float(errors_of_attention(model, batches)[0]),
     "muse/relative_error_layer_1": lambda model, batches: float(errors_of_attention(model, batches)[1]),
