@@ -23,7 +23,9 @@ RUN if ! command -v python3 > /dev/null; then set -- python3 libpython3-dev; fi 
        /usr/lib/gcc/*/*/lto1 /usr/bin/*lto-dump* /usr/lib/python3*/config-*/*.a
 
 FROM python AS pip
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore
+# Modules that pip imports would be compiled with the time in them.
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore \
+    PYTHONDONTWRITEBYTECODE=1
 # hadolint ignore=DL3008
 RUN if ! python3 -c 'import ensurepip' 2> /dev/null; then \
         apt-get update && apt-get install --yes --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*; \
@@ -44,7 +46,7 @@ RUN python3 -m venv /opt/muse \
     && /opt/muse/bin/pip install --no-compile --no-deps --require-hashes --only-binary :all: --extra-index-url "${TORCH_INDEX}" "$@" \
     && /opt/muse/bin/pip uninstall --yes pip \
     && rm -rf /opt/muse/lib/python3*/site-packages/torch/test /opt/muse/lib/python3*/site-packages/torch/bin/*[tT]est* \
-    && /opt/muse/bin/python -m compileall -q --invalidation-mode unchecked-hash -x /torch/testing/ /opt/muse/lib
+    && /opt/muse/bin/python -m compileall -q -f --invalidation-mode unchecked-hash -x /torch/testing/ /opt/muse/lib
 
 FROM pip AS project
 COPY requirements/build.txt requirements/build.txt
@@ -57,7 +59,7 @@ COPY recipes recipes
 RUN /build/bin/python -m hatchling build --target wheel \
     && python3 -m venv /opt/muse \
     && /opt/muse/bin/pip install --no-compile --no-deps --no-index --prefix /project dist/*.whl \
-    && python3 -m compileall -q --invalidation-mode unchecked-hash -s /project -p /opt/muse /project/lib
+    && python3 -m compileall -q -f --invalidation-mode unchecked-hash -s /project -p /opt/muse /project/lib
 
 FROM python
 ARG TORCH_VARIANT=cu130
