@@ -1,6 +1,6 @@
 """Files that run code where nobody guards: each is first shown to, then refused, with nothing imported or written.
 
-docs/fuzzing.md lists all attacks; those on class paths are in tests/test_errors.py, on pickles also in
+docs/fuzzing.md lists all attacks; those on class paths are in tests/test_hostile_configuration.py, on pickles also in
 tests/pretrained/test_tensors.py, on litdata's index in tests/data/test_block_reader.py.
 """
 

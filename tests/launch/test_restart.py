@@ -72,7 +72,15 @@ def losses(name: str) -> dict[str, dict[int, float]]:
     return said
 
 
-@pytest.mark.parametrize("cannot", [(), (errno.EXDEV, errno.EPERM), (errno.ENOSYS, errno.ENOSYS)], ids=str)
+@pytest.mark.parametrize(
+    "cannot",
+    [
+        pytest.param((), marks=pytest.mark.exhaustive),
+        pytest.param((errno.EXDEV, errno.EPERM), marks=pytest.mark.exhaustive),
+        (errno.ENOSYS, errno.ENOSYS),
+    ],
+    ids=str,
+)
 def test_the_same_command_line_until_it_is_done(
     muse: Muse, cannot: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("benchmarks", "docs", "kernels", "muse_lightning", "recipes", "tests/data/activations", "tools")
+PARTS = ("benchmarks", "docs", "kernels", "muse_lightning", "recipes", "tests/data/activations", "tools", "launch")
 FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "SECURITY.md", "mkdocs.yml")
 
 pytestmark = pytest.mark.slow
