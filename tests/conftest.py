@@ -113,12 +113,22 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def muse_with_dataset(
-    tmp_path: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Any:
-    """`tests.recipe.Muse` in a working directory of its own that has the recipe's dataset already."""
+def muse_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`tests.recipe.Muse` in a working directory of its own."""
     from tests.recipe import Muse
 
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_dataset, "dataset")
     return Muse(tmp_path, capsys)
+
+
+@pytest.fixture
+def muse(muse_in_a_folder: Any) -> Any:
+    """The same; a module that asks for more of it has a fixture of this name."""
+    return muse_in_a_folder
+
+
+@pytest.fixture
+def muse_with_dataset(muse_in_a_folder: Any, tiny_dataset: Path) -> Any:
+    """The same with the recipe's dataset."""
+    shutil.copytree(tiny_dataset, "dataset")
+    return muse_in_a_folder

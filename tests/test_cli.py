@@ -24,12 +24,6 @@ from muse_lightning.training.module import LanguageModel
 from tests.recipe import RECIPE, Muse, start
 
 
-@pytest.fixture
-def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Muse:
-    monkeypatch.chdir(tmp_path)
-    return Muse(tmp_path, capsys)
-
-
 def build(*args: str) -> MuseCLI:
     """What a verb without a trainer builds from `recipe.yaml` and these flags."""
     return MuseCLI("info", "", ["--config", "recipe.yaml", *args], [], builds="data")

@@ -25,12 +25,6 @@ from muse_lightning.training.run_folder import RunFolder
 from tests.recipe import Muse
 
 
-@pytest.fixture
-def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Muse:
-    monkeypatch.chdir(tmp_path)
-    return Muse(tmp_path, capsys)
-
-
 @pytest.mark.parametrize(("name", "expected"), [("topk", "top_k"), ("zzz", "chunk, order, top_k"), ("chnk", "chunk")])
 def test_nearest(name: str, expected: str) -> None:
     assert nearest(name, ["top_k", "chunk", "order"]) == expected

@@ -11,12 +11,6 @@ from lightning.pytorch.callbacks import Callback
 from tests.recipe import Muse
 
 
-@pytest.fixture
-def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Muse:
-    monkeypatch.chdir(tmp_path)
-    return Muse(tmp_path, capsys)
-
-
 class TestHostileConfiguration:
     """Each attack first works on a parser without the allow-list, then is refused with nothing imported or written."""
 

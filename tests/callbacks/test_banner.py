@@ -14,12 +14,6 @@ from tests.recipe import Muse
 from tests.tiny import tiny_model, tiny_muse, tiny_trainer
 
 
-@pytest.fixture
-def muse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Muse:
-    monkeypatch.chdir(tmp_path)
-    return Muse(tmp_path, capsys)
-
-
 def test_a_fit_says_what_it_is_about_to_do(muse: Muse) -> None:
     levers = ["--model.recompute=block", "--model.recompute_every=2", "--model.mlp_tiles=4"]
     code, _, err = muse.with_recipe("fit", "--trainer.accumulate_grad_batches=3", *levers)

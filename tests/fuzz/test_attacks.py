@@ -34,12 +34,6 @@ class Touch:
 
 
 @pytest.fixture
-def muse(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Muse:
-    monkeypatch.chdir(tmp_path)
-    return Muse(tmp_path, capsys)
-
-
-@pytest.fixture
 def ran(tmp_path: Path) -> Path:
     """What hostile files create."""
     return tmp_path / "ran"

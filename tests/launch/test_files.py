@@ -1,8 +1,8 @@
 """The launch files: valid to their schedulers, true to the exit codes, with command lines that `muse` accepts."""
 
 import re
-import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 from muse_lightning.cli import main
 from muse_lightning.errors import ExitCode
 
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 LAUNCH = Path(__file__).parents[2] / "launch"
 KUBERNETES = LAUNCH / "kubernetes"
 KUBERNETES_VERSION = "1.31"
@@ -259,10 +260,9 @@ def test_a_recipe_of_prepared_data_looks_for_no_sources(name: str) -> None:
     assert all("--data.sources=null" in command for command in commands), commands
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
 def test_scripts_are_clean(tmp_path: Path) -> None:
     run = tmp_path / "run.sh"
     run.write_text(f"#!/bin/bash\n{skypilot()['run']}")
     for script in (LAUNCH / "slurm.sbatch", run):
-        done = subprocess.run(["shellcheck", "--shell=bash", script], capture_output=True, text=True)
+        done = subprocess.run([SHELLCHECK, "--shell=bash", script], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout

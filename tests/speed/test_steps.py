@@ -19,12 +19,6 @@ from tests.tiny import SEQ_LEN, VOCAB, tiny_model
 TRAINER = {"accelerator": "cpu", "precision": "32-true", "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
 
 
-@pytest.fixture
-def muse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Muse:
-    monkeypatch.chdir(tmp_path)
-    return Muse(tmp_path, capsys)
-
-
 def test_every_step_is_trained_and_timed(tmp_path: Path) -> None:
     model = tiny_model()
     batch = random_batch(VOCAB, 2, SEQ_LEN, None)
