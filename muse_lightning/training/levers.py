@@ -104,8 +104,8 @@ def longest_contexts(setting: Setting, memory: int) -> Iterator[tuple[str, int]]
     Returns:
         The lever, as flags, and tokens; 0 if not even the shortest fits.
     """
-    strategy = setting.model.llama.blocks[0].self_attn.attention
-    unit = strategy.options["chunk"] if isinstance(strategy, Muse) else TOKENS
+    strategies = [block.self_attn.attention for block in setting.model.llama.blocks]
+    unit = max((s.options["chunk"] for s in strategies if isinstance(s, Muse)), default=TOKENS)
     current: Setting | None = setting
     while current is not None:
         longest = _longest(current, int(USABLE * memory), unit)

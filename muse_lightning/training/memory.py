@@ -116,7 +116,7 @@ def step_memory(
             _take_step(twin, live, batch_size, seq_len, accumulate, autocast, on_gpu)
     except RuntimeError as error:
         # It reads values, or has an operation that does not say what it returns: with content it may train.
-        name = type(twin.llama.blocks[0].self_attn.attention).__name__
+        name = ", ".join({type(block.self_attn.attention).__name__: None for block in twin.llama.blocks})
         raise UserError(
             f"memory cannot be predicted, for {name} does not run on tensors without content: {reason_of(error)}"
         ) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from muse_lightning.attention import AttentionStrategy, Dense, exact_attention
+from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
@@ -54,6 +54,7 @@ class LanguageModel(L.LightningModule):
     Args:
         config: the architecture.
         attention: what each layer does with queries, keys and values, made from the number of the layer.
+        exact_layers: numbers of layers that attend exactly instead, from 0; negative ones count from the last, -1.
         recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: far less
             memory for about a third more work; "keep_attention" also keeps what goes into and comes out of attention,
             its dearest part on long contexts; "none" keeps everything.
@@ -97,6 +98,7 @@ class LanguageModel(L.LightningModule):
         self,
         config: LlamaConfig,
         attention: Callable[[int], AttentionStrategy] = Dense,
+        exact_layers: tuple[int, ...] = (),
         recompute: Recompute = "none",
         recompute_every: int = 1,
         offload: bool = False,
@@ -123,6 +125,7 @@ class LanguageModel(L.LightningModule):
         super().__init__()
         self._arguments = arguments
         self.config = config
+        self.exact_layers = exact_layers
         self.recompute: Recompute = recompute
         self.recompute_every = recompute_every
         self.offload = offload
@@ -148,7 +151,10 @@ class LanguageModel(L.LightningModule):
         self._check_ranges()
         # On the meta device a model of any size is free; `configure_model` makes it real on the device it will live on.
         with torch.device("meta"):
-            self.llama = Llama(config, attention)
+            self.llama = Llama(
+                config,
+                exact_in(exact_layers, attention, num_layers=config.num_hidden_layers, window=config.sliding_window),
+            )
         self.offloading = arrange(
             self.llama,
             recompute=recompute,

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 import muse_lightning.attention
 from muse_kernels.attention.options import MuseOptions
 from muse_kernels.cost import muse_pairs
-from muse_lightning.attention import AttentionStrategy, Dense, Muse, SlidingWindow, SpatialBlocks, exact_attention
+from muse_lightning.attention import AttentionStrategy, Dense, Muse, SlidingWindow, SpatialBlocks
 
 SMALL: dict[str, dict[str, Any]] = {
     "Dense": {},
@@ -208,16 +208,6 @@ def test_muse_does_not_warn_otherwise(layer: int, seq_len: int, recwarn: pytest.
     strategy = Muse(layer, chunk=16, query_cluster=4, key_cluster=4)
     strategy.check(seq_len=seq_len, num_heads=4, num_kv_heads=2, head_dim=8)
     assert not recwarn.list
-
-
-@pytest.mark.parametrize(("window", "length"), [(None, 30), (4, 30)])
-def test_exact_attention_of_a_window(window: int | None, length: int) -> None:
-    strategy = exact_attention(window)(3)
-    assert strategy.layer_idx == 3
-    expected = Dense(3) if window is None else SlidingWindow(3, window=4)
-    assert strategy.pairs([length]) == expected.pairs([length])
-    qkv = random_qkv()
-    assert torch.equal(strategy(*qkv, softmax_scale=0.3), expected(*qkv, softmax_scale=0.3))
 
 
 @pytest.mark.parametrize("is_asked_for", [False, True])
