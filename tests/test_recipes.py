@@ -47,7 +47,7 @@ def print_config(*files: Path) -> dict[str, Any]:
 def test_all_recipes_are_found() -> None:
     assert len(WHOLE) == 15
     assert len(DENSE) == 7
-    assert len(OVERLAYS) == 3
+    assert len(OVERLAYS) == 4
     assert len(DATA) == 5
     assert len(SOURCES) == 3
     assert len(list(RECIPES.rglob("*.yaml"))) == len(WHOLE) + len(OVERLAYS) + len(DATA) + len(SOURCES)

@@ -3,6 +3,7 @@
 from muse_lightning.callbacks.attention_error import AttentionError
 from muse_lightning.callbacks.banner import Banner
 from muse_lightning.callbacks.context_gain import ContextGain
+from muse_lightning.callbacks.context_warmup import ContextWarmup
 from muse_lightning.callbacks.environment_file import EnvironmentFile
 from muse_lightning.callbacks.exact_tail import ExactTail
 from muse_lightning.callbacks.gradient_norm import GradientNorm
@@ -31,6 +32,7 @@ __all__ = [
     "AttentionError",
     "Banner",
     "ContextGain",
+    "ContextWarmup",
     "DeviceThroughput",
     "EnvironmentFile",
     "ExactTail",

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from muse_lightning.callbacks.loss_by_position import tokens_in_sight
-from muse_lightning.data.batches import IGNORED_LABEL, Batch
+from muse_lightning.data.batches import IGNORED_LABEL, Batch, cut_documents
 from muse_lightning.errors import UserError
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.totals import Totals
@@ -61,7 +61,7 @@ class ContextGain(L.Callback):
         length = seq_len // self.pieces
         if batch_idx >= self.batches or length < 2:
             return
-        cut = {**batch, "cu_seqlens": cut_documents(batch, length)}
+        cut = {**batch, "cu_seqlens": cut_documents(cast(Batch, batch), length)}
         # Callbacks run outside the precision that the step ran in.
         with trainer.precision_plugin.forward_context():
             nats = pl_module.token_nats(cast(Batch, cut))
@@ -81,21 +81,3 @@ class ContextGain(L.Callback):
             rank_zero_info("context gain: left out, no prediction sees more than half of the context and of its piece")
         else:
             pl_module.log("val/context_gain", saved / count, sync_dist=True)
-
-
-def cut_documents(batch: dict[str, Tensor], length: int) -> Tensor:
-    """The `cu_seqlens` of a batch with every row cut at multiples of `length` too.
-
-    Args:
-        batch: input_ids and, where documents are told apart, cu_seqlens.
-        length: tokens.
-    Returns:
-        int32, padded by the end to a power of two of at least 64; without waiting for the device.
-    """
-    rows, seq_len = batch["input_ids"].shape
-    device = batch["input_ids"].device
-    index = torch.arange(rows * seq_len + 1, dtype=torch.int32, device=device)
-    grid = torch.cat([index[:-1].view(rows, seq_len)[:, ::length].flatten(), index[-1:]])
-    offsets = torch.cat([grid, batch["cu_seqlens"]]) if "cu_seqlens" in batch else grid
-    padding = max(64, 1 << (len(offsets) - 1).bit_length()) - len(offsets)
-    return torch.cat([offsets.sort().values, index[-1:].expand(padding)])

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from muse_lightning.callbacks import ContextGain
-from muse_lightning.callbacks.context_gain import cut_documents
 from muse_lightning.callbacks.loss_by_position import tokens_in_sight
+from muse_lightning.data.batches import cut_documents
 from muse_lightning.errors import UserError
 from tests.oracle import copies, nats_of, oracle_model
 from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_trainer
@@ -83,19 +83,6 @@ def test_no_far_context_no_gain(tmp_path: Path, case: str, caplog: pytest.LogCap
     assert "val/context_gain" not in scalars(trainer)
     line = "context gain: left out, no prediction sees more than half of the context and of its piece"
     assert caplog.messages.count(line) == 1
-
-
-@pytest.mark.parametrize("length", [1, 3, 6, 48])
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole-rows"])
-def test_cuts(packed: bool, length: int) -> None:
-    [batch] = batches(1, packed=packed)
-    found = cut_documents(batch, length).tolist()
-    expected = {row * SEQ_LEN + start for row in range(2) for start in range(0, SEQ_LEN, length)} | {2 * SEQ_LEN}
-    expected |= set(batch["cu_seqlens"].tolist() if packed else [])
-    assert set(found) == expected
-    assert found == sorted(found)
-    assert len(found) == max(64, 1 << (len(found) - 1).bit_length())
-    assert cut_documents(batch, length).dtype == torch.int32
 
 
 @pytest.mark.parametrize("options", [{"batches": 0}, {"pieces": 1}])

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from muse_lightning.data.batches import Collate, cumulative_lengths
+from muse_lightning.data.batches import Collate, cumulative_lengths, cut_documents
 from muse_lightning.data.block_reader import Block
+from tests.tiny import SEQ_LEN, batches
 
 
 def block(tokens: list[int], starts: list[int]) -> Block:
@@ -35,3 +36,16 @@ def test_length_is_a_power_of_two(sequences, length):
     assert len(result) == length
     assert result[: sequences + 1].tolist() == [*range(sequences), 1000]
     assert (result[sequences:] == 1000).all()
+
+
+@pytest.mark.parametrize("length", [1, 3, 6, 48])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole-rows"])
+def test_cuts(packed: bool, length: int) -> None:
+    [batch] = batches(1, packed=packed)
+    found = cut_documents(batch, length).tolist()
+    expected = {row * SEQ_LEN + start for row in range(2) for start in range(0, SEQ_LEN, length)} | {2 * SEQ_LEN}
+    expected |= set(batch["cu_seqlens"].tolist() if packed else [])
+    assert set(found) == expected
+    assert found == sorted(found)
+    assert len(found) == max(64, 1 << (len(found) - 1).bit_length())
+    assert cut_documents(batch, length).dtype == torch.int32

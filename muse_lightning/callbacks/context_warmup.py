@@ -1,0 +1,68 @@
+"""The begin of a training with short contexts."""
+
+import math
+from typing import Any, cast
+
+import lightning as L
+from torch import Tensor
+
+from muse_lightning.data.batches import Batch, cut_documents
+from muse_lightning.errors import UserError
+from muse_lightning.training.log_step import ends_step, is_log_step
+
+
+class ContextWarmup(L.Callback):
+    """Trains the first steps on rows that are cut into pieces which do not see each other: of `start` tokens, doubled
+    at equal intervals until rows are whole.
+
+    A model that sees tens of thousands of tokens from its first step on is slow to learn which of them matter. Tokens,
+    their order and the shape of batches stay, and validation always has whole rows. Pieces that are short enough are
+    attended exactly whatever the attention (`Muse.exact_below`), by its variable-length kernels. Logs
+    `train/context`, the tokens of a piece, on every rank alike. A function of the optimizer step alone: a run that is
+    resumed goes on where it was.
+
+    Args:
+        steps: optimizer steps until rows are whole.
+        start: tokens of the first pieces.
+    Raises:
+        UserError: a value below 1; or, when the training starts, pieces no shorter than a row.
+    Source: SkyLadder (arXiv 2503.15450), which lets the length grow linearly; Li et al. (arXiv 2108.06084).
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[ContextWarmup(steps=800)])
+    """
+
+    def __init__(self, steps: int, start: int = 2048) -> None:
+        for name, value in (("steps", steps), ("start", start)):
+            if value < 1:
+                raise UserError(f"ContextWarmup: {name} is {value}; accepted: at least 1")
+        self.steps = steps
+        self.start = start
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        """Cut the batch, in place.
+
+        Raises:
+            UserError: pieces no shorter than a row.
+        """
+        seq_len = batch["input_ids"].shape[1]
+        if self.start >= seq_len:
+            raise UserError(f"ContextWarmup: start is {self.start}; accepted: below data.seq_len, {seq_len}")
+        length = self.length(trainer.global_step, seq_len)
+        if length < seq_len:
+            batch["cu_seqlens"] = cut_documents(cast(Batch, batch), length)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        """Log the length that the step had which has just ended."""
+        if ends_step(trainer) and is_log_step(trainer, trainer.global_step):
+            seq_len = batch["input_ids"].shape[1]
+            pl_module.log("train/context", float(self.length(trainer.global_step - 1, seq_len)))
+
+    def length(self, step: int, seq_len: int) -> int:
+        """Tokens of a piece in optimizer step `step`, from 0, of rows of `seq_len`."""
+        doublings = math.ceil(math.log2(seq_len / self.start))
+        return min(seq_len, self.start << min(doublings, doublings * step // self.steps))

@@ -1,0 +1,96 @@
+"""Which pieces a step is trained on, and that it is a training on such pieces."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from muse_lightning.callbacks import ContextWarmup
+from muse_lightning.data.batches import cut_documents, document_lengths
+from muse_lightning.errors import UserError
+from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
+
+
+class Watch(L.Callback):
+    """The longest document of each micro-batch, by its optimizer step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        longest = max(document_lengths(*batch["input_ids"].shape, batch.get("cu_seqlens")))
+        self.seen.append((batch_idx // 2, longest))
+
+
+def fit(folder: Path, warmup: list[L.Callback], data: list[Any], **options: Any) -> tuple[Watch, Any, L.Trainer]:
+    torch.manual_seed(0)
+    watch, model = Watch(), tiny_model(attention=tiny_muse)
+    trainer = tiny_trainer(
+        folder, callbacks=[*warmup, watch], accumulate_grad_batches=2, **({"max_steps": 8} | options)
+    )
+    trainer.fit(model, datamodule=TinyData(data, batches(1, packed=False)))
+    return watch, model, trainer
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "lengths"),
+    [
+        (6, 12, [12, 12, 12, 24, 24, 24, 48, 48]),
+        (4, 6, [6, 6, 12, 24, 48, 48, 48, 48]),
+        (3, 10, [10, 20, 40, 48, 48, 48, 48, 48]),
+        (1, 47, [47, 48, 48, 48, 48, 48, 48, 48]),
+        (100, 1, [1] * 8),
+    ],
+)
+def test_pieces_double_until_rows_are_whole(tmp_path: Path, steps: int, start: int, lengths: list[int]) -> None:
+    warmup = ContextWarmup(steps, start)
+    watch, _, trainer = fit(tmp_path, [warmup], batches(40, packed=False), log_every_n_steps=1)
+    assert watch.seen == [(step, length) for step, length in enumerate(lengths) for _ in range(2)]
+    assert [value for _, value in scalars(trainer)["train/context"]] == lengths
+    assert warmup.length(steps - 1, SEQ_LEN) < SEQ_LEN == warmup.length(steps, SEQ_LEN) == warmup.length(10**9, SEQ_LEN)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole-rows"])
+def test_it_is_a_training_on_the_pieces(tmp_path: Path, packed: bool) -> None:
+    """The same weights, bit for bit, as from batches that came cut; and others than from whole rows."""
+    items = batches(16, packed=packed)
+    cut = [{**item, "cu_seqlens": cut_documents(item, 12 if i < 8 else 24)} for i, item in enumerate(items)]  # type: ignore[arg-type]
+    models = [
+        fit(tmp_path / name, warmup, data)[1]
+        for name, warmup, data in (
+            ("warmup", [ContextWarmup(8, 12)], items),
+            ("cut", [], cut),
+            ("whole", [], items),
+        )
+    ]
+    found, wanted, whole = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, whole)
+
+
+def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    _, _, trainer = fit(tmp_path / "first", [ContextWarmup(8, 12)], batches(10, packed=False), max_steps=5)
+    trainer.save_checkpoint(tmp_path / "step=5.ckpt")
+    watch, model = Watch(), tiny_model(attention=tiny_muse)
+    again = tiny_trainer(
+        tmp_path / "second", max_steps=9, callbacks=[ContextWarmup(8, 12), watch], accumulate_grad_batches=2
+    )
+    again.fit(
+        model, datamodule=TinyData(batches(40, packed=False)), ckpt_path=tmp_path / "step=5.ckpt", weights_only=True
+    )
+    assert [length for _, length in watch.seen] == [24] * 6 + [48] * 2
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 5, "start": 0}])
+def test_mistakes(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"ContextWarmup: (steps|start) is 0; accepted: at least 1"):
+        ContextWarmup(**options)
+
+
+def test_pieces_as_long_as_rows(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ContextWarmup: start is 48; accepted: below data.seq_len, 48"):
+        fit(tmp_path, [ContextWarmup(8, SEQ_LEN)], batches(4))
