@@ -24,6 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 EXACT, OWN, TRAIN, ERROR, TOKENS = "val/loss_exact", "val/loss", "train/loss", "muse/relative_error", "train/tokens"
 POSITION = "val/loss_by_position/"
+FEWEST_IN_SIGHT = 128
+"""Of what is drawn: with fewer tokens in sight all losses are high, and alike."""
 LEFT_OUT = ("lr-", "time/", "memory/", "epoch", "hp_metric", "train/skipped", "train/consecutive", "val/ppl")
 """Of the raw data: what the table does not need, or can be computed."""
 
@@ -152,6 +154,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         by_tokens.plot([p.step * per_step for p in exact], [p.value for p in exact], **style)
         by_time.plot([p.seconds / 60 for p in exact], [p.value for p in exact], **style)
         ends = sorted((int(tag.removeprefix(POSITION)), tag) for tag in run.scalars if tag.startswith(POSITION))
+        ends = [(start, tag) for start, tag in ends if start >= FEWEST_IN_SIGHT]
         by_position.plot([start for start, _ in ends], [run.scalars[tag][-1].value for _, tag in ends], **style)
         errors = run.scalars.get(ERROR, [])
         error.plot([p.step * per_step for p in errors], [p.value for p in errors], **style)
@@ -159,6 +162,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     by_time.set(xlabel="minutes, with validations", ylabel="validation loss, exact attention")
     by_position.set(xlabel="tokens in sight, to twice as many", ylabel="validation loss, its own attention")
     by_position.set_xscale("log", base=2)
+    error.set_yscale("log")
     error.set(xlabel="million tokens", ylabel="relative squared error of live attention")
     for axes in (by_tokens, by_time, by_position, error):
         axes.grid(alpha=0.3)
