@@ -87,7 +87,11 @@ def compare(
     read = read_blocks(data, split, seq_len, blocks, document_mask, config.vocab_size)
     check_tokenizer(data, reference.load_tokenizer(), str(model))
     settings = make_settings(
-        muse, muse.chunk if window is None else window, config.sliding_window, grid if sweep else None
+        muse,
+        muse.chunk if window is None else window,
+        config.sliding_window,
+        grid if sweep else None,
+        config.num_hidden_layers,
     )
     place = _device(device)
     precision = _dtype(dtype, place)

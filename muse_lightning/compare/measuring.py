@@ -46,13 +46,14 @@ def measure(
     attention_ms, forward_ms = _times(llama, blocks, settings, main, instruments)
     cosines = _cosines(llama, blocks, main, loss_chunk) if gradients else {}
     exact = settings[0]
-    exact_pairs = costs.pairs(exact, blocks.batches)
+    num_layers = llama.config.num_hidden_layers
+    exact_pairs = costs.pairs(exact, blocks.batches, num_layers)
     return [
         Found(
             setting,
             by_name[setting.name],
             by_name[setting.name].rise(by_name[exact.name]),
-            costs.pairs(setting, blocks.batches) / exact_pairs,
+            costs.pairs(setting, blocks.batches, num_layers) / exact_pairs,
             gradient_cosine=cosines.get(setting.name),
             attention_ms=attention_ms.get(setting.name),
             forward_ms=forward_ms.get(setting.name),
@@ -78,12 +79,10 @@ def _times(
     if instruments is None:
         return {}, {}
     _say("times")
-    attention = costs.attention_times(settings, middle_layer(llama, blocks.batches[0]), instruments)
+    middle = middle_layer(llama, blocks.batches[0])
+    attention = costs.attention_times(settings, middle, instruments, llama.config.num_hidden_layers)
     forward = costs.forward_times(llama, main, blocks.batches[0], instruments)
-    return (
-        {name: timing.median_ms for name, timing in attention.items()},
-        {name: timing.median_ms for name, timing in forward.items()},
-    )
+    return attention, {name: timing.median_ms for name, timing in forward.items()}
 
 
 def _cosines(llama: Llama, blocks: Blocks, main: Sequence[Setting], loss_chunk: int) -> dict[str, float]:

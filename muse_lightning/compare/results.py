@@ -23,7 +23,7 @@ class Found:
         mass: By layer and head, shares of softmax mass near, in retrieved keys and in summaries.
         gradient_cosine: Of the loss's gradient with that under exact attention.
         pairs: Query-key pairs that training works on, over exact attention's.
-        attention_ms: Forward and backward pass of one layer's attention.
+        attention_ms: Forward and backward pass of a layer's attention, on average.
         forward_ms: Forward pass of the model, one row.
     """
 
@@ -75,6 +75,7 @@ class Found:
         return {
             "name": self.setting.name,
             "attention": self.setting.recipe,
+            "exact_layers": list(self.setting.exact_layers),
             "is_swept": self.setting.is_swept,
             "loss": self.losses.mean,
             "loss_rise": rise,
@@ -111,7 +112,8 @@ def overlay(chosen: Found, header: Mapping[str, Any]) -> str:
         f"#   {header['command']}",
         f"# Loss {chosen.losses.mean:.4f}, {rise:+.4f}{spread} against exact attention, at {header['seq_len']} tokens.",
     ]
-    return "\n".join(lines) + "\n" + yaml.safe_dump({"model": {"attention": chosen.setting.recipe}}, sort_keys=False)
+    model = {"attention": chosen.setting.recipe, "exact_layers": list(chosen.setting.exact_layers)}
+    return "\n".join(lines) + "\n" + yaml.safe_dump({"model": model}, sort_keys=False)
 
 
 def to_json(header: Mapping[str, Any], found: Sequence[Found], recommended: Found | None) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 from muse_kernels.attention.options import MuseOptions
-from muse_lightning.attention import Muse, SlidingWindow, SpatialBlocks, exact_attention
+from muse_lightning.attention import Muse, SlidingWindow, SpatialBlocks, exact_attention, exact_in
 from muse_lightning.errors import UserError
 from muse_lightning.model.llama import AttentionFactory
 
@@ -26,6 +26,8 @@ class Setting:
         attention: Makes the strategy of a layer.
         muse: Options of `muse_attention`, where that is what it calls.
         recipe: `model.attention` of a recipe that trains with it.
+        exact_layers: its `model.exact_layers`; `attention` has them.
+        elsewhere: `attention` of the other layers.
         is_swept: Whether it is a point of the grid: only its loss, its error and its cost are measured.
     """
 
@@ -33,6 +35,8 @@ class Setting:
     attention: AttentionFactory
     muse: dict[str, Any] | None
     recipe: Any
+    exact_layers: tuple[int, ...] = ()
+    elsewhere: AttentionFactory | None = None
     is_swept: bool = False
 
 
@@ -50,9 +54,11 @@ class Grid:
     """Key clusters that each query cluster attends exactly."""
     summary_cluster: tuple[int | None, ...] = (None,)
     """Keys behind one summary; null is 8 key clusters."""
+    exact_layers: tuple[tuple[int, ...], ...] = ((),)
+    """Layers that attend exactly instead, as model.exact_layers has them."""
 
-    def points(self, base: MuseOptions) -> Iterator[MuseOptions]:
-        """`base` with every combination.
+    def points(self, base: MuseOptions) -> Iterator[tuple[MuseOptions, tuple[int, ...]]]:
+        """`base` with every combination, and its exact layers.
 
         Raises:
             UserError: a list is empty, or a combination is not accepted.
@@ -64,19 +70,22 @@ class Grid:
         for combination in itertools.product(*values.values()):
             try:
                 changes: dict[str, Any] = dict(zip(values, combination, strict=True))
-                yield replace(base, **changes)
+                exact_layers = changes.pop("exact_layers")
+                yield replace(base, **changes), exact_layers
             except ValueError as error:
                 raise UserError(f"grid: {error}") from None
 
     def varied(self, base: MuseOptions) -> list[str]:
         """The options that tell a point from another one or from `base`."""
-        return [name for name, each in self._values().items() if {*each, getattr(base, name)} != {each[0]}]
+        return [name for name, each in self._values().items() if {*each, getattr(base, name, ())} != {each[0]}]
 
-    def _values(self) -> dict[str, tuple[int, ...]]:
+    def _values(self) -> dict[str, tuple[Any, ...]]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def make_settings(muse: MuseOptions, window: int, exact_window: int | None, grid: Grid | None) -> list[Setting]:
+def make_settings(
+    muse: MuseOptions, window: int, exact_window: int | None, grid: Grid | None, num_layers: int
+) -> list[Setting]:
     """Exact attention first, then MuSe, its baselines, and the points of the grid that are not among them.
 
     Args:
@@ -84,6 +93,7 @@ def make_settings(muse: MuseOptions, window: int, exact_window: int | None, grid
         window: of the sliding window.
         exact_window: the window that the model's own attention has; None: it sees everything.
         grid: None: no sweep.
+        num_layers: of the model.
     Raises:
         UserError: an option that is not a recipe's, or a value that is not accepted.
     """
@@ -116,10 +126,16 @@ def make_settings(muse: MuseOptions, window: int, exact_window: int | None, grid
         setting.attention(0)  # A value that is not accepted shows here, not when its turn comes.
     if grid is None:
         return settings
-    for point in grid.points(muse):
-        if point != muse:
-            name = ", ".join(f"{option} {getattr(point, option)}" for option in grid.varied(muse))
-            settings.append(replace(_muse_setting(name, point), is_swept=True))
+    for point, exact_layers in grid.points(muse):
+        if (point, exact_layers) == (muse, ()):
+            continue
+        values = asdict(point) | {"exact_layers": list(exact_layers)}
+        name = ", ".join(f"{option} {values[option]}" for option in grid.varied(muse))
+        setting = _muse_setting(name, point)
+        attention = exact_in(exact_layers, setting.attention, num_layers=num_layers, window=exact_window)
+        settings.append(
+            replace(setting, attention=attention, exact_layers=exact_layers, elsewhere=setting.attention, is_swept=True)
+        )
     return settings
 
 

@@ -15,12 +15,13 @@ from muse_lightning.model import Llama, LlamaConfig
 from muse_lightning.model.hf import config_to_hf
 from tests.data.conftest import prepare_small
 
+LAYERS = 2
 SEQ_LEN = 96
 CONFIG = LlamaConfig(
     vocab_size=264,
     hidden_size=32,
     intermediate_size=48,
-    num_hidden_layers=2,
+    num_hidden_layers=LAYERS,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=128,
@@ -61,4 +62,4 @@ def blocks(dataset: Path, request: pytest.FixtureRequest) -> Blocks:
 
 @pytest.fixture
 def settings() -> list[Setting]:
-    return make_settings(MUSE, window=12, exact_window=None, grid=None)
+    return make_settings(MUSE, window=12, exact_window=None, grid=None, num_layers=LAYERS)

@@ -9,10 +9,10 @@ import pytest
 from muse_lightning.compare import costs
 from muse_lightning.compare.activations import middle_layer
 from muse_lightning.compare.blocks import Blocks
-from muse_lightning.compare.settings import Setting, make_settings
+from muse_lightning.compare.settings import Grid, Setting, make_settings
 from muse_lightning.measure.bench.timing import Run, Timing
 from muse_lightning.model import Llama
-from tests.compare.conftest import MUSE, SEQ_LEN
+from tests.compare.conftest import LAYERS, MUSE, SEQ_LEN
 
 
 class Runs:
@@ -39,8 +39,8 @@ def test_pairs_of_the_documents(blocks: Blocks, settings: list[Setting]) -> None
     for batch in blocks.batches:
         ends = batch["cu_seqlens"].tolist() if "cu_seqlens" in batch else [0, SEQ_LEN]
         expected += sum((b - a) * (b - a + 1) // 2 for a, b in itertools.pairwise(ends))
-    assert costs.pairs(settings[0], blocks.batches) == expected
-    assert costs.pairs(settings[3], blocks.batches) < expected
+    assert costs.pairs(settings[0], blocks.batches, LAYERS) == expected * LAYERS
+    assert costs.pairs(settings[3], blocks.batches, LAYERS) < expected * LAYERS
 
 
 @pytest.mark.parametrize("blocks", [True, False], indirect=True, ids=["documents", "rows"])
@@ -48,16 +48,29 @@ def test_every_setting_is_timed(llama: Llama, blocks: Blocks, settings: list[Set
     names = {setting.name for setting in settings}
     found = middle_layer(llama, blocks.batches[0])
     runs = Runs()
-    assert costs.attention_times(settings, found, runs).keys() == names
+    assert costs.attention_times(settings, found, runs, LAYERS).keys() == names
     gradients = [[x.shape for x in result] for result in runs.results.values()]  # type: ignore[attr-defined]
     assert gradients == [[found.q.shape, found.k.shape, found.v.shape]] * len(names)
     assert costs.forward_times(llama, settings, blocks.batches[0], Runs()).keys() == names
     assert type(llama.blocks[0].self_attn.attention).__name__ == "Dense"
 
 
+def test_exact_layers_cost_what_exact_attention_costs(llama: Llama, blocks: Blocks) -> None:
+    grid = Grid(
+        chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(MUSE.top_k,), exact_layers=((), (-1,), (0, 1))
+    )
+    settings = make_settings(MUSE, 12, None, grid, LAYERS)
+    dense, muse, half, all_exact = (settings[i] for i in (0, 1, 4, 5))
+    pairs = [costs.pairs(each, blocks.batches, LAYERS) for each in (dense, muse, half, all_exact)]
+    assert pairs[3] == pairs[0] > pairs[2] == pytest.approx((pairs[0] + pairs[1]) / 2)
+    # `Runs` says that the first takes 0 ms, the fifth 4 and the sixth 5, of a layer that is not exact.
+    times = costs.attention_times(settings, middle_layer(llama, blocks.batches[0]), Runs(), LAYERS)
+    assert [times[each.name] for each in (dense, muse, half, all_exact)] == [0.0, 1.0, 2.0, 0.0]
+
+
 def test_packed_documents_have_their_own_limit(blocks: Blocks) -> None:
     """Without documents MuSe is exact up to 7 chunks, with them up to 2."""
-    dense, muse = make_settings(replace(MUSE, exact_below=None), 12, None, None)[:2]
+    dense, muse = make_settings(replace(MUSE, exact_below=None), 12, None, None, LAYERS)[:2]
     is_packed = "cu_seqlens" in blocks.batches[0]
-    is_exact = costs.pairs(muse, blocks.batches) == costs.pairs(dense, blocks.batches)
+    is_exact = costs.pairs(muse, blocks.batches, LAYERS) == costs.pairs(dense, blocks.batches, LAYERS)
     assert is_exact == (not is_packed)

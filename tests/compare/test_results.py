@@ -12,10 +12,10 @@ from muse_lightning.compare.losses import Losses
 from muse_lightning.compare.report import advice
 from muse_lightning.compare.results import Found, cheapest, overlay, to_json
 from muse_lightning.compare.settings import Grid, make_settings
-from tests.compare.conftest import MUSE
+from tests.compare.conftest import LAYERS, MUSE
 
 DENSE, MUSE_SETTING, BLOCKS, WINDOW, *SWEPT = make_settings(
-    MUSE, 12, None, Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(2, 3, 4))
+    MUSE, 12, None, Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(2, 3, 4)), LAYERS
 )
 
 
@@ -69,5 +69,14 @@ def test_measured_time_decides_where_there_is_one() -> None:
 
 def test_the_overlay_is_the_setting() -> None:
     text = overlay(FOUND[4], {"command": "muse compare --sweep=true", "seq_len": 96})
-    assert yaml.safe_load(text) == {"model": {"attention": {"class_path": "Muse", "init_args": SWEPT[1].muse}}}
+    assert yaml.safe_load(text) == {
+        "model": {"attention": {"class_path": "Muse", "init_args": SWEPT[1].muse}, "exact_layers": []}
+    }
     assert "+0.0070 (standard error 0.0010)" in text
+
+
+def test_an_overlay_with_exact_layers() -> None:
+    grid = Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(MUSE.top_k,), exact_layers=((), (0, -1)))
+    chosen = found(make_settings(MUSE, 12, None, grid, LAYERS)[-1], 0.0, None, 0.5)
+    text = overlay(chosen, {"command": "muse compare --sweep=true", "seq_len": 96})
+    assert yaml.safe_load(text)["model"]["exact_layers"] == [0, -1] == chosen.record()["exact_layers"]

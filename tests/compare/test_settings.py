@@ -7,11 +7,11 @@ import pytest
 from muse_lightning.attention import Dense, Muse, SlidingWindow, SpatialBlocks
 from muse_lightning.compare.settings import Grid, make_settings
 from muse_lightning.errors import UserError
-from tests.compare.conftest import MUSE
+from tests.compare.conftest import LAYERS, MUSE
 
 
 def test_the_baselines_match_muse() -> None:
-    dense, muse, blocks, window = (each.attention(3) for each in make_settings(MUSE, 12, None, None))
+    dense, muse, blocks, window = (each.attention(3) for each in make_settings(MUSE, 12, None, None, LAYERS))
     assert isinstance(dense, Dense)
     assert isinstance(muse, Muse)
     assert isinstance(blocks, SpatialBlocks)
@@ -23,7 +23,7 @@ def test_the_baselines_match_muse() -> None:
 
 
 def test_a_windowed_model_is_compared_with_its_own_attention() -> None:
-    exact = make_settings(MUSE, 12, 40, None)[0]
+    exact = make_settings(MUSE, 12, 40, None, LAYERS)[0]
     assert exact.name == "exact, window 40"
     assert exact.attention(0).window == 40  # type: ignore[attr-defined]
     assert exact.recipe == {"class_path": "SlidingWindow", "init_args": {"window": 40}}
@@ -31,7 +31,7 @@ def test_a_windowed_model_is_compared_with_its_own_attention() -> None:
 
 def test_a_grid_is_every_combination_but_the_default() -> None:
     grid = Grid(chunk=(16, 32), query_cluster=(8,), key_cluster=(4,), top_k=(1, 2))
-    swept = make_settings(MUSE, 12, None, grid)[4:]
+    swept = make_settings(MUSE, 12, None, grid, LAYERS)[4:]
     assert {(each.muse["chunk"], each.muse["top_k"]) for each in swept if each.muse} == {(16, 2), (32, 1), (32, 2)}
     assert all(each.is_swept and each.recipe["init_args"] == each.muse for each in swept)
     assert swept[0].name == "chunk 16, top_k 2"
@@ -39,9 +39,25 @@ def test_a_grid_is_every_combination_but_the_default() -> None:
 
 def test_a_grid_of_summaries_leaves_their_default_out() -> None:
     grid = Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(1,), summary_cluster=(None, 4, 8))
-    swept = make_settings(MUSE, 12, None, grid)[4:]
+    swept = make_settings(MUSE, 12, None, grid, LAYERS)[4:]
     assert [each.muse["summary_cluster"] for each in swept if each.muse] == [4, 8]
     assert [each.name for each in swept] == ["summary_cluster 4", "summary_cluster 8"]
+
+
+def test_a_grid_of_exact_layers() -> None:
+    grid = Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(1, 2), exact_layers=((), (-1,), (0, -1)))
+    swept = make_settings(MUSE, 12, 40, grid, num_layers=3)[4:]
+    assert [each.name for each in swept] == [
+        "top_k 1, exact_layers [-1]",
+        "top_k 1, exact_layers [0, -1]",
+        "top_k 2, exact_layers []",
+        "top_k 2, exact_layers [-1]",
+        "top_k 2, exact_layers [0, -1]",
+    ]
+    last = [each.attention(layer) for each in swept[-1:] for layer in range(3)]
+    assert [type(strategy) for strategy in last] == [SlidingWindow, Muse, SlidingWindow]
+    assert last[0].window == 40  # type: ignore[attr-defined]
+    assert last[1].options["top_k"] == 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -49,10 +65,11 @@ def test_a_grid_of_summaries_leaves_their_default_out() -> None:
     [
         (replace(MUSE, causal=False), None, "muse.causal: False found"),
         (replace(MUSE, softmax_scale=1.0), None, "muse.softmax_scale: 1.0 found"),
+        (MUSE, Grid(exact_layers=((0, 2),)), "model.exact_layers names layer 2; accepted: 0 to 1"),
         (MUSE, Grid(top_k=()), "grid.top_k: at least one value expected"),
         (MUSE, Grid(chunk=(24,), key_cluster=(4,), query_cluster=(8,)), "grid: chunk / query_cluster must be a power"),
     ],
 )
 def test_mistakes(muse: object, grid: Grid | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_settings(muse, 12, None, grid)  # type: ignore[arg-type]
+        make_settings(muse, 12, None, grid, LAYERS)  # type: ignore[arg-type]
