@@ -6,13 +6,19 @@ OUT: path without ending; writes OUT.jsonl and OUT.png. A run folder is runs/NAM
 --evaluated, of `muse validate`; the first training is what the others are compared with. Refuses trainings of different
 datasets, or seen tokens: their losses say nothing about each other; and compares times only of one kind of GPU.
 
-Columns: the last validation loss by exact attention, and by how much it differs from the first training's; the loss by
-the training's own attention; bits per byte; the loss where few and where many tokens are in sight; the median of tokens
-per second and device; seconds to the end, and to an exact loss as low as the first training's last.
+Columns: the last validation loss by exact attention, and by how much it differs from the first training's; of the
+training losses of the second half of the logged steps, the mean difference from the first training of the same seed,
+which had the same batches, with its standard error over steps; the validation loss by the training's own attention;
+bits per byte; the loss where few and where many tokens are in sight; the median of tokens per second and device;
+seconds to the end, the first training's exact loss by then, between its validations, and seconds to an exact loss as
+low as its last.
 """
 
 import argparse
+import itertools
 import json
+import math
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,28 +106,50 @@ def seconds_to(run: Run, loss: float) -> float | None:
     return next((point.seconds for point in run.exact() if point.value <= loss), None)
 
 
+def loss_at(run: Run, seconds: float) -> float | None:
+    """The loss by exact attention, on a line between two validations; None outside of them."""
+    for before, after in itertools.pairwise(run.exact()):
+        if before.seconds <= seconds <= after.seconds:
+            part = (seconds - before.seconds) / (after.seconds - before.seconds)
+            return before.value + part * (after.value - before.value)
+    return None
+
+
+def step_by_step(run: Run, twin: Run) -> tuple[float, float] | None:
+    """Mean difference of training losses from those of a training with the same batches, over the second half of the
+    steps that both logged, and its standard error; None for fewer than two of them."""
+    losses = {point.step: point.value for point in twin.scalars.get(TRAIN, [])}
+    found = [point.value - losses[point.step] for point in run.scalars.get(TRAIN, []) if point.step in losses]
+    found = found[len(found) // 2 :]
+    return (statistics.mean(found), statistics.stdev(found) / math.sqrt(len(found))) if len(found) > 1 else None
+
+
 def table(runs: Sequence[Run]) -> str:
     """A Markdown table, a row for each training."""
     first = runs[0]
     end = first.exact()[-1].value
     lines = [
-        "| training | seed | loss, exact attention | to the first | loss, its own | bits per byte | short | long "
-        "| tokens/s | seconds | to the first's loss |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| training | seed | loss, exact attention | to the first | step by step | loss, its own | bits per byte "
+        "| short | long | tokens/s | seconds | the first's loss by then | to the first's loss |",
+        "|" + " --- |" * 13,
     ]
     for run in runs:
         exact = run.exact()[-1]
         same_device = run.environment["devices"] == first.environment["devices"]
         reached = seconds_to(run, end) if same_device else None
+        twin = next(other for other in runs if other.environment["seed"] == run.environment["seed"])
+        paired = None if twin is run else step_by_step(run, twin)
         rates = sorted(point.value for point in run.scalars.get("throughput/device/tokens_per_sec", []))
         cells = [
             run.name,
             run.environment["seed"],
             f"{exact.value:.4f}",
             f"{exact.value / end - 1:+.2%}",
+            "-" if paired is None else f"{paired[0]:+.4f} ± {paired[1]:.4f}",
             *(_number(run.last(tag), ".4f") for tag in (OWN, "val/bpb", "val/loss_short", "val/loss_long")),
             _number(rates[len(rates) // 2] if rates else None, ",.0f"),
             f"{exact.seconds:.0f}" if same_device else "another device",
+            _number(loss_at(first, exact.seconds) if same_device else None, ".4f"),
             _number(reached, ".0f"),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

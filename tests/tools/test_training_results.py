@@ -11,10 +11,11 @@ from tools import training_results as under_test
 
 LOSSES = {"dense": [5.0, 4.0, 3.0], "muse": [4.5, 3.5, 2.7]}
 STEPS = (10, 20, 30)
+TRAIN_LOSSES = {"dense": [6.0, 5.0, 4.0, 3.5], "muse": [9.0, 9.0, 4.2, 3.8]}
 
 
-def write_run(folder: Path, name: str, tokens: float = 3e6, **environment: Any) -> Path:
-    """A run of thirty steps, a second each; MuSe's own loss is 0.1 over its exact one."""
+def write_run(folder: Path, name: str, tokens: float = 3e6, seconds_per_step: float = 1.0, **environment: Any) -> Path:
+    """A run of thirty steps, a second each unless told; MuSe's own loss is 0.1 over its exact one."""
     folder.mkdir()
     with SummaryWriter(str(folder)) as writer:
         for step, loss in zip(STEPS, LOSSES[name], strict=True):
@@ -22,7 +23,9 @@ def write_run(folder: Path, name: str, tokens: float = 3e6, **environment: Any) 
             scalars |= {"train/tokens": tokens * step / 30, "throughput/device/tokens_per_sec": 1000.0 * step}
             scalars |= {"muse/relative_error": step / 1000} if name == "muse" else {}
             for tag, value in scalars.items():
-                writer.add_scalar(tag, value, step, walltime=1000.0 + step)
+                writer.add_scalar(tag, value, step, walltime=1000.0 + (step - 10) * seconds_per_step)
+        for step, loss in enumerate(TRAIN_LOSSES[name]):
+            writer.add_scalar("train/loss", loss, step, walltime=1000.0 + step)
     recorded = {"seed": 1, "devices": ["GPU"], "data": [{"name": "d", "fingerprint": "ab"}], **environment}
     (folder / "environment.json").write_text(json.dumps(recorded))
     (folder / "config.yaml").write_text(f"model: {{attention: {{class_path: {name}}}}}\n")
@@ -41,16 +44,37 @@ def muse(tmp_path: Path, **changes: Any) -> str:
 def test_the_table(tmp_path: Path, dense: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert under_test.main([str(tmp_path / "out"), dense, muse(tmp_path)]) == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert rows[2] == ["Dense", "1", "3.0000", "+0.00%", "3.1000", "-", "-", "-", "20,000", "20", "20"]
+    assert rows[2] == ["Dense", "1", "3.0000", "+0.00%", "-", "3.1000", "-", "-", "-", "20,000", "20", "3.0000", "20"]
     # It is as good as the first's end at its third validation, after 20 seconds.
-    assert rows[3] == ["MuSe", "1", "2.7000", "-10.00%", "2.8000", "-", "-", "-", "20,000", "20", "20"]
+    # Of the last two training losses it was 0.2 and 0.3 higher.
+    assert rows[3][:5] == ["MuSe", "1", "2.7000", "-10.00%", "+0.2500 ± 0.0500"]
+    assert rows[3][5:] == ["2.8000", "-", "-", "-", "20,000", "20", "3.0000", "20"]
+    assert len(rows[0]) == len(rows[1]) == len(rows[2]) == len(rows[3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "loss_by_then", "paired"),
+    [
+        ({"seconds_per_step": 0.75}, "3.5000", "+0.2500 ± 0.0500"),
+        ({"seconds_per_step": 2.0}, "-", "+0.2500 ± 0.0500"),
+        ({"seed": 2}, "3.0000", "-"),
+        ({"devices": ["other"]}, "-", "+0.2500 ± 0.0500"),
+    ],
+)
+def test_what_is_compared_with_the_first(
+    tmp_path: Path, dense: str, changes: dict[str, Any], loss_by_then: str, paired: str, capsys: Any
+) -> None:
+    """The first was at 4.0 after 10 seconds and at 3.0 after 20; batches are the same where seeds are."""
+    under_test.main([str(tmp_path / "out"), dense, muse(tmp_path, **changes)])
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[3].strip("|").split("|")]
+    assert (cells[11], cells[4]) == (loss_by_then, paired)
 
 
 def test_times_of_another_device_are_not_compared(
     tmp_path: Path, dense: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     under_test.main([str(tmp_path / "out"), dense, muse(tmp_path, devices=["other"])])
-    assert capsys.readouterr().out.splitlines()[3].endswith("| another device | - |")
+    assert capsys.readouterr().out.splitlines()[3].endswith("| another device | - | - |")
 
 
 def test_raw_data_and_plots(tmp_path: Path, dense: str) -> None:
