@@ -92,7 +92,7 @@ class Muse(AttentionStrategy):
     def check(self, *, seq_len: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().check(seq_len=seq_len, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         exact_below = MuseOptions(**self.options).resolved(head_dim).exact_below
-        if seq_len <= exact_below and self.layer_idx == 0:
+        if seq_len <= exact_below:
             warnings.warn(
                 f"{type(self).__name__} attends rows without documents exactly at this context: data.seq_len={seq_len} "
                 f"is at most exact_below={exact_below} (default 7 * chunk); use a longer context or a smaller chunk",

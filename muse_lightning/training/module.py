@@ -27,6 +27,7 @@ from muse_lightning.parallelize import (
 )
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
+from muse_lightning.training.checks import check_ranges, check_sizes
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.loss import next_token_nats, total_nats
 from muse_lightning.training.muon import check_strategy
@@ -148,7 +149,7 @@ class LanguageModel(L.LightningModule):
         self.exact_val_batches = exact_val_batches
         self.seq_len = seq_len
         self.tokenizer_size = tokenizer_size
-        self._check_ranges()
+        check_ranges(self)
         # On the meta device a model of any size is free; `configure_model` makes it real on the device it will live on.
         with torch.device("meta"):
             self.llama = Llama(
@@ -164,7 +165,7 @@ class LanguageModel(L.LightningModule):
             compiled=compiled,
             residual_dtype=residual_dtype,
         )
-        self._check_sizes()
+        check_sizes(self)
         self.has_trained = False
         """Whether a training step was begun in this process."""
         self.is_counting = True
@@ -364,60 +365,6 @@ class LanguageModel(L.LightningModule):
             check_states(checkpoint.get("optimizer_states", []), self.optimizer, path)
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._are_weights_due = False
-
-    # Checks
-
-    def _check_ranges(self) -> None:
-        accepted = {
-            "residual_dtype": (self.residual_dtype in ("parameters", "autocast"), "parameters or autocast"),
-            "optimizer": (self.optimizer in ("adamw", "muon"), "adamw or muon"),
-            "learning_rate": (self.learning_rate > 0, "above 0"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
-            "betas": (all(0 <= beta < 1 for beta in self.betas), "at least 0 and below 1, both"),
-            "eps": (self.eps > 0, "above 0"),
-            "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
-            "warmup_steps": (self.warmup_steps >= 0, "at least 0"),
-            "schedule": (self.schedule in ("cosine", "wsd"), "cosine or wsd"),
-            "decay_fraction": (0 <= self.decay_fraction <= 1, "between 0 and 1"),
-            "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "between 0 and 1"),
-            "recompute_every": (self.recompute_every >= 1, "at least 1"),
-            "mlp_tiles": (self.mlp_tiles >= 1, "at least 1"),
-            "loss_chunk": (self.loss_chunk >= 1, "at least 1"),
-            "exact_val_batches": (self.exact_val_batches >= 0, "at least 0"),
-        }
-        for name, (is_accepted, text) in accepted.items():
-            if not is_accepted:
-                raise UserError(f"model.{name} is {getattr(self, name)!r}; accepted: {text}")
-        of_recompute = {"recompute_every": self.recompute_every > 1, "offload": self.offload}
-        for name, is_set in of_recompute.items():
-            if is_set and self.recompute == "none":
-                value = str(getattr(self, name)).lower()
-                wanted = "accepted with model.recompute block or keep_attention"
-                raise UserError(f"model.{name} is {value}; {wanted}, found none")
-
-    def _check_sizes(self) -> None:
-        config = self.config
-        if self.tokenizer_size is not None and self.tokenizer_size > config.vocab_size:
-            raise UserError(
-                f"model.config.vocab_size is {config.vocab_size}; the tokenizer has {self.tokenizer_size} ids, so at "
-                f"least {self.tokenizer_size} are needed"
-            )
-        if self.seq_len is None:
-            return
-        if self.mlp_tiles > self.seq_len:
-            raise UserError(f"model.mlp_tiles is {self.mlp_tiles}; accepted: 1 to data.seq_len, {self.seq_len}")
-        if self.seq_len > config.max_position_embeddings:
-            raise UserError(
-                f"data.seq_len is {self.seq_len}; model.config.max_position_embeddings allows at most "
-                f"{config.max_position_embeddings}"
-            )
-        for block in self.llama.blocks:
-            block.self_attn.attention.check(
-                seq_len=self.seq_len,
-                num_heads=config.num_attention_heads,
-                num_kv_heads=config.num_key_value_heads,
-                head_dim=config.attention_head_dim,
-            )
 
 
 def _data_parallel(mesh: DeviceMesh) -> DeviceMesh:

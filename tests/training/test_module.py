@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import muse_lightning.training.module as module
 from muse_lightning import parallelize
-from muse_lightning.attention import Dense, Muse, SlidingWindow, SpatialBlocks
+from muse_lightning.attention import Dense, SlidingWindow, SpatialBlocks
 from muse_lightning.errors import UserError
 from tests.tiny import SEQ_LEN, VOCAB, LargestTensor, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
@@ -348,39 +348,6 @@ def test_max_steps_is_needed(tmp_path):
         tiny_trainer(tmp_path, max_steps=-1, max_epochs=1).fit(tiny_model(), TinyData(batches(1)))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tokenizer_size": 33}, "model.config.vocab_size is 32; the tokenizer has 33 ids, so at least 33 are needed"),
-        ({"mlp_tiles": 65, "seq_len": 64}, "model.mlp_tiles is 65; accepted: 1 to data.seq_len, 64"),
-        ({"seq_len": 65}, "data.seq_len is 65; model.config.max_position_embeddings allows at most 64"),
-        ({"learning_rate": 0.0}, "model.learning_rate is 0.0; accepted: above 0"),
-        ({"optimizer": "sgd"}, "model.optimizer is 'sgd'; accepted: adamw or muon"),
-        ({"momentum": 1.0}, "model.momentum is 1.0; accepted: at least 0 and below 1"),
-        ({"betas": (0.9, 1.0)}, "model.betas is (0.9, 1.0); accepted: at least 0 and below 1, both"),
-        ({"schedule": "linear"}, "model.schedule is 'linear'; accepted: cosine or wsd"),
-        ({"residual_dtype": "bf16"}, "model.residual_dtype is 'bf16'; accepted: parameters or autocast"),
-        ({"min_lr_ratio": 1.5}, "model.min_lr_ratio is 1.5; accepted: between 0 and 1"),
-        ({"loss_chunk": 0}, "model.loss_chunk is 0; accepted: at least 1"),
-        ({"recompute_every": 0}, "model.recompute_every is 0; accepted: at least 1"),
-        (
-            {"recompute_every": 2},
-            "model.recompute_every is 2; accepted with model.recompute block or keep_attention, found none",
-        ),
-        (
-            {"offload": True},
-            "model.offload is true; accepted with model.recompute block or keep_attention, found none",
-        ),
-        ({"mlp_tiles": 0}, "model.mlp_tiles is 0; accepted: at least 1"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_refused_at_construction(options, message):
-    with pytest.raises(UserError) as error:
-        tiny_model(**options)
-    assert str(error.value) == message
-
-
 def test_what_trades_time_for_memory_reaches_the_blocks():
     """By calls: attention of every second block twice, its projections over three tiles twice."""
     model = tiny_model(config={"num_hidden_layers": 3}, recompute="block", recompute_every=2, mlp_tiles=3)
@@ -392,22 +359,6 @@ def test_what_trades_time_for_memory_reaches_the_blocks():
     model.total_nats(batches(1)[0]).backward()
     assert attention == [0, 1, 2, 2, 0]
     assert len(projections) == 3 * 3 * 2
-
-
-def test_the_strategy_is_asked_about_the_sizes():
-    class Picky(Dense):
-        def check(self, **sizes):
-            raise UserError(f"not {sizes}")
-
-    with pytest.raises(UserError, match=r"not {'seq_len': 48, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 4}"):
-        tiny_model(attention=Picky)
-    tiny_model(attention=Picky, seq_len=None)
-
-
-def test_muse_that_is_all_exact_is_allowed_with_one_warning():
-    with pytest.warns(UserWarning, match="Muse attends rows without documents exactly at this context") as warned:
-        tiny_model(attention=Muse)
-    assert len(warned) == 1
 
 
 def test_an_error_at_set_up_is_not_hidden_by_the_tear_down(tmp_path):

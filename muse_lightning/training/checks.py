@@ -1,0 +1,77 @@
+"""What a LanguageModel is asked for, before anything is made."""
+
+import warnings
+from typing import TYPE_CHECKING
+
+from muse_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from muse_lightning.training.module import LanguageModel
+
+
+def check_ranges(model: "LanguageModel") -> None:
+    """Values that no model may have.
+
+    Raises:
+        UserError: names the first, and what is accepted.
+    """
+    accepted = {
+        "residual_dtype": (model.residual_dtype in ("parameters", "autocast"), "parameters or autocast"),
+        "optimizer": (model.optimizer in ("adamw", "muon"), "adamw or muon"),
+        "learning_rate": (model.learning_rate > 0, "above 0"),
+        "weight_decay": (model.weight_decay >= 0, "at least 0"),
+        "betas": (all(0 <= beta < 1 for beta in model.betas), "at least 0 and below 1, both"),
+        "eps": (model.eps > 0, "above 0"),
+        "momentum": (0 <= model.momentum < 1, "at least 0 and below 1"),
+        "warmup_steps": (model.warmup_steps >= 0, "at least 0"),
+        "schedule": (model.schedule in ("cosine", "wsd"), "cosine or wsd"),
+        "decay_fraction": (0 <= model.decay_fraction <= 1, "between 0 and 1"),
+        "min_lr_ratio": (0 <= model.min_lr_ratio <= 1, "between 0 and 1"),
+        "recompute_every": (model.recompute_every >= 1, "at least 1"),
+        "mlp_tiles": (model.mlp_tiles >= 1, "at least 1"),
+        "loss_chunk": (model.loss_chunk >= 1, "at least 1"),
+        "exact_val_batches": (model.exact_val_batches >= 0, "at least 0"),
+    }
+    for name, (is_accepted, text) in accepted.items():
+        if not is_accepted:
+            raise UserError(f"model.{name} is {getattr(model, name)!r}; accepted: {text}")
+    of_recompute = {"recompute_every": model.recompute_every > 1, "offload": model.offload}
+    for name, is_set in of_recompute.items():
+        if is_set and model.recompute == "none":
+            value = str(getattr(model, name)).lower()
+            wanted = "accepted with model.recompute block or keep_attention"
+            raise UserError(f"model.{name} is {value}; {wanted}, found none")
+
+
+def check_sizes(model: "LanguageModel") -> None:
+    """Tokenizer and context against architecture and attention.
+
+    Raises:
+        UserError: names what is too large, or does not fit together.
+    """
+    config = model.config
+    if model.tokenizer_size is not None and model.tokenizer_size > config.vocab_size:
+        raise UserError(
+            f"model.config.vocab_size is {config.vocab_size}; the tokenizer has {model.tokenizer_size} ids, so at "
+            f"least {model.tokenizer_size} are needed"
+        )
+    if model.seq_len is None:
+        return
+    if model.mlp_tiles > model.seq_len:
+        raise UserError(f"model.mlp_tiles is {model.mlp_tiles}; accepted: 1 to data.seq_len, {model.seq_len}")
+    if model.seq_len > config.max_position_embeddings:
+        raise UserError(
+            f"data.seq_len is {model.seq_len}; model.config.max_position_embeddings allows at most "
+            f"{config.max_position_embeddings}"
+        )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for block in model.llama.blocks:
+            block.self_attn.attention.check(
+                seq_len=model.seq_len,
+                num_heads=config.num_attention_heads,
+                num_kv_heads=config.num_key_value_heads,
+                head_dim=config.attention_head_dim,
+            )
+    for message in dict.fromkeys(str(warning.message) for warning in said):  # by many layers, once
+        warnings.warn(message, stacklevel=2)
