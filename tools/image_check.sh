@@ -16,7 +16,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 variant="${1:-cpu}"
 store="$(realpath --canonicalize-missing "${STORE:-build/image}")"
 steps=" ${STEPS:-lint locks dist build compare sizes run train sbom audit} "
-epoch="${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}"
+revision="$(git rev-parse HEAD)"
+epoch="${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct "${revision}")}"
 image="localhost/muse-lightning:${variant}"
 read -ra build_flags <<< "${BUILD_FLAGS:-}"
 read -ra fit_flags <<< "${FIT_FLAGS:-}"
@@ -52,7 +53,7 @@ if wanted dist; then
     # Of the committed files, in folders of other names and at other times.
     for build in first second; do
         mkdir -p "${store}/dist/${build}"
-        git archive HEAD | tar --extract --touch --directory "${store}/dist/${build}"
+        git archive "${revision}" | tar --extract --touch --directory "${store}/dist/${build}"
         (cd "${store}/dist/${build}" && SOURCE_DATE_EPOCH="${epoch}" python3 -m hatchling build --directory ../"${build}.built")
     done
     (cd "${store}/dist/first.built" && sha256sum -- *) | tee "${store}/dist/SHA256SUMS"
@@ -82,12 +83,16 @@ if wanted build; then
     elif [ -n "${BASE_IMAGE:-}" ]; then
         base_flags=(--build-arg "BASE_IMAGE=${BASE_IMAGE}")
     fi
+    # Of the committed files, as the label says, and of the same ones whatever is edited during the first build.
+    rm -rf "${store}/context"
+    mkdir "${store}/context"
+    git archive "${revision}" | tar --extract --directory "${store}/context"
     for build in 1 2; do
         say "build ${build} of ${image}"
         buildah bud --no-cache --layers --timestamp "${epoch}" --tag "${image}-${build}" \
-            --build-arg "TORCH_VARIANT=${variant}" --build-arg "REVISION=$(git rev-parse HEAD)" \
-            --build-arg "VERSION=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' muse_lightning/__init__.py)" \
-            "${base_flags[@]}" "${build_flags[@]}" . > "${store}/build-${build}.log" 2>&1 \
+            --build-arg "TORCH_VARIANT=${variant}" --build-arg "REVISION=${revision}" \
+            --build-arg "VERSION=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "${store}/context/muse_lightning/__init__.py")" \
+            "${base_flags[@]}" "${build_flags[@]}" "${store}/context" > "${store}/build-${build}.log" 2>&1 \
             || { tail -n 20 "${store}/build-${build}.log"; fail "the build failed: ${store}/build-${build}.log"; }
         wanted compare || break
     done
