@@ -135,7 +135,7 @@ if wanted sizes; then
     rm -r "${store}/pushed"
 fi
 
-if wanted run || wanted train; then
+if wanted run || wanted train || wanted sbom; then
     mounted "${image}-1"
     trap 'buildah rm "${container}" > /dev/null' EXIT
     inspect "${image}-1" '.Docker.config.Env[]' > "${store}/environment"
@@ -221,9 +221,11 @@ fi
 
 if wanted sbom; then
     say "software bill of materials"
-    cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-format JSON \
-        --output-file "${store}/muse-lightning-${variant}.cdx.json" "requirements/${variant}.txt"
-    jq --raw-output '"\(.bomFormat) \(.specVersion), \(.components | length) components"' "${store}/muse-lightning-${variant}.cdx.json"
+    # The locks have hashes, the image has Debian's packages.
+    read -ra locks <<< "${variant} $(sed -n 's/^ARG EXTRAS="\(.*\)"/\1/p' Dockerfile)"
+    (cd requirements && cat "${locks[@]/%/.txt}") | cyclonedx-py requirements - --pyproject pyproject.toml --output-reproducible \
+        --output-format JSON --output-file "${store}/muse-lightning-${variant}.cdx.json"
+    python3 tools/image/sbom.py "${root}" "${store}/muse-lightning-${variant}.cdx.json"
 fi
 
 if wanted audit; then
