@@ -1,10 +1,14 @@
 """What the libraries below are kept from while a verb runs: messages nobody can act on, imports nobody needs."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
+
+from muse_lightning.errors import StorageError, reason_of
 
 WARNINGS = (
     # Lightning 2.6 asks torch in a way that torch deprecates; only a new Lightning can change it.
@@ -24,6 +28,7 @@ LOG_LINES = (
     "Seed set to ",
 )
 LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 UNNEEDED = ("transformers", "matplotlib", "torchvision")
 """torchmetrics, which Lightning imports, imports these if they are installed, for metrics of text and images and plots.
 
@@ -48,7 +53,11 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def import_lightning() -> None:
-    """Import Lightning without what torchmetrics would bring along: 1.5 instead of 3.0 CPU seconds where measured."""
+    """Import Lightning without what torchmetrics would bring along: 1.5 instead of 3.0 CPU seconds where measured.
+
+    Raises:
+        StorageError: the folder that TORCHINDUCTOR_CACHE_DIR names cannot be made, which torch does as it is imported.
+    """
     from lightning_utilities.core.imports import RequirementCache
 
     ask = RequirementCache.__bool__
@@ -59,6 +68,12 @@ def import_lightning() -> None:
     RequirementCache.__bool__ = ask_for_needed  # type: ignore[method-assign, assignment]
     try:
         import_module("lightning.pytorch")
+    except OSError as error:
+        folder = os.environ.get(CACHE_VARIABLE)
+        if folder is None or error.filename is None or not Path(folder).is_relative_to(error.filename):
+            raise
+        accepted = f"accepted: a folder that can be made by user id {os.getuid()}"
+        raise StorageError(f"{CACHE_VARIABLE}={folder}: {error.filename}: {reason_of(error)}; {accepted}") from error
     finally:
         RequirementCache.__bool__ = ask  # type: ignore[method-assign]
 

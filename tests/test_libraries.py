@@ -1,14 +1,17 @@
 """Imports that nobody needs stay out, and what is needed works without them."""
 
 import logging
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.utilities.seed import seed_everything
 
+from muse_lightning.errors import ExitCode
 from muse_lightning.libraries import quiet_libraries
 
 
@@ -20,6 +23,20 @@ def test_lightning_without_what_torchmetrics_brings() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_cache_for_compiled_code_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    # As in a container whose volume for runs belongs to another user. Root may write everywhere, below a file nobody.
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "muse_lightning.cli", "info"]
+    folder = tmp_path / "file/.cache/torchinductor"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.returncode == ExitCode.STORAGE, done.stderr
+    assert done.stderr == (
+        f"error: TORCHINDUCTOR_CACHE_DIR={folder}: {tmp_path}/file/.cache: Not a directory; "
+        f"accepted: a folder that can be made by user id {os.getuid()}\n"
+    )
 
 
 def test_only_listed_messages_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
