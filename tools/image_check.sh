@@ -167,7 +167,7 @@ if wanted run && [ "${variant}" = cpu ]; then
 fi
 
 if wanted run; then
-    mkdir -p "${store}/repositories"
+    mkdir -p "${store}/repositories" "${store}/unwritable"
     cp -r muse_lightning/{attention,callbacks,data,measure,model,training} "${store}/repositories"
     for user in 10001:10001 54321:0; do
         say "as ${user}"
@@ -177,6 +177,11 @@ if wanted run; then
         for check in read-only extension bytecode; do
             in_image "${user}" "${volumes}" "${PWD}/tools/image:/srv:ro" -- python /srv/inside.py "${check}"
         done
+        code=0
+        tools/image/contained.sh "${root}" "${user}" "${store}/environment" "${store}/unwritable:/runs" \
+            -- muse fit --config recipe:demo 2> "${store}/refused.log" || code=$?
+        [ "${code} $(wc --lines < "${store}/refused.log")" = "77 1" ] \
+            || { cat "${store}/refused.log"; fail "exit code ${code} where /runs is another user's, and 77 is the one for storage"; }
         in_image "${user}" "${volumes}" "${store}/repositories:/mnt:ro" -- muse prepare --config recipe:demo \
             --data.dataset=data/mounted --data.sources='[{class_path: Folders, init_args: {path: /mnt}}]' --data.val_fraction=0.2
         for start in first second; do
@@ -200,7 +205,8 @@ if wanted run; then
 fi
 
 if wanted train; then
-    fit=(muse fit --config recipe:demo "${fit_flags[@]}")
+    # Each step's loss is compared; by default each tenth is kept.
+    fit=(muse fit --config recipe:demo --trainer.log_every_n_steps=1 "${fit_flags[@]}")
     say "the demo to its end, as 10001"
     rm -rf "${store}"/{whole,stopped}
     in_image 10001:10001 "${store}/whole" -- "${fit[@]}"
