@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,8 +57,14 @@ def import_lightning() -> None:
     """Import Lightning without what torchmetrics would bring along: 1.5 instead of 3.0 CPU seconds where measured.
 
     Raises:
-        StorageError: the folder that TORCHINDUCTOR_CACHE_DIR names cannot be made, which torch does as it is imported.
+        StorageError: there is no folder for temporary files, or the one of TORCHINDUCTOR_CACHE_DIR cannot be made; the
+            libraries ask for both as they are imported.
     """
+    writable = f"accepted: a folder that user id {os.getuid()} can write to"
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise StorageError(f"TMPDIR={os.environ.get('TMPDIR', '')}: {reason_of(error)}; {writable}") from error
     from lightning_utilities.core.imports import RequirementCache
 
     ask = RequirementCache.__bool__
@@ -72,8 +79,7 @@ def import_lightning() -> None:
         folder = os.environ.get(CACHE_VARIABLE)
         if folder is None or error.filename is None or not Path(folder).is_relative_to(error.filename):
             raise
-        accepted = f"accepted: a folder that can be made by user id {os.getuid()}"
-        raise StorageError(f"{CACHE_VARIABLE}={folder}: {error.filename}: {reason_of(error)}; {accepted}") from error
+        raise StorageError(f"{CACHE_VARIABLE}={folder}: {error.filename}: {reason_of(error)}; {writable}") from error
     finally:
         RequirementCache.__bool__ = ask  # type: ignore[method-assign]
 

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.seed import seed_everything
 
+from muse_lightning.cli import main
 from muse_lightning.errors import ExitCode
 from muse_lightning.libraries import quiet_libraries
 
@@ -35,7 +37,21 @@ def test_a_cache_for_compiled_code_that_cannot_be_made_is_one_line(tmp_path: Pat
     assert done.returncode == ExitCode.STORAGE, done.stderr
     assert done.stderr == (
         f"error: TORCHINDUCTOR_CACHE_DIR={folder}: {tmp_path}/file/.cache: Not a directory; "
-        f"accepted: a folder that can be made by user id {os.getuid()}\n"
+        f"accepted: a folder that user id {os.getuid()} can write to\n"
+    )
+
+
+def test_no_folder_for_temporary_files_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    # The system's own folders, which exist where tests run.
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    assert main(["info"]) == ExitCode.STORAGE
+    assert capsys.readouterr().err == (
+        f"error: TMPDIR={tmp_path}/missing: No usable temporary directory found in ['{tmp_path}/missing']; "
+        f"accepted: a folder that user id {os.getuid()} can write to\n"
     )
 
 
