@@ -1,10 +1,15 @@
 """What the libraries below are kept from while a verb runs: messages nobody can act on, imports nobody needs."""
 
 import logging
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
+
+from muse_lightning.errors import StorageError, reason_of
 
 WARNINGS = (
     # Lightning 2.6 asks torch in a way that torch deprecates; only a new Lightning can change it.
@@ -24,6 +29,7 @@ LOG_LINES = (
     "Seed set to ",
 )
 LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 UNNEEDED = ("transformers", "matplotlib", "torchvision")
 """torchmetrics, which Lightning imports, imports these if they are installed, for metrics of text and images and plots.
 
@@ -48,7 +54,17 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def import_lightning() -> None:
-    """Import Lightning without what torchmetrics would bring along: 1.5 instead of 3.0 CPU seconds where measured."""
+    """Import Lightning without what torchmetrics would bring along: 1.5 instead of 3.0 CPU seconds where measured.
+
+    Raises:
+        StorageError: there is no folder for temporary files, or the one of TORCHINDUCTOR_CACHE_DIR cannot be made; the
+            libraries ask for both as they are imported.
+    """
+    writable = f"accepted: a folder that user id {os.getuid()} can write to"
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise StorageError(f"TMPDIR={os.environ.get('TMPDIR', '')}: {reason_of(error)}; {writable}") from error
     from lightning_utilities.core.imports import RequirementCache
 
     ask = RequirementCache.__bool__
@@ -59,6 +75,11 @@ def import_lightning() -> None:
     RequirementCache.__bool__ = ask_for_needed  # type: ignore[method-assign, assignment]
     try:
         import_module("lightning.pytorch")
+    except OSError as error:
+        folder = os.environ.get(CACHE_VARIABLE)
+        if folder is None or error.filename is None or not Path(folder).is_relative_to(error.filename):
+            raise
+        raise StorageError(f"{CACHE_VARIABLE}={folder}: {error.filename}: {reason_of(error)}; {writable}") from error
     finally:
         RequirementCache.__bool__ = ask  # type: ignore[method-assign]
 

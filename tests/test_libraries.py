@@ -1,14 +1,19 @@
 """Imports that nobody needs stay out, and what is needed works without them."""
 
 import logging
+import os
 import subprocess
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.utilities.seed import seed_everything
 
+from muse_lightning.cli import main
+from muse_lightning.errors import ExitCode
 from muse_lightning.libraries import quiet_libraries
 
 
@@ -20,6 +25,34 @@ def test_lightning_without_what_torchmetrics_brings() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_cache_for_compiled_code_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    # As in a container whose volume for runs belongs to another user. Root may write everywhere, below a file nobody.
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "muse_lightning.cli", "info"]
+    folder = tmp_path / "file/.cache/torchinductor"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.returncode == ExitCode.STORAGE, done.stderr
+    assert done.stderr == (
+        f"error: TORCHINDUCTOR_CACHE_DIR={folder}: {tmp_path}/file/.cache: Not a directory; "
+        f"accepted: a folder that user id {os.getuid()} can write to\n"
+    )
+
+
+def test_no_folder_for_temporary_files_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    # The system's own folders, which exist where tests run.
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    assert main(["info"]) == ExitCode.STORAGE
+    assert capsys.readouterr().err == (
+        f"error: TMPDIR={tmp_path}/missing: No usable temporary directory found in ['{tmp_path}/missing']; "
+        f"accepted: a folder that user id {os.getuid()} can write to\n"
+    )
 
 
 def test_only_listed_messages_are_dropped(caplog: pytest.LogCaptureFixture) -> None:

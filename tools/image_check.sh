@@ -16,7 +16,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 variant="${1:-cpu}"
 store="$(realpath --canonicalize-missing "${STORE:-build/image}")"
 steps=" ${STEPS:-lint locks dist build compare sizes run train sbom audit} "
-epoch="${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}"
+revision="$(git rev-parse HEAD)"
+epoch="${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct "${revision}")}"
 image="localhost/muse-lightning:${variant}"
 read -ra build_flags <<< "${BUILD_FLAGS:-}"
 read -ra fit_flags <<< "${FIT_FLAGS:-}"
@@ -24,7 +25,8 @@ mkdir -p "${store}"
 
 printf '[storage]\ndriver = "%s"\nrunroot = "%s"\ngraphroot = "%s"\n' \
     "${STORAGE_DRIVER:-overlay}" "${store}/containers-run" "${store}/containers" > "${store}/storage.conf"
-export BUILDAH_ISOLATION=chroot BUILDAH_FORMAT=docker CONTAINERS_STORAGE_CONF="${store}/storage.conf"
+# The Docker format writes the builder's own random container into the image; OCI's has no such field.
+export BUILDAH_ISOLATION=chroot BUILDAH_FORMAT=oci CONTAINERS_STORAGE_CONF="${store}/storage.conf"
 
 wanted() { [[ "${steps}" = *" $1 "* ]]; }
 say() { printf '\n== %s\n' "$*"; }
@@ -52,7 +54,7 @@ if wanted dist; then
     # Of the committed files, in folders of other names and at other times.
     for build in first second; do
         mkdir -p "${store}/dist/${build}"
-        git archive HEAD | tar --extract --touch --directory "${store}/dist/${build}"
+        git archive "${revision}" | tar --extract --touch --directory "${store}/dist/${build}"
         (cd "${store}/dist/${build}" && SOURCE_DATE_EPOCH="${epoch}" python3 -m hatchling build --directory ../"${build}.built")
     done
     (cd "${store}/dist/first.built" && sha256sum -- *) | tee "${store}/dist/SHA256SUMS"
@@ -82,12 +84,16 @@ if wanted build; then
     elif [ -n "${BASE_IMAGE:-}" ]; then
         base_flags=(--build-arg "BASE_IMAGE=${BASE_IMAGE}")
     fi
+    # Of the committed files, as the label says, and of the same ones whatever is edited during the first build.
+    rm -rf "${store}/context"
+    mkdir "${store}/context"
+    git archive "${revision}" | tar --extract --directory "${store}/context"
     for build in 1 2; do
         say "build ${build} of ${image}"
         buildah bud --no-cache --layers --timestamp "${epoch}" --tag "${image}-${build}" \
-            --build-arg "TORCH_VARIANT=${variant}" --build-arg "REVISION=$(git rev-parse HEAD)" \
-            --build-arg "VERSION=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' muse_lightning/__init__.py)" \
-            "${base_flags[@]}" "${build_flags[@]}" . > "${store}/build-${build}.log" 2>&1 \
+            --build-arg "TORCH_VARIANT=${variant}" --build-arg "REVISION=${revision}" \
+            --build-arg "VERSION=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "${store}/context/muse_lightning/__init__.py")" \
+            "${base_flags[@]}" "${build_flags[@]}" "${store}/context" > "${store}/build-${build}.log" 2>&1 \
             || { tail -n 20 "${store}/build-${build}.log"; fail "the build failed: ${store}/build-${build}.log"; }
         wanted compare || break
     done
@@ -117,6 +123,7 @@ if wanted compare; then
     done
     diff "${store}"/files-[12] > "${store}/files.diff" || fail "$(wc --lines < "${store}/files.diff") lines differ: ${store}/files.diff"
     echo "$(grep --count ' f ' "${store}/files-1") files are equal"
+    diff <(inspect "${image}-1" .OCIv1) <(inspect "${image}-2" .OCIv1) || fail "the configurations differ"
     [ "$(inspect "${image}-1" .FromImageDigest)" = "$(inspect "${image}-2" .FromImageDigest)" ] || fail "the digests differ"
     buildah rmi "${image}-2" > /dev/null
 fi
@@ -130,7 +137,7 @@ if wanted sizes; then
     rm -r "${store}/pushed"
 fi
 
-if wanted run || wanted train; then
+if wanted run || wanted train || wanted sbom; then
     mounted "${image}-1"
     trap 'buildah rm "${container}" > /dev/null' EXIT
     inspect "${image}-1" '.Docker.config.Env[]' > "${store}/environment"
@@ -160,7 +167,7 @@ if wanted run && [ "${variant}" = cpu ]; then
 fi
 
 if wanted run; then
-    mkdir -p "${store}/repositories"
+    mkdir -p "${store}/repositories" "${store}/unwritable"
     cp -r muse_lightning/{attention,callbacks,data,measure,model,training} "${store}/repositories"
     for user in 10001:10001 54321:0; do
         say "as ${user}"
@@ -170,27 +177,36 @@ if wanted run; then
         for check in read-only extension bytecode; do
             in_image "${user}" "${volumes}" "${PWD}/tools/image:/srv:ro" -- python /srv/inside.py "${check}"
         done
-        in_image "${user}" "${volumes}" "${PWD}/tests/kernels/attention:/srv:ro" "${kernels[@]}" \
-            -- env PYTHONPATH=/mnt python /srv/offline.py 90 <<< '[[64, "bfloat16", 4, {}]]' > "${store}/kernels.json"
-        jq --exit-status '(.usages | length) > 0 and all(.usages[]; .[3] == null)' "${store}/kernels.json" > /dev/null \
-            || fail "a kernel does not compile: ${store}/kernels.json"
-        echo "$(jq '.usages | length' "${store}/kernels.json") launches of kernels compiled for sm_90"
+        code=0
+        tools/image/contained.sh "${root}" "${user}" "${store}/environment" "${store}/unwritable:/runs" \
+            -- muse fit --config recipe:demo 2> "${store}/refused.log" || code=$?
+        [ "${code} $(wc --lines < "${store}/refused.log")" = "77 1" ] \
+            || { cat "${store}/refused.log"; fail "exit code ${code} where /runs is another user's, and 77 is the one for storage"; }
         in_image "${user}" "${volumes}" "${store}/repositories:/mnt:ro" -- muse prepare --config recipe:demo \
             --data.dataset=data/mounted --data.sources='[{class_path: Folders, init_args: {path: /mnt}}]' --data.val_fraction=0.2
         for start in first second; do
+            in_image "${user}" "${volumes}" "${PWD}/tests/kernels/attention:/srv:ro" "${kernels[@]}" \
+                -- env PYTHONPATH=/mnt python /srv/offline.py 90 <<< '[[64, "bfloat16", 4, {}]]' > "${store}/kernels.json"
+            jq --exit-status '(.usages | length) > 0 and all(.usages[]; .[3] == null)' "${store}/kernels.json" > /dev/null \
+                || fail "a kernel does not compile: ${store}/kernels.json"
             in_image "${user}" "${volumes}" -- muse fit --config recipe:demo --run.name="${start}" --data.dataset=data/few \
                 --data.max_documents=12 --model.compiled=true --trainer.max_steps=2 --trainer.limit_val_batches=1 \
                 > "${store}/compiled.log" 2>&1 || { cat "${store}/compiled.log"; fail "a compiled training failed"; }
-            (cd "${volumes}/runs/.cache" && find . -type f ! -name '*.lock' | sort) > "${store}/cache-${start}"
+            # With their times: what is compiled again has the name that it had.
+            (cd "${volumes}/runs" && rm -r "${start}" && find . -type f ! -name '*.lock' -printf '%P %T@\n' | sort) > "${store}/cache-${start}"
         done
-        [ -s "${store}/cache-first" ] || fail "nothing is in the cache of compiled code"
+        echo "$(jq '.usages | length' "${store}/kernels.json") launches of kernels compiled for sm_90"
+        for kept in cubin gch so; do
+            grep --quiet "\.${kept} " "${store}/cache-first" || fail "no .${kept} is in the cache of compiled code"
+        done
         diff "${store}"/cache-{first,second} || fail "a restart compiles again"
         echo "a restart adds nothing to $(wc --lines < "${store}/cache-first") files of compiled code"
     done
 fi
 
 if wanted train; then
-    fit=(muse fit --config recipe:demo "${fit_flags[@]}")
+    # Each step's loss is compared; by default each tenth is kept.
+    fit=(muse fit --config recipe:demo --trainer.log_every_n_steps=1 "${fit_flags[@]}")
     say "the demo to its end, as 10001"
     rm -rf "${store}"/{whole,stopped}
     in_image 10001:10001 "${store}/whole" -- "${fit[@]}"
@@ -216,9 +232,11 @@ fi
 
 if wanted sbom; then
     say "software bill of materials"
-    cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-format JSON \
-        --output-file "${store}/muse-lightning-${variant}.cdx.json" "requirements/${variant}.txt"
-    jq --raw-output '"\(.bomFormat) \(.specVersion), \(.components | length) components"' "${store}/muse-lightning-${variant}.cdx.json"
+    # The locks have hashes, the image has Debian's packages.
+    read -ra locks <<< "${variant} $(sed -n 's/^ARG EXTRAS="\(.*\)"/\1/p' Dockerfile)"
+    (cd requirements && cat "${locks[@]/%/.txt}") | cyclonedx-py requirements - --pyproject pyproject.toml --output-reproducible \
+        --output-format JSON --output-file "${store}/muse-lightning-${variant}.cdx.json"
+    python3 tools/image/sbom.py "${root}" "${store}/muse-lightning-${variant}.cdx.json"
 fi
 
 if wanted audit; then

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,15 @@ LARGEST_STACK = {64: 64, 128: 512}
 def compiled(target: int, cases: list[Case]) -> tuple[set[str], list[Usage]]:
     """Names of all kernels, and what each launch of these cases takes; nothing failed and all of it fits."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("offline.py")), str(target)],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as cache:
+        result = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("offline.py")), str(target)],
+            input=json.dumps(cases),
+            capture_output=True,
+            text=True,
+            env=environment | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": cache},
+            check=False,
+        )
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout)
     usages = [Usage(*usage)._replace(case=Case(*usage[2])) for usage in report["usages"]]
