@@ -18,9 +18,9 @@ from muse_lightning.errors import (
     StorageError,
     UserError,
     find_cause,
-    nearest,
     one_line,
     shown_url,
+    suggestion,
     too_long_path,
 )
 
@@ -185,7 +185,7 @@ def split_verb(args: Sequence[str]) -> tuple[str, list[str]]:
     family = [name for name in VERBS if name.startswith(f"{args[0]} ")]
     if family:
         raise UserError(f"muse {args[0]}: a second word must follow; accepted: {', '.join(family)}")
-    raise UserError(f"muse: no verb {args[0]!r}; nearest: {nearest(args[0], VERBS)}; muse --help lists all")
+    raise UserError(f"muse: no verb {args[0]!r}{suggestion(args[0], VERBS)}; muse --help lists all")
 
 
 def take_allowed_modules(args: Sequence[str]) -> tuple[list[str], list[str]]:
