@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,22 @@ def _poisoned_empty() -> Iterator[None]:
         yield
 
 
+def import_if_there(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError:
+        return None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _language_patched_once() -> Iterator[None]:
     """Triton's interpreter patches its language at a kernel's launch, and once more at every call of a function in it,
     without need: a third of its time."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
+    tl = import_if_there("triton.language")
+    interpreter = import_if_there("triton.runtime.interpreter")
+    if not hasattr(interpreter, "_LangPatchScope"):  # of another version, or there is none
+        yield
+        return
     patch_language = interpreter._patch_lang
     done: set[frozenset[str]] = set()
     """Languages, by the modules that a function sees, since the kernel was launched."""
