@@ -4,8 +4,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
-from importlib import import_module
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -93,49 +92,12 @@ def _poisoned_empty() -> Iterator[None]:
         yield
 
 
-def import_if_there(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError:
-        return None
-
-
 @pytest.fixture(autouse=True, scope="session")
-def _language_patched_once() -> Iterator[None]:
-    """Triton's interpreter patches its language at a kernel's launch, and once more at every call of a function in it,
-    without need: a third of its time."""
-    tl = import_if_there("triton.language")
-    interpreter = import_if_there("triton.runtime.interpreter")
-    if not hasattr(interpreter, "_LangPatchScope"):  # of another version, or there is none
-        yield
-        return
-    patch_language = interpreter._patch_lang
-    done: set[frozenset[str]] = set()
-    """Languages, by the modules that a function sees, since the kernel was launched."""
+def _quick_interpreter() -> Iterator[None]:
+    """Kernels are interpreted in most of the tests' time."""
+    from tests.interpreter import quick_interpreter
 
-    @cache
-    def seen_by(function: Callable[..., Any]) -> frozenset[str]:
-        return frozenset(
-            each.__name__ for each in (tl, tl.core) if any(v is each for v in function.__globals__.values())
-        )
-
-    def patch_once(function: Callable[..., Any]) -> Any:
-        seen = seen_by(function)
-        if seen in done:
-            return interpreter._LangPatchScope()
-        done.add(seen)
-        scope = patch_language(function)
-        restore = scope.restore
-
-        def restore_and_forget() -> None:
-            done.clear()
-            restore()
-
-        scope.restore = restore_and_forget
-        return scope
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", patch_once)
+    with quick_interpreter():
         yield
 
 
