@@ -18,13 +18,12 @@ from muse_lightning.errors import (
     StorageError,
     UserError,
     find_cause,
-    nearest,
     one_line,
     shown_url,
+    suggestion,
     too_long_path,
 )
 
-ALLOW_MODULE = "--allow_module"
 TRACEBACK_VARIABLE = "MUSE_TRACEBACK"
 
 
@@ -142,11 +141,12 @@ def run(args: list[str]) -> int:
         return ExitCode.DONE
     name, rest = split_verb(args)
     verb = VERBS[name]
-    allowed, rest = take_allowed_modules(rest)
 
     from muse_lightning.configuration.allow_list import only_allowed_modules
+    from muse_lightning.configuration.taken_flags import take_flag
     from muse_lightning.libraries import import_lightning, quiet_libraries
 
+    allowed, rest = take_flag("--allow_module", rest, "a module name must follow, such as my_project.attention")
     with only_allowed_modules(allowed), quiet_libraries():
         import_lightning()
         module, _, attribute = verb.function.rpartition(".")
@@ -185,28 +185,7 @@ def split_verb(args: Sequence[str]) -> tuple[str, list[str]]:
     family = [name for name in VERBS if name.startswith(f"{args[0]} ")]
     if family:
         raise UserError(f"muse {args[0]}: a second word must follow; accepted: {', '.join(family)}")
-    raise UserError(f"muse: no verb {args[0]!r}; nearest: {nearest(args[0], VERBS)}; muse --help lists all")
-
-
-def take_allowed_modules(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The values of --allow_module, and the command line without them: no file can say it, so no parser knows it.
-
-    Raises:
-        UserError: the last one has no value.
-    """
-    allowed, rest = [], []
-    tokens = iter(args)
-    for token in tokens:
-        name, is_assignment, value = token.partition("=")
-        if name != ALLOW_MODULE:
-            rest.append(token)
-            continue
-        if not is_assignment:
-            value = next(tokens, "")
-        if not value:
-            raise UserError(f"{ALLOW_MODULE}: a module name must follow, such as my_project.attention")
-        allowed.append(value)
-    return allowed, rest
+    raise UserError(f"muse: no verb {args[0]!r}{suggestion(args[0], VERBS)}; muse --help lists all")
 
 
 def _refuse(mistake: UserError) -> ExitCode:

@@ -11,11 +11,12 @@ import torch
 from muse_lightning.checkpoints.choice import stored
 from muse_lightning.checkpoints.manifest import manifest_path
 from muse_lightning.checkpoints.preemption import preemption_as_retry, stoppable
+from muse_lightning.configuration.taken_flags import take_flag
 from muse_lightning.data.workers import DataWorkerError, death_of_worker
 from muse_lightning.endings import as_ending
 from muse_lightning.errors import UserError, find_cause
 from muse_lightning.measure.info import GIB, machine_report
-from muse_lightning.numerics.replay import Replay, take_replay
+from muse_lightning.numerics.replay import Replay
 from muse_lightning.recipe_cli import ANY_SEQ_LEN, MuseCLI
 from muse_lightning.training.levers import Setting, longest_contexts
 from muse_lightning.training.recipe_report import recipe_report
@@ -33,9 +34,10 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
         StorageError: what must be kept cannot be written.
     """
     if verb == "fit":
-        file, args = take_replay(args)
-        if file is not None:
-            replay(file, description, args, allowed)
+        refusal = "a file must follow, such as runs/muse/version_0/numerics/step=7.replay.ckpt"
+        files, args = take_flag("--replay", args, refusal)
+        if files:
+            replay(Path(files[-1]), description, args, allowed)
             return
     with stoppable() if verb == "fit" else nullcontext():
         run_in_folder(verb, MuseCLI(verb, description, args, allowed, builds="trainer"))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from muse_lightning.attention import AttentionStrategy, Muse, SlidingWindow
-from muse_lightning.errors import UserError, nearest
+from muse_lightning.errors import UserError, suggestion
 
 FEWEST_DOCUMENTS = 64
 """The number of documents is rounded up to a power of two, at least this: few shapes for torch.compile."""
@@ -72,7 +72,7 @@ def register_with_transformers(name: str = "muse", **options: Any) -> None:
     accepted = set(inspect.signature(Muse).parameters) - {"layer_idx"}
     for option in options:
         if option not in accepted:
-            raise ValueError(f"{option} is no option of MuSe attention; accepted: {nearest(option, accepted)}")
+            raise ValueError(f"{option} is no option of MuSe attention{suggestion(option, accepted)}")
     try:
         muse = Muse(0, **options)
     except UserError as error:

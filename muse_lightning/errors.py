@@ -27,6 +27,8 @@ QUERY_IN_URL = re.compile(
 # ESPIPE: of mounted buckets without a cache, which append to nothing.
 _STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ESPIPE}
 _LONGEST_REASON = 300
+_FEW = 12
+"""Names that a line may list."""
 _LONGEST_START, _LONGEST_END = 1200, 700
 _LONGEST_SEARCHED = 20_000
 _PLACE = re.compile(r"\S+/\S+")
@@ -104,11 +106,18 @@ def too_long_path(error: BaseException) -> UserError | None:
     return UserError(f"{str(found.filename)!r:.300}: {reason_of(found)}; give a shorter path")
 
 
-def nearest(name: str, accepted: Iterable[str], count: int = 3) -> str:
-    """The names in `accepted` most like `name`, as text for an error message; all of them when few or none is alike."""
+def alike(name: str, accepted: Iterable[str], count: int = 3) -> list[str]:
+    """The names in `accepted` most like `name`, the most alike first; none where none is."""
+    return difflib.get_close_matches(name, sorted(accepted), n=count)
+
+
+def suggestion(name: str, accepted: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: those in `accepted` that are most like it; where none is, all
+    if they are few, else nothing."""
     accepted = sorted(accepted)
-    close = difflib.get_close_matches(name, accepted, n=count, cutoff=0.5)
-    return ", ".join(close or accepted[: 2 * count])
+    if close := alike(name, accepted):
+        return f"; nearest: {', '.join(close)}"
+    return f"; accepted: {', '.join(accepted)}" if 0 < len(accepted) <= _FEW else ""
 
 
 def shown_url(text: str) -> str:

@@ -236,25 +236,32 @@ def exclusive_lock(path: Path) -> Iterator[None]:
         UserError: the folder that holds `path` cannot be written.
     """
     lock = path.with_name(f".{path.name}.lock")
-    made_folders = [folder for folder in lock.parents if not folder.exists()]
-    try:
-        descriptor = _open_locked(lock)
-    except OSError as error:
-        raise UserError(
-            f"cannot write in {path.parent}: {error.strerror}; choose a folder that can be written"
-        ) from error
+    with new_folders_removed_on_error(path.parent):
+        try:
+            descriptor = _open_locked(lock)
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {path.parent}: {error.strerror}; choose a folder that can be written"
+            ) from error
+        try:
+            yield
+        finally:
+            _remove(lock)
+            os.close(descriptor)
+
+
+@contextmanager
+def new_folders_removed_on_error(folder: Path) -> Iterator[None]:
+    """Of a folder and those above it, remove what is made during the `with` block, if that ends with an error and
+    nothing is in them."""
+    absent = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield
     except BaseException:
-        _remove(lock)
-        with suppress(OSError):  # something else is in one of them
-            for folder in made_folders:
-                folder.rmdir()
+        for each in absent:
+            with suppress(OSError):  # not made, or something is in it
+                each.rmdir()
         raise
-    else:
-        _remove(lock)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(lock: Path) -> None:

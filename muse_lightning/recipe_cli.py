@@ -44,9 +44,9 @@ from muse_lightning.endings import refused_by_constructor
 from muse_lightning.errors import (
     ExitCode,
     UserError,
-    nearest,
     reason_of,
     shown_url,
+    suggestion,
 )
 from muse_lightning.measure.info import run_environment
 from muse_lightning.numerics.guard import FOLDER_NAME as NUMERICS_FOLDER
@@ -410,4 +410,4 @@ def _check_strategy(strategy: Any) -> None:
     """Lightning's own message names four strategies, and `sharded` is not among them."""
     names = ["auto", *StrategyRegistry.available_strategies()]
     if isinstance(strategy, str) and strategy.lower() not in names:
-        raise UserError(f"trainer.strategy: {strategy!r} is no known strategy; nearest: {nearest(strategy, names)}")
+        raise UserError(f"trainer.strategy: {strategy!r} is no known strategy{suggestion(strategy, names)}")

@@ -92,6 +92,15 @@ def _poisoned_empty() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter() -> Iterator[None]:
+    """Kernels are interpreted in most of the tests' time."""
+    from tests.interpreter import quick_interpreter
+
+    with quick_interpreter():
+        yield
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The device that kernels are tested on: the GPU where there is one."""

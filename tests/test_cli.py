@@ -64,6 +64,7 @@ class TestWithoutTorch:
         ("args", "line"),
         [
             (["fti"], "muse: no verb 'fti'; nearest: fit; muse --help lists all"),
+            (["frobnicate"], "muse: no verb 'frobnicate'; muse --help lists all"),
             (["data"], "muse data: a second word must follow; accepted: data inspect"),
             (["tokenizer", "tran"], "muse tokenizer: a second word must follow; accepted: tokenizer train"),
             (["--config", "recipe.yaml"], "muse: no verb '--config'"),

@@ -20,14 +20,24 @@ from muse_lightning.data.sources import Folders
 from muse_lightning.data.tokenizer import load_tokenizer
 from muse_lightning.data.tokenizer_training import train_tokenizer
 from muse_lightning.endings import as_user_error
-from muse_lightning.errors import UserError, find_cause, is_storage_error, nearest, one_line, too_long_path
+from muse_lightning.errors import UserError, find_cause, is_storage_error, one_line, suggestion, too_long_path
 from muse_lightning.training.run_folder import RunFolder
 from tests.recipe import Muse
 
 
-@pytest.mark.parametrize(("name", "expected"), [("topk", "top_k"), ("zzz", "chunk, order, top_k"), ("chnk", "chunk")])
-def test_nearest(name: str, expected: str) -> None:
-    assert nearest(name, ["top_k", "chunk", "order"]) == expected
+@pytest.mark.parametrize(
+    ("name", "accepted", "expected"),
+    [
+        ("topk", ["top_k", "chunk", "order"], "; nearest: top_k"),
+        ("zzz", ["top_k", "chunk", "order"], "; accepted: chunk, order, top_k"),
+        ("zzz", [f"top_{i}" for i in range(13)], ""),
+        ("top_3", [f"top_{i}" for i in range(13)], "; nearest: top_3, top_9, top_8"),
+        ("zzz", [], ""),
+    ],
+    ids=["alike", "few", "many", "many alike", "none"],
+)
+def test_suggestion(name: str, accepted: list[str], expected: str) -> None:
+    assert suggestion(name, accepted) == expected
 
 
 @pytest.mark.parametrize(
@@ -113,13 +123,11 @@ class TestConfiguration:
             ("trainer: {max_steps: some}", "trainer.max_steps: expected an integer, found 'some' (bad.yaml)"),
             (
                 "model: {config: {hidden_sise: 8}}",
-                "model.config.hidden_sise: not a parameter of LlamaConfig; nearest: hidden_size, num_hidden_layers "
-                "(bad.yaml)",
+                "model.config.hidden_sise: not a parameter of LlamaConfig; nearest: hidden_size (bad.yaml)",
             ),
             (
                 "model: {config: {rope_scaling: {factr: 8}}}",
-                "model.config.rope_scaling.factr: not a parameter of RopeScaling; nearest: factor, low_freq_factor "
-                "(bad.yaml)",
+                "model.config.rope_scaling.factr: not a parameter of RopeScaling; nearest: factor (bad.yaml)",
             ),
             (
                 "model: {attention: Muze}",
@@ -181,6 +189,7 @@ class TestConfiguration:
                 ["tokenizer", "train", "--sources=[Foldrs]"],
                 "sources[0]: 'Foldrs' is no known DocumentSource; nearest: ",
             ),
+            (["profile", "--steps=3"], "steps: not a known option; nearest: bench.steps (command line)"),
             (["fit", "--config"], "--config: a file or recipe:NAME must follow"),
             (["fit"], "required, but not given: model.config.vocab_size"),
         ],

@@ -150,8 +150,9 @@ def test_without_gradients_nothing_is_copied() -> None:
 @pytest.mark.parametrize("policy", ["keep_attention", "block"])
 @pytest.mark.parametrize("attention", [Dense, Muse], ids=["Dense", "Muse"])
 def test_on_a_gpu(attention: type[AttentionStrategy], policy: Recompute) -> None:
-    """Gradients are as near to those of two runs without as these to each other, and what a step takes at its peak is
-    less by what all blocks but two keep; over several steps, in which buffers are used again."""
+    """Gradients are as near to those of a run without as two such runs to each other, of which one pair is a small
+    sample, or within 1e-6, where a wrong tensor would be off by percents; and what a step takes at its peak is less by
+    what all blocks but two keep; over several steps, in which buffers are used again."""
     tokens, layers = 32768, 8
     config = LlamaConfig(
         **(vars(CONFIG) | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": layers})
@@ -175,7 +176,7 @@ def test_on_a_gpu(attention: type[AttentionStrategy], policy: Recompute) -> None
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del llama, loss
     plain, again, offloaded = found
-    assert (plain - offloaded).norm() <= 2 * (plain - again).norm()
+    assert (plain - offloaded).norm() <= max(2 * (plain - again).norm(), 1e-6 * plain.norm())
     hidden = tokens * config.hidden_size * 4
     per_block = hidden if policy == "block" else hidden * (1 + (1 + 0.5 + 0.5 + 1) / 2)
     assert peaks[1] - peaks[2] > 0.8 * (layers - 2) * per_block

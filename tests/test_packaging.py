@@ -128,7 +128,7 @@ def test_every_direct_dependency_has_a_tested_version() -> None:
 @pytest.mark.parametrize("form", ["wheel", "folder", "editable"])
 def test_each_form_of_installation_works(form: str, wheel: Path, tmp_path: Path) -> None:
     """In an environment of its own that borrows this one's dependencies, run from a folder without the sources."""
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     # Listed in a .pth file, this environment's own .pth files are not followed: its copy of the project stays hidden.
@@ -142,14 +142,28 @@ def test_each_form_of_installation_works(form: str, wheel: Path, tmp_path: Path)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--force-reinstall", *source)
-    for package, editable_home in {"muse_lightning": ROOT, "muse_kernels": ROOT / "kernels"}.items():
-        home = Path(run(python, "-c", f"import {package}; print({package}.__path__[0])")).parent
-        assert home == (editable_home if form == "editable" else site)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--force-reinstall",
+        *source,
+    )
+    lines = run(
+        python, "-c", "import muse_lightning as a, muse_kernels as b; print(a.__path__[0], b.__path__[0], sep='\\n')"
+    )
+    homes = [Path(line).parent for line in lines.splitlines()]
+    assert homes == ([ROOT, ROOT / "kernels"] if form == "editable" else [site, site])
     muse = python.with_name("muse")
     assert muse_lightning.__version__ in run(muse, "--version")
-    assert "hidden_size" in run(muse, "fit", "--config", "recipe:demo", "--print_config")
-    if form == "wheel":
+    if form != "wheel":
+        assert "hidden_size" in run(muse, "fit", "--config", "recipe:demo", "--print_config")
+    else:
         # The borrowed packages are none of this environment's: one of the few left may be all of the overlay's 0.4 MB.
         run(muse, "fit", "--config", "recipe:demo", "--config", "recipe:overlays/smoke", "--data.max_bytes=4000000")
         assert (tmp_path / "runs/smoke/version_0/checkpoints/step=2.ckpt").is_file()

@@ -86,8 +86,8 @@ def audit(muse: Muse, version: int) -> str:
 def test_one_process_killed_twice(muse: Muse) -> None:
     assert muse.with_recipe("prepare")[0] == 0
     first = kill_after(4, 0, "--data.num_workers=2")
-    second = kill_after(40, 1, "--data.num_workers=0", f"--ckpt_path={first}")
-    steps = int(second.stem.removeprefix("step=")) + 20
+    second = kill_after(20, 1, "--data.num_workers=0", f"--ckpt_path={first}")
+    steps = int(second.stem.removeprefix("step=")) + 10
     code, _, err = muse.with_recipe(
         "fit", f"--trainer.max_steps={steps}", "--data.num_workers=1", f"--ckpt_path={second}", *OFTEN
     )
@@ -107,16 +107,16 @@ def test_two_processes_killed_then_two_and_one(muse: Muse) -> None:
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1")
     checkpoint = kill_after(4, 0, *ranks)
     steps = int(checkpoint.stem.removeprefix("step="))
-    more = (f"--trainer.max_steps={steps + 20}", f"--ckpt_path={checkpoint}")
+    more = (f"--trainer.max_steps={steps + 10}", f"--ckpt_path={checkpoint}")
     resumed = start(["fit", "--config=recipe.yaml", *OFTEN, *ranks, *more], Path("log"))
     resumed.join(240)
     assert resumed.exitcode == 0, Path("log").read_text()
-    flags = (f"--trainer.max_steps={steps + 20}", "--data.batch_size=2", *OFTEN)
+    flags = (f"--trainer.max_steps={steps + 10}", "--data.batch_size=2", *OFTEN)
     assert muse.with_recipe("fit", *flags)[0] == 0
     # Two ranks of one block each read what one rank of two blocks reads.
     two, one = batches(1), batches(2)
     assert [blocks for _, blocks in two] == [blocks for _, blocks in one]
-    assert len(two) == steps + 20
+    assert len(two) == steps + 10
     # And one rank goes on where two were: nothing is read again in an epoch, nothing is left out.
     assert muse.with_recipe("fit", *flags, f"--ckpt_path={checkpoint}")[0] == 0
     assert [blocks for _, blocks in batches(3)] == [blocks for _, blocks in one]
@@ -138,8 +138,8 @@ def logged(folder: Path) -> list[tuple[int, float]]:
 def test_killed_three_times_in_one_folder(muse: Muse, is_asynchronous: str) -> None:
     """The same command line each time; every step is trained as by a run that nobody kills, and logged once."""
     assert muse.with_recipe("prepare")[0] == 0
-    flags = ("--trainer.max_steps=200", *SAVES, f"--trainer.callbacks.is_asynchronous={is_asynchronous}")
-    for steps in (10, 50, 90):
+    flags = ("--trainer.max_steps=80", *SAVES, f"--trainer.callbacks.is_asynchronous={is_asynchronous}")
+    for steps in (10, 30, 50):
         kill_after(steps, 0, *flags, "--resume")
     code, _, err = muse.with_recipe("fit", *flags, *OFTEN, "--resume")
     assert code == 0, err
@@ -147,11 +147,11 @@ def test_killed_three_times_in_one_folder(muse: Muse, is_asynchronous: str) -> N
     assert muse.with_recipe("fit", *flags, *OFTEN)[0] == 0
     assert batches(0) == batches(1)
     found, wanted = (logged(Path(f"runs/tiny/version_{version}")) for version in (0, 1))
-    assert [step for step, _ in found] == list(range(200))
+    assert [step for step, _ in found] == list(range(80))
     assert found == wanted
     assert len(list(Path("runs/tiny/version_0").glob("config.step=*.yaml"))) == 3
     assert audit(muse, 0).endswith("problems: 0\n")
-    assert_same_checkpoints(*(Path(f"runs/tiny/version_{n}/checkpoints/step=200.ckpt") for n in (0, 1)))
+    assert_same_checkpoints(*(Path(f"runs/tiny/version_{n}/checkpoints/step=80.ckpt") for n in (0, 1)))
 
 
 def test_two_processes_of_which_the_first_is_told_to_stop(muse: Muse) -> None:
@@ -165,7 +165,7 @@ def test_two_processes_of_which_the_first_is_told_to_stop(muse: Muse) -> None:
     assert run.pid is not None
     folder = Path("runs/tiny/version_0/checkpoints")
     deadline = time.monotonic() + 240
-    while not any(step >= 20 for step, _ in saved(folder)):
+    while not any(step >= 10 for step, _ in saved(folder)):
         assert run.is_alive(), Path("log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -178,7 +178,7 @@ def test_two_processes_of_which_the_first_is_told_to_stop(muse: Muse) -> None:
     stopped = int(line.split()[3].rstrip(","))
     assert last_checkpoint(folder) == folder / f"step={stopped}.ckpt"
     assert len(logged(Path("runs/tiny/version_0"))) == stopped
-    more = [flag.replace("max_steps=2000", f"max_steps={stopped + 20}") for flag in command]
+    more = [flag.replace("max_steps=2000", f"max_steps={stopped + 10}") for flag in command]
     resumed = start(more, Path("log"))
     resumed.join(240)
     assert resumed.exitcode == 0, Path("log").read_text()
@@ -186,8 +186,8 @@ def test_two_processes_of_which_the_first_is_told_to_stop(muse: Muse) -> None:
     whole.join(240)
     assert whole.exitcode == 0, Path("log").read_text()
     assert batches(0) == batches(1)
-    assert len(logged(Path("runs/tiny/version_0"))) == stopped + 20
-    ends = [Path(f"runs/tiny/version_{version}/checkpoints/step={stopped + 20}.ckpt") for version in (0, 1)]
+    assert len(logged(Path("runs/tiny/version_0"))) == stopped + 10
+    ends = [Path(f"runs/tiny/version_{version}/checkpoints/step={stopped + 10}.ckpt") for version in (0, 1)]
     assert_same_checkpoints(*ends)
     saved_hashes = torch.load(ends[0], weights_only=True)["batch_hashes"]
     assert sorted(saved_hashes) == [0, 1]

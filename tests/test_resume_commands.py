@@ -199,7 +199,7 @@ def test_last_and_best(muse: Muse) -> None:
         assert [number for number, _ in losses(Path(f"runs/tiny/version_{version}"))] == list(range(step, 4))
         written = yaml.safe_load(Path(f"runs/tiny/version_{version}/config.yaml").read_text())
         assert written["ckpt_path"] == str(checkpoint(step))
-    assert "val/loss" in muse.with_recipe("validate", "--ckpt_path=last")[1]
+    assert "step 3  val/loss" in muse.with_recipe("validate", "--ckpt_path=last")[1]
 
 
 def test_a_path(muse: Muse) -> None:

@@ -31,8 +31,7 @@ case "${installed}" in
     "${scratch}"/venv/*) ;;
     *) echo "tools/check_dist.sh: muse_lightning is imported from ${installed}" >&2; exit 1 ;;
 esac
-venv/bin/muse fit --config recipe:demo --data.max_documents=12 --trainer.max_steps=40 --trainer.val_check_interval=20 \
-    --trainer.limit_val_batches=2 --trainer.log_every_n_steps=5 --model.warmup_steps=5 "$@"
+venv/bin/muse fit --config recipe:demo --config "${root}/tools/short_demo.yaml" "$@"
 venv/bin/python "${root}/tools/check_loss.py" runs
 
 "${pip[@]}" --no-deps --force-reinstall "${sdists[0]}"

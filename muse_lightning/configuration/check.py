@@ -22,7 +22,7 @@ from muse_lightning.configuration.allow_list import ALLOWED_MODULES, is_allowed
 from muse_lightning.configuration.layers import COMMAND_LINE, Layer, is_file, load_yaml
 from muse_lightning.configuration.packaged import resolve
 from muse_lightning.configuration.types import Accepted, accepted_by, describe
-from muse_lightning.errors import UserError, nearest, reason_of
+from muse_lightning.errors import UserError, alike, reason_of, suggestion
 
 UNREADABLE = "the configuration cannot be read"
 SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -131,10 +131,10 @@ class ConfigCheck:
             if key not in names:
                 whose = f"a parameter of {owner.__name__}" if owner else "a known option"
                 known = names | {"config", "print_config"} if is_top and layer.source == COMMAND_LINE else names
-                problem = f"{full}: not {whose}; nearest: {nearest(key, known)} ({layer.source})"
                 if parser is self.parser:
-                    raise UserError(problem)
-                self.problems.append(problem)
+                    suggested = self._elsewhere(key) or suggestion(key, known)
+                    raise UserError(f"{full}: not {whose}{suggested} ({layer.source})")
+                self.problems.append(f"{full}: not {whose}{suggestion(key, known)} ({layer.source})")
             elif dest in typed:
                 action = typed[dest]
                 before = old.get(key, self._default_spec(action, full))
@@ -143,6 +143,11 @@ class ConfigCheck:
                 values, inner = self._group_values(value, full, layer)
                 base = next((a.basetype for a in parser._actions if a.dest == dest and hasattr(a, "basetype")), None)
                 self._merge_args(parser, dest, full, old.setdefault(key, {}), values, inner, base or owner)
+
+    def _elsewhere(self, key: str) -> str:
+        """`suggestion` of whole keys that end with `key`: of max_steps, trainer.max_steps."""
+        found = [dest for dest in _typed(self.parser) if dest.rpartition(".")[2] == key and dest not in self.links]
+        return f"; nearest: {', '.join(found)}" if found else ""
 
     def _group_values(self, value: Any, full: str, layer: Layer) -> tuple[Mapping[str, Any], Layer]:
         """The values of a group, and the layer they are in: a group may also be the name of a YAML file."""
@@ -239,18 +244,14 @@ class ConfigCheck:
         choices = {key: cls for key, cls in known.items() if len(known) == 1 or cls not in accepted.classes}
         if "." not in name:
             if name not in known:
-                self.problems.append(
-                    f"{path}: {name!r} is no known {base}; nearest: {nearest(name, choices)} ({layer.source})"
-                )
+                self.problems.append(f"{path}: {name!r} is no known {base}{suggestion(name, choices)} ({layer.source})")
             return known.get(name)
         self._require_allowed(name, path, layer)
         found = _import(name)
         if found is None:
-            self.problems.append(
-                f"{path}: there is no {name}; nearest: {_nearest_path(name, choices)} ({layer.source})"
-            )
+            self.problems.append(f"{path}: there is no {name}{_suggested_path(name, choices)} ({layer.source})")
         elif isinstance(found, type) and not issubclass(found, accepted.classes):
-            self.problems.append(f"{path}: {name} is no {base}; known: {nearest(name, choices)} ({layer.source})")
+            self.problems.append(f"{path}: {name} is no {base}{suggestion(name, choices)} ({layer.source})")
             return None
         return found if isinstance(found, type) else None
 
@@ -330,10 +331,10 @@ def _import(name: str) -> Any:
         return None
 
 
-def _nearest_path(name: str, known: Mapping[str, type]) -> str:
-    """Known classes with names like the last part of `name`, by their whole paths."""
-    close = nearest(name.rpartition(".")[2], known).split(", ")
-    return ", ".join(f"{known[key].__module__}.{key}" for key in close if key in known)
+def _suggested_path(name: str, known: Mapping[str, type]) -> str:
+    """Known classes with names like the last part of `name`, by their whole paths; else `suggestion`."""
+    close = [f"{known[key].__module__}.{key}" for key in alike(name.rpartition(".")[2], known)]
+    return f"; nearest: {', '.join(close)}" if close else suggestion(name, known)
 
 
 @cache

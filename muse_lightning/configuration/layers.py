@@ -10,7 +10,7 @@ from jsonargparse import get_loader, set_loader
 
 from muse_lightning.bounded_yaml import OutOfBounds, check_bounds, load_bounded
 from muse_lightning.configuration.packaged import PRESET_PREFIX, resolve
-from muse_lightning.errors import UserError, nearest
+from muse_lightning.errors import UserError, suggestion
 
 COMMAND_LINE = "command line"
 _load = get_loader("yaml")
@@ -92,7 +92,7 @@ def load_yaml(path: str, key: str, folder: Path) -> dict[str, Any]:
     if not is_file(file):
         given = Path(path).parent
         others = [] if given.is_absolute() else [str(given / name) for name in _yaml_files(file.parent)]
-        raise UserError(f"{key}: no file {path:.300}" + (f"; nearest: {nearest(path, others)}" if others else ""))
+        raise UserError(f"{key}: no file {path:.300}{suggestion(path, others)}")
     try:
         values = load_with_presets(file.read_text(encoding="utf-8"))
         _check_texts(values)

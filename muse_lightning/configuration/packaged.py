@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from muse_lightning.errors import UserError, nearest
+from muse_lightning.errors import UserError, suggestion
 from muse_lightning.model.presets import preset_path
 
 PACKAGE = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def recipe_path(name: str) -> Path:
     folder = recipes_folder()
     names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     if name not in names:
-        raise UserError(f"--config: no packaged recipe is called {name!r}; nearest: {nearest(name, names)}")
+        raise UserError(f"--config: no packaged recipe is called {name!r}{suggestion(name, names)}")
     return names[name]
 
 

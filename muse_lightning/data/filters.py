@@ -16,7 +16,7 @@ from typing import NamedTuple
 from muse_lightning.data.generated import has_generated_name, has_minified_name, is_vendored, says_generated
 from muse_lightning.data.languages import PROSE, known_tags, language_of, tags_of
 from muse_lightning.data.licence_expressions import allow_list, is_allowed
-from muse_lightning.errors import UserError, nearest
+from muse_lightning.errors import UserError, suggestion
 
 _BLANK = re.compile(rb"(?:\xef\xbb\xbf)?\s*\Z")
 # Of UTF-16 and UTF-32: such files are text, but not UTF-8, and full of NUL bytes.
@@ -79,7 +79,7 @@ class Filters:
                 raise UserError(f"filters.{name}: an empty list leaves nothing; null keeps every file")
         for language in self.languages or ():
             if language not in known_tags():
-                raise UserError(f"filters.languages: {language!r} found; nearest: {nearest(language, known_tags())}")
+                raise UserError(f"filters.languages: {language!r} found{suggestion(language, known_tags())}")
         allow_list(tuple(self.licences or ()))
 
     def check(self, path: str, content: bytes) -> Verdict:

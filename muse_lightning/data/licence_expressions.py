@@ -16,7 +16,7 @@ from license_expression import (
     get_spdx_licensing,
 )
 
-from muse_lightning.errors import UserError, nearest
+from muse_lightning.errors import UserError, suggestion
 
 UNKNOWN = "LicenseRef-unknown"
 """A text that nothing recognises. No allow-list admits it unless it names it."""
@@ -200,20 +200,18 @@ def allow_list(names: tuple[str, ...]) -> frozenset[str]:
             )
         for identifier in identifiers(tree):
             if not _is_identifier(identifier):
-                raise UserError(
-                    f"filters.licences: {name!r} is no SPDX identifier; nearest: {_nearest_identifiers(identifier)}"
-                )
+                raise UserError(f"filters.licences: {name!r} is no SPDX identifier{_suggested(identifier)}")
         allowed.add(tree.render())
     return frozenset(allowed)
 
 
-def _nearest_identifiers(name: str) -> str:
-    """Identifiers that begin as the name does, as GPL-3.0-only for GPLv3; else those that are most like it."""
+def _suggested(name: str) -> str:
+    """`suggestion` of identifiers that begin as the name does, as GPL-3.0-only for GPLv3; else of any."""
     start = _in_short(name)
     begin = [found for found in set(_identifiers().values()) if start and _in_short(found).startswith(start)]
     if begin:
-        return ", ".join(sorted(begin, key=lambda found: (len(found), found))[:3])
-    return nearest(name, {*_identifiers().values(), *NAMED_LISTS})
+        return f"; nearest: {', '.join(sorted(begin, key=lambda found: (len(found), found))[:3])}"
+    return suggestion(name, {*_identifiers().values(), *NAMED_LISTS})
 
 
 def _in_short(name: str) -> str:

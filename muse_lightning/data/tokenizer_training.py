@@ -17,7 +17,7 @@ from muse_lightning.data.licences import LicenceFinder
 from muse_lightning.data.selection import order_key
 from muse_lightning.data.tokenizer import DEFAULT_SPECIAL_TOKENS, SpecialTokens
 from muse_lightning.errors import UserError, reason_of
-from muse_lightning.files import atomic_write
+from muse_lightning.files import atomic_write, new_folders_removed_on_error
 
 # Of max_bytes: reading stops when so much is there, since the last bytes may be found only after many large files.
 _ENOUGH = 0.99
@@ -59,10 +59,6 @@ def train_tokenizer(
     units = [unit for source in sources for unit in source.units()]
     # Stable: equal names of two sources stay in the order of the sources.
     units.sort(key=lambda unit: order_key(seed, unit.name, ""))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: cannot create {output.parent}: {error.strerror}") from error
     files = used = documents = 0
 
     def texts() -> Iterator[str]:
@@ -90,10 +86,15 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(), trainer)
-    if not files:
-        raise UserError(f"sources: no file of {len(units)} listed units passes the filters; nothing to train on")
-    atomic_write(output, tokenizer.to_str(pretty=True))
+    with new_folders_removed_on_error(output.parent):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output: cannot create {output.parent}: {error.strerror}") from error
+        tokenizer.train_from_iterator(texts(), trainer)
+        if not files:
+            raise UserError(f"sources: no file of {len(units)} listed units passes the filters; nothing to train on")
+        atomic_write(output, tokenizer.to_str(pretty=True))
     found = tokenizer.get_vocab_size()
     print(f"{output}: {found:,} tokens, from {files:,} files, {used / 1e6:,.1f} MB")
     if found < vocab_size:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,28 +21,7 @@ from muse_lightning.numerics.verify import same_bits
 from muse_lightning.training.gradients import gradient_norm
 from muse_lightning.training.module import LanguageModel
 
-FLAG = "--replay"
 _MANY = 5
-
-
-def take_replay(args: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The value of --replay, and the command line without it: its file brings the configuration to be parsed.
-
-    Raises:
-        UserError: no file follows it.
-    """
-    rest, file = [], None
-    tokens = iter(args)
-    for token in tokens:
-        name, is_assignment, value = token.partition("=")
-        if name != FLAG:
-            rest.append(token)
-            continue
-        value = value if is_assignment else next(tokens, "")
-        if not value:
-            raise UserError(f"{FLAG}: a file must follow, such as runs/muse/version_0/numerics/step=7.replay.ckpt")
-        file = Path(value)
-    return file, rest
 
 
 class Replay:
@@ -61,11 +40,14 @@ class Replay:
 
     @contextmanager
     def settings_file(self) -> Iterator[Path]:
-        """The run's configuration, as a file for a command line."""
+        """The run's configuration, as a file for a command line; a mistake in it is told of the file that has it."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / f"settings of {self.path.name}.yaml"
             path.write_text(self._step["settings"], encoding="utf-8")
-            yield path
+            try:
+                yield path
+            except UserError as error:
+                raise UserError(str(error).replace(str(path), f"settings in {self.path}")) from error
 
     def run(
         self, model: LanguageModel, *, accelerator: str, precision: Any, deterministic: bool | str | None

@@ -1,5 +1,8 @@
 """When to log: the one place that knows how Lightning counts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import lightning as L
 
 
@@ -18,3 +21,17 @@ def written_step(trainer: L.Trainer) -> int:
     """The step at which Lightning writes what is logged now: during a fit, that of the optimizer step that has just
     ended, from 0."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+@contextmanager
+def counting_as_after(trainer: L.Trainer, steps: int) -> Iterator[None]:
+    """During the `with` block, let a trainer that trains nothing count as a fit's validation after so many optimizer
+    steps does: Lightning restores counters from a checkpoint for a fit alone."""
+    loop = trainer.fit_loop.epoch_loop
+    done = loop.automatic_optimization.optim_progress.optimizer.step.total
+    before = loop._batches_that_stepped, done.completed
+    loop._batches_that_stepped, done.completed = max(steps - 1, 0), steps
+    try:
+        yield
+    finally:
+        loop._batches_that_stepped, done.completed = before

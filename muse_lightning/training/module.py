@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ from muse_lightning.parallelize import (
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.checks import check_ranges, check_sizes
-from muse_lightning.training.log_step import ends_step, is_log_step
+from muse_lightning.training.log_step import counting_as_after, ends_step, is_log_step
 from muse_lightning.training.loss import next_token_nats, total_nats
 from muse_lightning.training.muon import check_strategy
 from muse_lightning.training.optim import (
@@ -176,6 +177,7 @@ class LanguageModel(L.LightningModule):
         self._eval_totals = Totals()
         self._exact_totals = Totals()
         self._token_bytes: Tensor | None = None
+        self._until_teardown = ExitStack()
 
     def twin(self, **changes: Any) -> Self:
         """A model of the same options but for some, with no weights yet.
@@ -237,6 +239,9 @@ class LanguageModel(L.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.optimizer == "muon":
             check_strategy(self.trainer.strategy)
+
+    def teardown(self, stage: str) -> None:
+        self._until_teardown.close()
 
     def on_fit_start(self) -> None:
         # Not in configure_model: there it is not known yet whether a checkpoint will be resumed.
@@ -363,6 +368,8 @@ class LanguageModel(L.LightningModule):
             check_shapes(model, found, f"checkpoint {path}" if path else "the checkpoint")
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_states(checkpoint.get("optimizer_states", []), self.optimizer, path)
+        elif self._trainer is not None:
+            self._until_teardown.enter_context(counting_as_after(self.trainer, checkpoint.get("global_step", 0)))
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._are_weights_due = False
 

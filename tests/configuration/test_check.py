@@ -90,10 +90,13 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str 
     ("yaml", "line"),
     [
         ("lenght: 3", "lenght: not a known option; nearest: length (a.yaml)"),
-        ("extra: {}", "extra: not a known option; nearest: length, model (a.yaml)"),
-        ("config: {}", "config: not a known option; nearest: length, model (a.yaml)"),
-        ("print_config: {}", "print_config: not a known option; nearest: length, model (a.yaml)"),
-        ("print_shtab: {}", "print_shtab: not a known option; nearest: length, model (a.yaml)"),
+        ("hidden: 3", "hidden: not a known option; nearest: model.sizes.hidden (a.yaml)"),
+        ("model: {hidden: 3}", "model.hidden: not a parameter of Model; nearest: model.sizes.hidden (a.yaml)"),
+        ("seq_len: 3", "seq_len: not a known option; accepted: length, model (a.yaml)"),
+        ("extra: {}", "extra: not a known option; accepted: length, model (a.yaml)"),
+        ("config: {}", "config: not a known option; accepted: length, model (a.yaml)"),
+        ("print_config: {}", "print_config: not a known option; accepted: length, model (a.yaml)"),
+        ("print_shtab: {}", "print_shtab: not a known option; accepted: length, model (a.yaml)"),
         (r'model: {attention: "a\0b"}', "--config: cannot read a.yaml: 'a\\x00b' has a null byte"),
         ("model: {betas: [1, a]}", "model.betas: expected [a number, a number], found [1, 'a'] (a.yaml)"),
         ("model: {atention: Near}", "model.atention: not a parameter of Model; nearest: attention (a.yaml)"),
@@ -150,7 +153,7 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str 
         ),
         (
             "model: {attention: torch.nn.Linear}",
-            "model.attention: torch.nn.Linear is no Strategy; known: Far, Near (a.yaml)",
+            "model.attention: torch.nn.Linear is no Strategy; accepted: Far, Near (a.yaml)",
         ),
         (
             "model: {seq_len: 8}",
@@ -182,7 +185,7 @@ def test_a_mistake_in_a_file(parse: Callable[..., str | None], yaml: str, line: 
         ),
         (
             "--model.attention.top_k=3",
-            "model.attention.init_args.top_k: not a parameter of Near; nearest: kind, width (command line)",
+            "model.attention.init_args.top_k: not a parameter of Near; accepted: kind, width (command line)",
         ),
         (
             "--model.listeners+=Printer --model.listeners.path=x --model.listeners.evry=3",
@@ -193,7 +196,7 @@ def test_a_mistake_in_a_file(parse: Callable[..., str | None], yaml: str, line: 
             "model.attention: evil.Thing is outside the modules a configuration may name, torch, lightning, litdata, "
             "muse_lightning (command line); to trust it, add --allow_module evil",
         ),
-        ("stray", "stray: not a known option; nearest: config, length, model, print_config (command line)"),
+        ("stray", "stray: not a known option; accepted: config, length, model, print_config (command line)"),
         ("--config none.yaml", "--config: no file none.yaml"),
         (
             "--model.seq_len=9",

@@ -87,8 +87,8 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, content, arguments, 
     (tmp_path / "r" / "a").mkdir(parents=True)
     (tmp_path / "r" / "a" / "f.py").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        train_tokenizer([Folders(tmp_path / "r")], tmp_path / "t.json", **arguments)
-    assert not (tmp_path / "t.json").exists()
+        train_tokenizer([Folders(tmp_path / "r")], tmp_path / "new" / "folder", **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
 @pytest.mark.parametrize("output", ["t.json", "folder"])

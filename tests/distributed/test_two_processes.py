@@ -12,37 +12,32 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def train(folder: Path, devices: int, accumulate: int, strategy: str, optimizer: str = "adamw") -> Any:
-    folder.mkdir()
+def train(folder: Path, devices: int, accumulate: int, *ways: str) -> dict[str, Any]:
+    """What came of each way, STRATEGY/OPTIMIZER, in one start of the processes."""
     # Lightning starts the second process by running the script again.
-    command = [
-        sys.executable,
-        "-m",
-        "tests.distributed.train_tiny",
-        str(folder),
-        str(devices),
-        str(accumulate),
-        strategy,
-        optimizer,
-    ]
+    script = ["tests.distributed.train_tiny", str(folder), str(devices), str(accumulate)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", *script, *ways]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    return torch.load(folder / "result.pt")
+    return {way: torch.load(folder / way / "result.pt") for way in ways}
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return train(tmp_path_factory.mktemp("ddp") / "two", devices=2, accumulate=1, strategy="ddp")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    ways = ("ddp/adamw", "ddp/muon", "sharded/adamw", "sharded-recompute/adamw")
+    return train(tmp_path_factory.mktemp("two"), 2, 1, *ways)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train(tmp_path_factory.mktemp("one"), 1, 2, "auto/adamw", "auto/muon")
 
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_processes_equal_accumulation(optimizer: str, two: Any, tmp_path: Path) -> None:
-    if optimizer != "adamw":
-        two = train(tmp_path / "two", devices=2, accumulate=1, strategy="ddp", optimizer=optimizer)
-    one = train(tmp_path / "one", devices=1, accumulate=2, strategy="auto", optimizer=optimizer)
-
+def test_two_processes_equal_accumulation(optimizer: str, two: dict[str, Any], one: dict[str, Any]) -> None:
+    one, two = one[f"auto/{optimizer}"], two[f"ddp/{optimizer}"]
     assert len(one["logged"]["train/loss"]) == 4
     assert len(one["logged"]["val/loss"]) == 1
     for tag, points in one["logged"].items():
@@ -58,10 +53,10 @@ def test_two_processes_equal_accumulation(optimizer: str, two: Any, tmp_path: Pa
 
 @pytest.mark.multi_process
 @pytest.mark.parametrize("strategy", ["sharded", "sharded-recompute"])
-def test_shards_equal_replicas(strategy: str, two: Any, tmp_path: Path) -> None:
+def test_shards_equal_replicas(strategy: str, two: dict[str, Any]) -> None:
     """From the same first weights to the same last ones: initialisation, gathering, gradients, clipping."""
-    sharded = train(tmp_path / "sharded", devices=2, accumulate=1, strategy=strategy)
-    for tag, points in two["logged"].items():
+    sharded, replicas = two[f"{strategy}/adamw"], two["ddp/adamw"]
+    for tag, points in replicas["logged"].items():
         assert sharded["logged"][tag] == [(step, pytest.approx(value, rel=1e-5)) for step, value in points], tag
     # Rounding again, as above; one step of the learning rate is 1e-2.
-    torch.testing.assert_close(sharded["parameters"], two["parameters"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(sharded["parameters"], replicas["parameters"], atol=1e-4, rtol=0)

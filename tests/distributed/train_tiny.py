@@ -1,6 +1,6 @@
-"""Trains the tiny model on CPU processes and saves what came of it.
+"""Trains the tiny model on CPU processes, once for each way, and saves what came of it in FOLDER/STRATEGY/OPTIMIZER.
 
-usage: python train_tiny.py FOLDER DEVICES ACCUMULATE STRATEGY OPTIMIZER
+usage: python -m tests.distributed.train_tiny FOLDER DEVICES ACCUMULATE STRATEGY/OPTIMIZER ...
 
 STRATEGY: auto, ddp, sharded or sharded-recompute.
 
@@ -49,8 +49,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def main(folder: Path, devices: int, accumulate: int, name: str, optimizer: OptimizerName) -> None:
-    torch.set_num_threads(1)
+def train(folder: Path, devices: int, accumulate: int, name: str, optimizer: OptimizerName) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     L.seed_everything(3, verbose=False)
     recompute = "block" if name.endswith("recompute") else "none"
     model = tiny_model(
@@ -78,4 +78,8 @@ def main(folder: Path, devices: int, accumulate: int, name: str, optimizer: Opti
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], cast(OptimizerName, sys.argv[5]))
+    torch.set_num_threads(1)
+    for way in sys.argv[4:]:
+        name, optimizer = way.split("/")
+        folder = Path(sys.argv[1]) / way
+        train(folder, int(sys.argv[2]), int(sys.argv[3]), name, cast(OptimizerName, optimizer))

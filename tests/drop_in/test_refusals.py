@@ -95,7 +95,7 @@ def test_what_a_layer_may_not_ask_for(asked: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("muse", {"topk": 4}, "topk is no option of MuSe attention; accepted: top_k"),
+        ("muse", {"topk": 4}, "topk is no option of MuSe attention; nearest: top_k"),
         ("muse", {"layer_idx": 4}, "layer_idx is no option"),
         ("muse", {"chunk": 100}, "chunk / query_cluster must be a power of two, got chunk=100"),
         ("sdpa", {}, "name must be an identifier that transformers has no attention for, got 'sdpa'"),

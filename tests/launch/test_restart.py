@@ -17,7 +17,7 @@ from tests.recipe import Muse, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.multi_process]
 
-STEPS = 60
+STEPS = 36
 EVERY_3 = ("--trainer.val_check_interval=3", "--trainer.limit_val_batches=1", "--trainer.check_val_every_n_epoch=null")
 
 

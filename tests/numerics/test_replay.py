@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from muse_lightning.checkpoints.manifest import Manifest, manifest_path
-from muse_lightning.errors import UserError
 from muse_lightning.files import sha256_file
 from muse_lightning.numerics.failed_step import KEY
-from muse_lightning.numerics.replay import take_replay
 from muse_lightning.training.module import LanguageModel
 from tests.recipe import Muse, start
 
@@ -76,6 +74,10 @@ def test_the_step_comes_again(muse: Muse, stopped: Path) -> None:
     change(stopped, differs=["llama.model.norm.weight"])
     error = muse.error("fit", f"--replay={stopped}")
     assert "not reproduced: gradients that are not the same twice expected; found loss " in error
+    change(stopped, settings="model: {attention: evil.Thing}")
+    error = muse.error("fit", f"--replay={stopped}")
+    assert error.startswith("model.attention: evil.Thing is outside the modules a configuration may name, torch, ")
+    assert error.endswith(f" (settings in {stopped}); to trust it, add --allow_module evil")
 
 
 def test_flags_win_over_the_settings_in_the_file(muse: Muse, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,14 +117,6 @@ def test_files_that_hold_no_step(muse: Muse) -> None:
     assert "plain.ckpt is damaged: it has" in muse.error("fit", "--replay=plain.ckpt")
     assert manifest_path(Path("plain.ckpt")).exists()
     assert "--replay: a file must follow" in muse.error("fit", "--config=recipe.yaml", "--replay")
-
-
-def test_the_flag_is_taken_out_of_a_command_line() -> None:
-    assert take_replay(["--a", "b"]) == (None, ["--a", "b"])
-    assert take_replay(["--replay=x=1", "--a"]) == (Path("x=1"), ["--a"])
-    assert take_replay(["--a", "--replay", "x", "b"]) == (Path("x"), ["--a", "b"])
-    with pytest.raises(UserError):
-        take_replay(["--replay="])
 
 
 def test_verify_every_is_a_flag_of_fit(muse: Muse) -> None:

@@ -1,7 +1,7 @@
-"""Trains the tiny model on two CPU processes, of which one alone is spoilt (or, if steps are verified, none), and
-saves what each step left.
+"""Trains the tiny model on two CPU processes, of which one alone is spoilt, then verifying each step and none spoilt;
+saves what each step left, in FOLDER/bad and FOLDER/verified.
 
-usage: python -m tests.numerics.two_ranks FOLDER STRATEGY VERIFY_EVERY
+usage: python -m tests.numerics.two_ranks FOLDER STRATEGY
 
 STRATEGY: ddp or sharded.
 """
@@ -21,11 +21,11 @@ STEPS = 8
 ACCUMULATE = 2
 
 
-def main(folder: Path, name: str, verify_every: int) -> None:
-    torch.set_num_threads(1)
+def train(folder: Path, name: str, verify_every: int | None) -> None:
+    folder.mkdir(exist_ok=True)
     L.seed_everything(3, verbose=False)
     planter = Planter({} if verify_every else PLANTS, micro_batch=1, rank=1)
-    guard = guarded(folder, verify_every=verify_every or None)
+    guard = guarded(folder, verify_every=verify_every)
     trainer = tiny_trainer(
         folder,
         devices=2,
@@ -42,4 +42,6 @@ def main(folder: Path, name: str, verify_every: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    torch.set_num_threads(1)
+    for name, verify_every in (("bad", None), ("verified", 1)):
+        train(Path(sys.argv[1]) / name, sys.argv[2], verify_every)

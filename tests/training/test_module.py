@@ -163,6 +163,21 @@ def test_evaluation_sums_over_batches_of_unequal_size(tmp_path, stage, window):
     assert own_nats != pytest.approx(exact_nats, rel=1e-4)
 
 
+def test_a_checkpoint_is_evaluated_at_the_step_at_which_the_fit_had_validated_it(tmp_path):
+    data = TinyData(batches(6), batches(2))
+    trainer = tiny_trainer(tmp_path / "fit", max_steps=6, val_check_interval=2)
+    trainer.fit(tiny_model(), data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    expected = scalars(trainer)["val/loss"]
+    assert [step for step, _ in expected] == [1, 3, 5]
+    trainer, model = tiny_trainer(tmp_path / "validate"), tiny_model()
+    trainer.validate(model, data, ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=True)
+    assert scalars(trainer)["val/loss"] == [expected[-1]]
+    # A training by the same trainer begins at its first step.
+    trainer.fit(tiny_model(), TinyData(batches(4)))
+    assert [step for step, _ in scalars(trainer)["train/loss"]] == [0, 1, 2, 3]
+
+
 def test_no_bytes_no_bits_per_byte_and_no_exact_batches_no_exact_loss(tmp_path):
     trainer = tiny_trainer(tmp_path)
     trainer.validate(tiny_model(exact_val_batches=0), TinyData([], batches(1, packed=False)), verbose=False)

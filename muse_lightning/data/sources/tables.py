@@ -15,7 +15,7 @@ from muse_lightning.data.sources.local import clean_path, file_stamp
 from muse_lightning.data.sources.raw_files import open_raw
 from muse_lightning.data.sources.table_rows import Row, json_rows, open_parquet_rows
 from muse_lightning.data.sources.unpacking import damage_named
-from muse_lightning.errors import UserError, nearest, reason_of, shown_url
+from muse_lightning.errors import UserError, reason_of, shown_url, suggestion
 
 _PARQUET = ".parquet"
 _JSON = (".jsonl", ".json", ".ndjson")
@@ -183,7 +183,7 @@ class TableUnit(SourceUnit):
             return
         missing = next((name for name in self.columns.names if name not in found), None)
         if found and missing is not None:
-            raise UserError(f"Tables: {self.name}: no column {missing!r}; it has {nearest(missing, found)}")
+            raise UserError(f"Tables: {self.name}: no column {missing!r}{suggestion(missing, found)}")
 
     @contextmanager
     def _open_rows(self, limits: ReadLimits, all_columns: bool = False) -> Iterator[Iterator[Row | str]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from muse_lightning.errors import UserError, nearest
+from muse_lightning.errors import UserError, suggestion
 from muse_lightning.model.config import LlamaConfig, RopeScaling
 
 
@@ -21,7 +21,7 @@ def preset_path(name: str) -> Path:
         UserError: there is no such preset.
     """
     if name not in preset_names():
-        raise UserError(f"preset {name!r} does not exist; nearest: {nearest(name, preset_names())}")
+        raise UserError(f"preset {name!r} does not exist{suggestion(name, preset_names())}")
     return Path(__file__).parent / f"{name}.yaml"
 
 

@@ -179,7 +179,7 @@ def test_a_column_may_be_missing_in_some_rows(tmp_path):
 
 
 def test_columns_of_parquet_are_compared(tmp_path):
-    with pytest.raises(UserError, match="no column 'texts'; it has text"):
+    with pytest.raises(UserError, match="no column 'texts'; nearest: text"):
         list(source(parquet(tmp_path / "a.parquet", [{**row, "license": "MIT"} for row in ROWS]), text="texts").units())
 
 
@@ -277,8 +277,8 @@ def test_what_is_no_parquet_is_one_line(tmp_path, content):
         (["{root}/none.jsonl"], {}, "none.jsonl"),
         (["{root}/*.parquet"], {}, r"\*.parquet: no file found"),
         (["{root}/a.csv"], {}, r"names that end in .jsonl"),
-        (["{root}/a.jsonl"], {"text": "txt"}, r"no column 'txt'; it has text"),
-        (["{root}/a.jsonl"], {"group": "repo"}, r"no column 'repo'; it has repo_name"),
+        (["{root}/a.jsonl"], {"text": "txt"}, r"no column 'txt'; nearest: text"),
+        (["{root}/a.jsonl"], {"group": "repo"}, r"no column 'repo'; nearest: repo_name"),
         (["{root}/a.jsonl"], {"path": "file"}, r"no column 'file'"),
         (["nosuchscheme://x/a.jsonl"], {}, "nosuchscheme"),
         ([], {}, "files is empty"),

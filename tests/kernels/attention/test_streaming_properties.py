@@ -473,6 +473,18 @@ def test_a_query_that_is_not_a_number_spoils_its_own_output_alone(device: torch.
     assert torch.equal(after[:, :, others], before[:, :, others])
 
 
+TWO_DOCUMENTS = [0, 130, 200]
+
+
+@pytest.fixture(scope="module")
+def in_two_documents(device: torch.device) -> tuple[QKV, Tensor, tuple[Tensor, ...]]:
+    """Inputs, the gradient of their output, and what comes of them, all finite."""
+    torch.manual_seed(0)
+    qkv = make_qkv(200, device, heads=1)
+    dout = torch.randn_like(qkv[0])
+    return qkv, dout, results(qkv, dout, cu_seqlens=cumulative(TWO_DOCUMENTS, device), **KERNELS)
+
+
 @pytest.mark.parametrize(
     ("which", "value"),
     [
@@ -485,16 +497,14 @@ def test_a_query_that_is_not_a_number_spoils_its_own_output_alone(device: torch.
     ],
 )
 def test_what_is_not_finite_leaves_earlier_chunks_and_other_documents_alone(
-    which: int, value: float, device: torch.device
+    which: int, value: float, in_two_documents: tuple[QKV, Tensor, tuple[Tensor, ...]], device: torch.device
 ) -> None:
     """With clusters of its own, made of what is not finite: they still hold every token once, and nothing hangs."""
-    clean = make_qkv(200, device, heads=1)
-    cu_seqlens = cumulative([0, 130, 200], device)
-    options = {**KERNELS, "cu_seqlens": cu_seqlens}
+    clean, dout, before = in_two_documents
+    cu_seqlens = cumulative(TWO_DOCUMENTS, device)
     spoilt = tuple(x.clone() for x in clean)
     spoilt[which][:, :, 70] = value
-    dout = torch.randn_like(clean[0])
-    before, after = (results(qkv, dout, **options) for qkv in (clean, spoilt))  # type: ignore[arg-type]
+    after = results(spoilt, dout, cu_seqlens=cu_seqlens, **KERNELS)  # type: ignore[arg-type]
     for found, wanted in zip(after, before, strict=True):
         assert torch.equal(found[:, :, 130:], wanted[:, :, 130:])
     assert torch.equal(after[0][:, :, :64], before[0][:, :, :64])
