@@ -39,8 +39,7 @@ def exact_in(
     for layer in layers:
         if not -num_layers <= layer < num_layers:
             raise UserError(
-                f"{option} names layer {layer}; accepted: 0 to {num_layers - 1}, or from the end -1 to "
-                f"{-num_layers}"
+                f"{option} names layer {layer}; accepted: 0 to {num_layers - 1}, or from the end -1 to {-num_layers}"
             )
     numbers = {layer % num_layers for layer in layers}
     exact = exact_attention(window)
