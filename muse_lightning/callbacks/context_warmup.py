@@ -29,7 +29,7 @@ class ContextWarmup(L.Callback):
     Source: SkyLadder (arXiv 2503.15450), which lets the length grow linearly; Li et al. (arXiv 2108.06084).
 
     Example:
-        >>> trainer = L.Trainer(callbacks=[ContextWarmup(steps=800)])
+        >>> trainer = L.Trainer(callbacks=[ContextWarmup(steps=400)])
     """
 
     def __init__(self, steps: int, start: int = 2048) -> None:
