@@ -85,6 +85,14 @@ def test_every_leaf_is_a_parameter(recipe: Path) -> None:
             assert normalised(parsed[path]) == normalised(value), path
 
 
+@pytest.mark.parametrize("recipe", [recipe for recipe in WHOLE if recipe.stem != "demo"], ids=lambda path: path.stem)
+def test_short_contexts_first_leave_time_for_whole_rows(recipe: Path) -> None:
+    (callback,) = yaml.safe_load((RECIPES / "overlays/context_warmup.yaml").read_text())["trainer"]["callbacks+"]
+    stated = yaml.safe_load(recipe.read_text())
+    assert callback["init_args"]["start"] < stated["data"]["seq_len"]
+    assert callback["init_args"]["steps"] < 0.6 * stated["trainer"]["max_steps"]
+
+
 @pytest.mark.parametrize("recipe", DATA, ids=lambda path: path.stem)
 def test_data_is_prepared_without_a_model(recipe: Path) -> None:
     """A recipe of data alone parses, its values stand where it says, and every file in its lists is pinned."""

@@ -19,7 +19,12 @@ def exact_attention(window: int | None) -> Callable[[int], AttentionStrategy]:
 
 
 def exact_in(
-    layers: Sequence[int], attention: Callable[[int], AttentionStrategy], *, num_layers: int, window: int | None
+    layers: Sequence[int],
+    attention: Callable[[int], AttentionStrategy],
+    *,
+    num_layers: int,
+    window: int | None,
+    option: str = "model.exact_layers",
 ) -> Callable[[int], AttentionStrategy]:
     """`attention` in all layers but some, which are exact.
 
@@ -27,14 +32,14 @@ def exact_in(
         layers: their numbers, from 0; negative ones count from the last layer, -1.
         num_layers: of the model.
         window: as in `exact_attention`.
+        option: what a user calls `layers`.
     Raises:
         UserError: a layer that the model does not have.
     """
     for layer in layers:
         if not -num_layers <= layer < num_layers:
             raise UserError(
-                f"model.exact_layers names layer {layer}; accepted: 0 to {num_layers - 1}, or from the end -1 to "
-                f"{-num_layers}"
+                f"{option} names layer {layer}; accepted: 0 to {num_layers - 1}, or from the end -1 to {-num_layers}"
             )
     numbers = {layer % num_layers for layer in layers}
     exact = exact_attention(window)

@@ -1,6 +1,7 @@
 """What a fit is about to do, in a few lines."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -60,11 +61,12 @@ def _model(trainer: L.Trainer, module: LanguageModel) -> Iterator[str]:
     source = trainer.ckpt_path or module.weights
     weights = f"from {source}" if source else "fresh weights"
     yield f"model: {parameters:,} parameters, {module.config.num_hidden_layers} layers, {weights}"
-    names = {type(block.self_attn.attention).__name__: None for block in module.llama.blocks}
+    names = Counter(type(block.self_attn.attention).__name__ for block in module.llama.blocks)
     kernels = attention_kernels()
     kind = kernels["exact"] if list(names) == ["Dense"] else kernels["muse"]
     around = "compiled" if module.compiled else "not compiled"
-    yield f"attention: {', '.join(names)}, by {kind}; around it {around}; {_kept(module)}"
+    found = [f"{count} x {name}" for name, count in names.items()] if len(names) > 1 else names
+    yield f"attention: {', '.join(found)}, by {kind}; around it {around}; {_kept(module)}"
 
 
 def _kept(module: LanguageModel) -> str:

@@ -1,9 +1,10 @@
-"""The begin of a training with short contexts."""
+"""Short contexts at the beginning of a training."""
 
 import math
 from typing import Any, cast
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from muse_lightning.data.batches import Batch, cut_documents
@@ -16,10 +17,9 @@ class ContextWarmup(L.Callback):
     at equal intervals until rows are whole.
 
     A model that sees tens of thousands of tokens from its first step on is slow to learn which of them matter. Tokens,
-    their order and the shape of batches stay, and validation always has whole rows. Pieces that are short enough are
-    attended exactly whatever the attention (`Muse.exact_below`), by its variable-length kernels. Logs
-    `train/context`, the tokens of a piece, on every rank alike. A function of the optimizer step alone: a run that is
-    resumed goes on where it was.
+    their order and the shape of batches stay, and validation always has whole rows. Pieces are attended as packed
+    documents are: by MuSe exactly, up to its `exact_below`. Logs `train/context`, the tokens of a piece, on every rank
+    alike. A function of the optimizer step alone: a run that is resumed goes on where it was.
 
     Args:
         steps: optimizer steps until rows are whole.
@@ -29,7 +29,7 @@ class ContextWarmup(L.Callback):
     Source: SkyLadder (arXiv 2503.15450), which lets the length grow linearly; Li et al. (arXiv 2108.06084).
 
     Example:
-        >>> trainer = L.Trainer(callbacks=[ContextWarmup(steps=800)])
+        >>> trainer = L.Trainer(callbacks=[ContextWarmup(steps=400)])
     """
 
     def __init__(self, steps: int, start: int = 2048) -> None:
@@ -38,6 +38,14 @@ class ContextWarmup(L.Callback):
                 raise UserError(f"ContextWarmup: {name} is {value}; accepted: at least 1")
         self.steps = steps
         self.start = start
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so where the training ends before rows are whole."""
+        if self.steps >= trainer.max_steps:
+            rank_zero_info(
+                f"ContextWarmup: rows are whole after {self.steps} steps; the training ends before, trainer.max_steps "
+                f"is {trainer.max_steps}"
+            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Any], batch_idx: int

@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from muse_lightning.callbacks.context_gain import ContextGain
+from muse_lightning.callbacks.context_warmup import ContextWarmup
 from muse_lightning.callbacks.identifier_recall import IdentifierRecall
 from muse_lightning.callbacks.needle_retrieval import NeedleRetrieval
 
@@ -22,6 +23,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "gradient norm": ("train/grad_norm",),
         "steps skipped": ("train/skipped_steps", "train/consecutive_skipped_steps"),
         "tokens": ("train/tokens",),
+        "tokens in a piece": ("train/context",),
     },
     "speed": {
         "tokens per second and device": ("throughput/device/tokens_per_sec",),
@@ -78,6 +80,8 @@ def _layout(trainer: L.Trainer) -> dict[str, dict[str, tuple[str, list[str]]]]:
     left_out = set()
     if not any(isinstance(callback, FAR_CONTEXT) for callback in callbacks):
         left_out |= set(CHARTS["far context"])
+    if not any(isinstance(callback, ContextWarmup) for callback in callbacks):
+        left_out.add("tokens in a piece")
     if trainer.strategy.root_device.type != "cuda":
         left_out.add("model FLOPs utilisation")
     if not trainer.training:

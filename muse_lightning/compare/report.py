@@ -32,8 +32,8 @@ LEGEND = (
     "relative squared error of attention's output on the q, k and v of the model with exact attention, mean over "
     "layers and heads. `near/retrieved/rest`: shares of softmax mass in the own chunk, in retrieved keys and in "
     "summaries. `cos gradient`: of the loss's gradient with the first row's, all parameters. `pairs`: query-key pairs "
-    "that training works on, over the first row's. Times: of one layer's attention, forward and backward, and of the "
-    "model's forward pass, with how many times as fast as the first row."
+    "that training works on, over the first row's. Times: of one layer's attention, forward and backward, on average "
+    "where some are exact, and of the model's forward pass, with how many times as fast as the first row."
 )
 
 

@@ -132,7 +132,9 @@ def make_settings(
         values = asdict(point) | {"exact_layers": list(exact_layers)}
         name = ", ".join(f"{option} {values[option]}" for option in grid.varied(muse))
         setting = _muse_setting(name, point)
-        attention = exact_in(exact_layers, setting.attention, num_layers=num_layers, window=exact_window)
+        attention = exact_in(
+            exact_layers, setting.attention, num_layers=num_layers, window=exact_window, option="grid.exact_layers"
+        )
         settings.append(
             replace(setting, attention=attention, exact_layers=exact_layers, elsewhere=setting.attention, is_swept=True)
         )

@@ -79,12 +79,14 @@ def cumulative_lengths(starts: Sequence[torch.Tensor], seq_len: int) -> torch.Te
 
 
 def cut_documents(batch: Batch, length: int) -> torch.Tensor:
-    """The `cu_seqlens` of a batch with every row cut at multiples of `length` tokens too; without waiting for the
-    device."""
+    """The `cu_seqlens` of a batch, as `Batch` has it, with every row cut at multiples of `length` tokens too; without
+    waiting for the device."""
     rows, seq_len = batch["input_ids"].shape
     index = torch.arange(rows * seq_len + 1, dtype=torch.int32, device=batch["input_ids"].device)
     grid = torch.cat([index[:-1].view(rows, seq_len)[:, ::length].flatten(), index[-1:]])
-    offsets = torch.cat([grid, batch["cu_seqlens"]]) if "cu_seqlens" in batch else grid
+    offsets = torch.cat([grid, batch["cu_seqlens"]]).sort().values if "cu_seqlens" in batch else grid
+    # Where a document begins at a cut, the second of the two becomes padding.
+    offsets[1:] = torch.where(offsets[1:] == offsets[:-1], index[-1], offsets[1:])
     padding = max(_SMALLEST_CU_SEQLENS, 1 << (len(offsets) - 1).bit_length()) - len(offsets)
     return torch.cat([offsets.sort().values, index[-1:].expand(padding)])
 

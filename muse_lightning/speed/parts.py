@@ -2,7 +2,7 @@
 
 A part is timed forward, and forward and backward, in the precision of the recipe; what the recipe computes again in the
 backward pass counts once more forward, whole, though compiled it leaves out some products (parallelize.py). One block
-stands for all.
+stands for all; attention, for all layers of its kind.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +22,15 @@ from muse_lightning.training.optim import make_optimizer
 
 BACKWARD_OVER_FORWARD = 2
 """A product with weights costs two in the backward pass; a query-key pair is counted so (measure/flops.py)."""
+ATTENTION = "attention"
+"""The part's name; where layers have several kinds, with the kind behind a comma."""
 ADAMW_BYTES_PER_PARAMETER = 7 * 4
 """AdamW reads a parameter, its gradient and two moments in float32, and writes all but the gradient."""
 
 _RECOMPUTED: dict[Recompute, frozenset[str]] = {
     "none": frozenset(),
     "keep_attention": frozenset({"before attention", "after attention"}),
-    "block": frozenset({"before attention", "attention", "after attention"}),
+    "block": frozenset({"before attention", ATTENTION, "after attention"}),
 }
 
 
@@ -89,17 +91,26 @@ def time_parts(
         timings = instruments.time(runs)
     parts = []
     for name, work in works.items():
-        again = name in _RECOMPUTED[recompute]
+        again = name.partition(",")[0] in _RECOMPUTED[recompute]
         parts.append(_part(name, work, timings[f"{name} forward"], timings[f"{name} both"], again, ceilings))
     return [*parts, _optimizer_part(model, instruments, ceilings)]
 
 
-def attention_pass(
+def attention_passes(
     model: LanguageModel, batch: Batch, autocast: torch.dtype | None, device: str
-) -> Callable[[], object]:
-    """Forward and backward pass of one layer's attention, to be run with gradients enabled."""
+) -> dict[str, Callable[[], object]]:
+    """Forward and backward pass of one layer's attention, by the name of its part; to be run with gradients enabled."""
     context = torch.autocast(device, autocast) if autocast else nullcontext()
-    return _both(_works(model, batch, context)["attention"], context)
+    works = _works(model, batch, context)
+    return {name: _both(works[name], context) for name in _attention_layers(model)}
+
+
+def _attention_layers(model: LanguageModel) -> dict[str, list[int]]:
+    """The layers of each kind of attention, by the name of its part."""
+    kinds: dict[str, list[int]] = {}
+    for layer, block in enumerate(model.llama.blocks):
+        kinds.setdefault(type(block.self_attn.attention).__name__, []).append(layer)
+    return {ATTENTION if len(kinds) == 1 else f"{ATTENTION}, {kind}": layers for kind, layers in kinds.items()}
 
 
 def _works(model: LanguageModel, batch: Batch, context: AbstractContextManager[object]) -> Mapping[str, _Work]:
@@ -115,12 +126,17 @@ def _works(model: LanguageModel, batch: Batch, context: AbstractContextManager[o
         hidden = llama.model.norm(x).detach().requires_grad_()
     layers, tokens = len(llama.blocks), rows * seq_len
     lengths = document_lengths(rows, seq_len, documents)
-    pairs = block.self_attn.attention.pairs(lengths, has_documents=documents is not None)
     per_pair = 4 * llama.config.attention_head_dim * llama.config.num_attention_heads
     attention = block.self_attn
     projections = sum(p.weight.numel() for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     rest = attention.o_proj.weight.numel() + sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
     head = llama.lm_head.weight
+
+    def attention_work(of_kind: list[int]) -> _Work:
+        layer = llama.blocks[of_kind[len(of_kind) // 2]].self_attn
+        pairs = layer.attention.pairs(lengths, has_documents=documents is not None)
+        return _Work(lambda: layer.attend(q, k, v, documents), [q, k, v], len(of_kind), per_pair * pairs)
+
     before, after = (
         [p for module in modules for p in module.parameters()]
         for modules in (
@@ -133,7 +149,7 @@ def _works(model: LanguageModel, batch: Batch, context: AbstractContextManager[o
         "before attention": _Work(
             lambda: block.before_attention(x, cos, sin), [x, *before], layers, 2.0 * projections * tokens
         ),
-        "attention": _Work(lambda: attention.attend(q, k, v, documents), [q, k, v], layers, per_pair * pairs),
+        **{name: attention_work(of_kind) for name, of_kind in _attention_layers(model).items()},
         "after attention": _Work(lambda: block.after_attention(x, out), [x, out, *after], layers, 2.0 * rest * tokens),
         "head and loss": _Work(
             lambda: total_nats(hidden, head, batch["labels"], chunk=model.loss_chunk, compiled=model.compiled),

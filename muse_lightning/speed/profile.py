@@ -21,7 +21,7 @@ from muse_lightning.measure.bench.timing import Ceilings, CudaInstruments, Instr
 from muse_lightning.measure.info import MIXED_DTYPES, TRUE_DTYPES, result_header
 from muse_lightning.recipe_cli import MuseCLI
 from muse_lightning.speed.batches import check_documents, random_batch
-from muse_lightning.speed.parts import Part, attention_pass, time_parts
+from muse_lightning.speed.parts import Part, attention_passes, time_parts
 from muse_lightning.speed.recorder import SNAPSHOT_NAME, TRACE_NAME, Recorder
 from muse_lightning.speed.steps import Steps, time_steps
 
@@ -59,13 +59,13 @@ class Profile:
     Attributes:
         whole: Optimizer steps as they are trained.
         parts: Of one micro-batch, each alone.
-        kernels: Of attention in one layer, forward and backward, by its own steps.
+        kernels: Of attention in one layer, forward and backward, by its own steps; by the name of the part.
         accumulated: Micro-batches of a step.
     """
 
     whole: Steps
     parts: Sequence[Part]
-    kernels: Sequence[Kernels]
+    kernels: Mapping[str, Sequence[Kernels]]
     ceilings: Ceilings
     accumulated: int
 
@@ -127,9 +127,11 @@ def profile(cli: MuseCLI, options: ProfileOptions, instruments: Instruments, fol
     ceilings = measure_ceilings(instruments, autocast or TRUE_DTYPES.get(precision, torch.float32))
     moved = to_device(batch, torch.device(instruments.device))
     parts = time_parts(alone, moved, cli.config.model.recompute, instruments, ceilings, autocast)
-    layer_ms = next(part.layer_ms for part in parts if part.name == "attention")
-    times = instruments.kernel_times(attention_pass(alone, moved, autocast, instruments.device))
-    kernels = split_into_parts(times, layer_ms, {}, ceilings)
+    layer_ms = {part.name: part.layer_ms for part in parts}
+    kernels = {
+        name: split_into_parts(instruments.kernel_times(run), layer_ms[name], {}, ceilings)
+        for name, run in attention_passes(alone, moved, autocast, instruments.device).items()
+    }
     return Profile(whole, parts, kernels, ceilings, trainer["accumulate_grad_batches"])
 
 
@@ -150,10 +152,9 @@ def table(found: Profile) -> list[Row]:
                 _share(part.bytes_fraction),
             ]
         )
-        if part.name == "attention":
-            for kernels in found.kernels:
-                scaled = kernels.share * ms
-                rows.append([f"  {kernels.name}", f"{scaled:.2f}", f"{scaled / found.step_ms:.1%}", *[NONE] * 4])
+        for kernels in found.kernels.get(part.name, ()):
+            scaled = kernels.share * ms
+            rows.append([f"  {kernels.name}", f"{scaled:.2f}", f"{scaled / found.step_ms:.1%}", *[NONE] * 4])
     rest = found.rest_ms
     rows.append(["rest", f"{rest:.2f}", f"{rest / found.step_ms:.1%}", *[NONE] * 4])
     rows.append(["step", f"{found.step_ms:.2f}", "100.0%", *[NONE] * 4])
@@ -166,7 +167,11 @@ def records(found: Profile) -> list[dict[str, Any]]:
         {"record": "steps", **asdict(found.whole), "accumulated": found.accumulated},
         {"record": "ceilings", **asdict(found.ceilings)},
         *({"record": "part", **asdict(part)} for part in found.parts),
-        *({"record": "kernels of attention", **asdict(kernels)} for kernels in found.kernels),
+        *(
+            {"record": "kernels of attention", "part": name, **asdict(kernels)}
+            for name, of_part in found.kernels.items()
+            for kernels in of_part
+        ),
         {"record": "rest", "ms": found.rest_ms},
     ]
 

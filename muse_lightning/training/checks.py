@@ -73,5 +73,5 @@ def check_sizes(model: "LanguageModel") -> None:
                 num_kv_heads=config.num_key_value_heads,
                 head_dim=config.attention_head_dim,
             )
-    for message in dict.fromkeys(str(warning.message) for warning in said):  # by many layers, once
-        warnings.warn(message, stacklevel=2)
+    for message, category in dict.fromkeys((str(each.message), each.category) for each in said):  # of all layers, once
+        warnings.warn(message, category, stacklevel=2)

@@ -44,6 +44,12 @@ def test_a_resumed_fit_counts_what_is_left(muse: Muse) -> None:
     assert f"{attention / (weights + attention):.0%} of it attention; in all 100% of exact attention's" in err
 
 
+def test_layers_of_each_kind_of_attention_are_counted(muse: Muse) -> None:
+    code, _, err = muse.with_recipe("fit", "--model.exact_layers=[0,-1]", "--model.config.num_hidden_layers=3")
+    assert code == 0, err
+    assert "attention: 2 x Dense, 1 x Muse, by " in err
+
+
 def test_the_expected_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a GPU whose peak is known: the work over a share of that peak."""
     monkeypatch.setattr(under_test, "half_precision_peak", lambda _: 1e9)

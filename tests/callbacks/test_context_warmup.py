@@ -85,6 +85,16 @@ def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
     assert [length for _, length in watch.seen] == [24] * 6 + [48] * 2
 
 
+@pytest.mark.parametrize(("steps", "is_said"), [(1, False), (2, True)])
+def test_a_training_that_ends_before(
+    tmp_path: Path, steps: int, is_said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        fit(tmp_path, [ContextWarmup(steps, 12)], batches(4), max_steps=2)
+    line = f"ContextWarmup: rows are whole after {steps} steps; the training ends before, trainer.max_steps is 2"
+    assert caplog.messages.count(line) == is_said
+
+
 @pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 5, "start": 0}])
 def test_mistakes(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match=r"ContextWarmup: (steps|start) is 0; accepted: at least 1"):

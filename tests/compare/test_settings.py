@@ -65,7 +65,7 @@ def test_a_grid_of_exact_layers() -> None:
     [
         (replace(MUSE, causal=False), None, "muse.causal: False found"),
         (replace(MUSE, softmax_scale=1.0), None, "muse.softmax_scale: 1.0 found"),
-        (MUSE, Grid(exact_layers=((0, 2),)), "model.exact_layers names layer 2; accepted: 0 to 1"),
+        (MUSE, Grid(exact_layers=((0, 2),)), "grid.exact_layers names layer 2; accepted: 0 to 1"),
         (MUSE, Grid(top_k=()), "grid.top_k: at least one value expected"),
         (MUSE, Grid(chunk=(24,), key_cluster=(4,), query_cluster=(8,)), "grid: chunk / query_cluster must be a power"),
     ],

@@ -45,7 +45,7 @@ def test_cuts(packed: bool, length: int) -> None:
     found = cut_documents(batch, length).tolist()
     expected = {row * SEQ_LEN + start for row in range(2) for start in range(0, SEQ_LEN, length)} | {2 * SEQ_LEN}
     expected |= set(batch["cu_seqlens"].tolist() if packed else [])
-    assert set(found) == expected
-    assert found == sorted(found)
+    assert found[: len(expected)] == sorted(expected)  # each once: no document is empty
+    assert set(found[len(expected) :]) <= {2 * SEQ_LEN}
     assert len(found) == max(64, 1 << (len(found) - 1).bit_length())
     assert cut_documents(batch, length).dtype == torch.int32

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from muse_lightning.measure.bench.timing import Ceilings, Run, Timing
-from muse_lightning.measure.flops import training_flops_per_token
+from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
 from muse_lightning.parallelize import Recompute
 from muse_lightning.speed.batches import random_batch
 from muse_lightning.speed.parts import Part, time_parts
@@ -41,6 +41,21 @@ def parts(
     batch = random_batch(VOCAB, 2, SEQ_LEN, documents)
     found = time_parts(model, batch, recompute, Milliseconds(), CEILINGS, torch.bfloat16)
     return {part.name: part for part in found}
+
+
+def test_layers_of_each_kind_are_timed_apart() -> None:
+    """Their work, too, is that of the step; what is computed again counts for each."""
+    config = {"num_hidden_layers": 5}
+    model = tiny_model(attention=tiny_muse, exact_layers=(0, -1), config=config)
+    model.configure_model()
+    batch = random_batch(VOCAB, 2, SEQ_LEN, None)
+    found = {part.name: part for part in time_parts(model, batch, "block", Milliseconds(), CEILINGS, torch.bfloat16)}
+    assert "attention" not in found
+    assert (found["attention, Dense"].ms, found["attention, Muse"].ms) == (2 * 4.0, 3 * 4.0)
+    for name, layers, alone in (("Dense", 2, (0, 1, 2, 3, 4)), ("Muse", 3, ())):
+        model = tiny_model(attention=tiny_muse, exact_layers=alone, config=config)
+        flops = attention_flops_per_token(model.llama, [SEQ_LEN] * 2) * 2 * SEQ_LEN
+        assert found[f"attention, {name}"].flops == pytest.approx(flops * layers / 5 * 4 / 3)
 
 
 @pytest.mark.parametrize("documents", [None, (30, 18)], ids=["rows", "documents"])

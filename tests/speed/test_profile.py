@@ -27,8 +27,7 @@ class WithKernels(Milliseconds):
         return {"muse_far_kernel": 0.5, "cudnn_flash_bprop": 1.0}
 
 
-@pytest.fixture
-def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Profile:
+def profile_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **of_model: Any) -> Profile:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(under_test, "measure_ceilings", lambda *_: Ceilings(1e9, 1e9))
 
@@ -39,11 +38,16 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Profile:
 
     monkeypatch.setattr(under_test, "time_parts", parts_of_a_plain_model)
     recipe = yaml.safe_load(RECIPE)
-    recipe["model"]["recompute"] = "block"
+    recipe["model"] |= {"recompute": "block", **of_model}
     recipe["trainer"]["accumulate_grad_batches"] = 2
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     cli = MuseCLI("profile", "", ["--config", "recipe.yaml"], [], builds="model", options=ProfileOptions)
     return profile(cli, ProfileOptions(warmup=1, steps=2, traced_steps=1), WithKernels(), tmp_path)
+
+
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Profile:
+    return profile_of(tmp_path, monkeypatch)
 
 
 def test_parts_kernels_and_rest_make_the_step(found: Profile, tmp_path: Path) -> None:
@@ -60,7 +64,7 @@ def test_parts_kernels_and_rest_make_the_step(found: Profile, tmp_path: Path) ->
         "clipping and optimizer": 3.0,
     }
     assert found.rest_ms == pytest.approx(found.step_ms - 2 * 30.0 - 3.0)
-    assert {each.name: each.ms for each in found.kernels}[BETWEEN] == pytest.approx(1.5)
+    assert {each.name: each.ms for each in found.kernels["attention"]}[BETWEEN] == pytest.approx(1.5)
 
 
 def test_the_table_counts_every_micro_batch(found: Profile) -> None:
@@ -77,3 +81,13 @@ def test_the_table_counts_every_micro_batch(found: Profile) -> None:
 def test_the_files(found: Profile) -> None:
     assert "| attention | 16.00 |" in page(result_header("cpu"), found)
     assert [each["record"] for each in records(found)].count("part") == 6
+
+
+def test_kernels_stand_under_their_kind_of_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = {"class_path": "SpatialBlocks", "init_args": {"chunk": 16, "query_cluster": 4, "key_cluster": 4}}
+    found = profile_of(tmp_path, monkeypatch, attention=attention, exact_layers=[0])
+    names = [row[0] for row in table(found)]
+    for kind in ("Dense", "SpatialBlocks"):
+        assert names[names.index(f"attention, {kind}") + 1].startswith("  ")
+    parts = {each["part"] for each in records(found) if each["record"] == "kernels of attention"}
+    assert parts == {"attention, Dense", "attention, SpatialBlocks"}

@@ -1,5 +1,7 @@
 """What is refused, and what is said once, before a model is made."""
 
+import warnings
+
 import pytest
 
 from muse_lightning.attention import Dense, Muse
@@ -48,6 +50,16 @@ def test_the_strategy_is_asked_about_the_sizes():
     with pytest.raises(UserError, match=r"not {'seq_len': 48, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 4}"):
         tiny_model(attention=Picky)
     tiny_model(attention=Picky, seq_len=None)
+
+
+def test_a_warning_keeps_its_category():
+    class Old(Dense):
+        def check(self, **sizes):
+            warnings.warn("old", FutureWarning, stacklevel=2)
+
+    with pytest.warns(FutureWarning, match="old") as warned:
+        tiny_model(attention=Old)
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("exact_layers", [(), (0,)])
