@@ -1,4 +1,4 @@
-"""All default callbacks together: a fit writes every tag that docs/training.md lists, and no other."""
+"""All default callbacks together, and ContextWarmup: a fit writes every tag that docs/training.md lists, and no other."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from muse_lightning.callbacks import DEFAULT_CALLBACKS
+from muse_lightning.callbacks import DEFAULT_CALLBACKS, ContextWarmup
 from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.numerics.guard import NumericsGuard
 from tests.tiny import VOCAB, TinyData, batches, tiny_model, tiny_muse, tiny_trainer
@@ -40,7 +40,12 @@ def written_tags(folder, accelerator, precision):
         max_steps=2,
         val_check_interval=2,
         gradient_clip_val=1.0,
-        callbacks=[LearningRateMonitor("step"), NumericsGuard(), *(callback() for callback in DEFAULT_CALLBACKS)],
+        callbacks=[
+            LearningRateMonitor("step"),
+            NumericsGuard(),
+            ContextWarmup(1, start=24),
+            *(callback() for callback in DEFAULT_CALLBACKS),
+        ],
     )
     # GPU kernels take heads of multiples of 8.
     model = tiny_model(config={"head_dim": 8}, attention=tiny_muse)
@@ -52,7 +57,7 @@ def written_tags(folder, accelerator, precision):
 
 
 def test_the_documentation_lists_tags():
-    assert len(documented_tags()) == 28
+    assert len(documented_tags()) == 29
 
 
 def test_every_tag_on_a_processor(tmp_path):

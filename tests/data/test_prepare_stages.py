@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerProcess
@@ -240,10 +241,11 @@ def prepare_alone(tmp_path: Path, name: str, workers: int) -> None:
 def finished_jobs(tmp_path: Path) -> dict[str, int]:
     """Folder and inode of every finished pack, part and shard."""
     found = {}
-    # Not Path.rglob, which fails where a folder goes away meanwhile.
+    # Folders go away meanwhile; Path.rglob fails where one does.
     for folder, _, names in os.walk(tmp_path / ".set.staging"):
         if "result.json" in names and ".partial-" not in folder:
-            found[folder] = os.stat(folder).st_ino
+            with suppress(FileNotFoundError):
+                found[folder] = os.stat(folder).st_ino
     return found
 
 
