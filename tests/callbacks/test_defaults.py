@@ -1,4 +1,4 @@
-"""All default callbacks together, and ContextWarmup: a fit writes the tags that docs/training.md lists, and no other."""
+"""All default callbacks together, and ContextWarmup: a fit writes every tag of docs/training.md, and no other."""
 
 import re
 from pathlib import Path
