@@ -63,7 +63,7 @@ def copies(suffix: int, memory: int = 1_000_000) -> Callable[[list[int]], int | 
 
 def oracle_model(vocab_size: int, next_token: Callable[[list[int]], int | None]) -> LanguageModel:
     model = tiny_model(config={"vocab_size": vocab_size}, exact_val_batches=0, seq_len=None)
-    model.llama = Oracle(vocab_size, next_token)  # type: ignore[assignment]
+    model.llama = Oracle(vocab_size, next_token)
     return model
 
 

@@ -38,7 +38,7 @@ class Killed(BaseException):
 def whole_state(model: LanguageModel, batch: dict[str, Any]) -> dict[str, Any]:
     """All that decides how a training goes on, and how it came here, copied."""
     trainer = model.trainer
-    (ledger,) = (callback for callback in trainer.callbacks if isinstance(callback, Ledger))  # type: ignore[attr-defined]
+    (ledger,) = (callback for callback in trainer.callbacks if isinstance(callback, Ledger))
     (schedule,) = trainer.lr_scheduler_configs
     state = {
         "parameters": dict(model.state_dict()),
@@ -46,8 +46,8 @@ def whole_state(model: LanguageModel, batch: dict[str, Any]) -> dict[str, Any]:
         "schedule": schedule.scheduler.state_dict(),
         "random": random_state(),
         "tokens_seen": model.tokens_seen,
-        "data": trainer.datamodule.state_dict(),  # type: ignore[attr-defined]
-        "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},  # type: ignore[attr-defined]
+        "data": trainer.datamodule.state_dict(),
+        "callbacks": {callback.state_key: callback.state_dict() for callback in trainer.callbacks},
         "hashes of all batches": ledger._hashes,
         "batch": {key: value for key, value in batch.items() if key != "record"},
     }

@@ -364,7 +364,7 @@ class TestExitCodes:
             return step(model, batch, batch_idx)
 
         step_raises(KeyboardInterrupt())
-        LanguageModel.training_step = second_step_raises  # type: ignore[method-assign]
+        LanguageModel.training_step = second_step_raises
         code, _, err = muse.with_recipe("fit", *flags)
         assert code == 130
         assert err.splitlines()[-1] == f"interrupted at step 1, which is not saved; {rest}"

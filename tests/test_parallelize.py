@@ -51,7 +51,7 @@ class Counted(Dense):
 
     def forward(self, *args: Tensor, **options: object) -> Tensor:
         Counted.calls.append(self.layer_idx)
-        return super().forward(*args, **options)  # type: ignore[arg-type]
+        return super().forward(*args, **options)
 
 
 def train_step(

@@ -12,7 +12,7 @@ from muse_lightning.errors import UserError
     ("make", "message"),
     [
         (lambda: Muse(0, chunk=100), "Muse: chunk / query_cluster must be a power of two, got chunk=100"),
-        (lambda: Muse(0, selection="best"), "Muse: selection must be one of .*, centroid, got 'best'"),  # type: ignore[arg-type]
+        (lambda: Muse(0, selection="best"), "Muse: selection must be one of .*, centroid, got 'best'"),
         (lambda: SpatialBlocks(0, key_cluster=0), "SpatialBlocks: chunk / key_cluster must be a power of two"),
         (lambda: SlidingWindow(0, window=0), "SlidingWindow: window must be at least 1 token, got 0"),
         (

@@ -53,8 +53,8 @@ def test_a_model_of_both() -> None:
         model.configure_model()
     [batch] = batches(1, packed=False)
     with muse.llama.attention_as(lambda layer: Dense(layer) if layer == 1 else tiny_muse(layer)):
-        wanted = muse.token_nats(batch)  # type: ignore[arg-type]
-    nats = [model.token_nats(batch) for model in (muse, both)]  # type: ignore[arg-type]
+        wanted = muse.token_nats(batch)
+    nats = [model.token_nats(batch) for model in (muse, both)]
     assert torch.equal(nats[1], wanted)
     assert not torch.equal(nats[0], wanted)
     flops = [attention_flops_per_token(model.llama, [SEQ_LEN]) for model in (muse, both, both.twin(), exact)]

@@ -12,7 +12,7 @@ from tests.assertions import assert_as_accurate
 pytestmark = pytest.mark.gpu
 
 MUSE = {"chunk": 64, "query_cluster": 16, "key_cluster": 16, "top_k": 2, "exact_below": 0}
-STRATEGIES = [Dense(0), Muse(0, **MUSE), SpatialBlocks(0, **MUSE), SlidingWindow(0, window=50)]  # type: ignore[arg-type]
+STRATEGIES = [Dense(0), Muse(0, **MUSE), SpatialBlocks(0, **MUSE), SlidingWindow(0, window=50)]
 CU_SEQLENS = torch.tensor([0, 250, 300, 301, 301, 600] + [600] * 59, dtype=torch.int32)
 """Two rows of 300 tokens."""
 

@@ -57,7 +57,7 @@ def test_the_expected_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     trainer = SimpleNamespace(
         max_steps=100, global_step=40, world_size=2, strategy=SimpleNamespace(root_device=torch.device("cuda", 0))
     )
-    lines = list(under_test._steps(trainer, 1000, 6e6))  # type: ignore[arg-type]
+    lines = list(under_test._steps(trainer, 1000, 6e6))
     seconds = 60 * 1000 * 6e6 / (1e9 * ASSUMED_UTILISATION * 2)
     assert lines[-1].startswith(f"time: about 0:{seconds // 60:02.0f}:{seconds % 60:02.0f} at 40%")
 

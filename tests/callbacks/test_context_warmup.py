@@ -58,7 +58,7 @@ def test_pieces_double_until_rows_are_whole(tmp_path: Path, steps: int, start: i
 def test_it_is_a_training_on_the_pieces(tmp_path: Path, packed: bool) -> None:
     """The same weights, bit for bit, as from batches that came cut; and others than from whole rows."""
     items = batches(16, packed=packed)
-    cut = [{**item, "cu_seqlens": cut_documents(item, 12 if i < 8 else 24)} for i, item in enumerate(items)]  # type: ignore[arg-type]
+    cut = [{**item, "cu_seqlens": cut_documents(item, 12 if i < 8 else 24)} for i, item in enumerate(items)]
     models = [
         fit(tmp_path / name, warmup, data)[1]
         for name, warmup, data in (

@@ -45,7 +45,7 @@ def knows(*names: str) -> Any:
 def validate(folder: Path, next_token: Any, documents: bool = True, **options: Any) -> dict[str, float]:
     trainer = tiny_trainer(folder, callbacks=[IdentifierRecall(**options)])
     data = TinyData([], [batch_of(tokens(), documents)] * 2)
-    data.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
+    data.tokenizer = ByteTokenizer()
     trainer.validate(oracle_model(VOCAB, next_token), data, verbose=False)
     found = {tag: points[-1][1] for tag, points in scalars(trainer).items()}
     return {
@@ -83,7 +83,7 @@ def test_documents_are_told_apart(tmp_path: Path) -> None:
     batch["cu_seqlens"][1] = len(before)
     trainer = tiny_trainer(tmp_path, callbacks=[IdentifierRecall(min_distance=10)])
     data = TinyData([], [batch])
-    data.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
+    data.tokenizer = ByteTokenizer()
     trainer.validate(oracle_model(VOCAB, knows("load_all", "near_by")), data, verbose=False)
     assert scalars(trainer)["val/identifier_accuracy"] == [(0, 1.0)]
 
@@ -92,7 +92,7 @@ def test_names_are_asked_in_the_precision_of_the_run(tmp_path: Path) -> None:
     in_bfloat16: list[bool] = []
     trainer = tiny_trainer(tmp_path, callbacks=[IdentifierRecall(min_distance=10)], precision="bf16-mixed")
     data = TinyData([], [batch_of(tokens(), True)])
-    data.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
+    data.tokenizer = ByteTokenizer()
     model = oracle_model(VOCAB, lambda document: in_bfloat16.append(torch.is_autocast_enabled("cpu")))
     trainer.validate(model, data, verbose=False)
     assert in_bfloat16 == [True] * 2 * len(tokens())
@@ -116,7 +116,7 @@ def test_a_figure(tmp_path: Path) -> None:
 def test_nothing_to_find(tmp_path: Path, ids: list[int], caplog: pytest.LogCaptureFixture) -> None:
     trainer = tiny_trainer(tmp_path, callbacks=[IdentifierRecall()])
     data = TinyData([], [batch_of(ids, True)])
-    data.tokenizer = ByteTokenizer()  # type: ignore[attr-defined]
+    data.tokenizer = ByteTokenizer()
     with caplog.at_level("INFO"):
         trainer.validate(oracle_model(VOCAB, knows()), data, verbose=False)
     assert not [tag for tag in scalars(trainer) if "identifier" in tag]

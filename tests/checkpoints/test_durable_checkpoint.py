@@ -291,7 +291,7 @@ def full(checkpoint: DurableCheckpoint, failing: Callable[[int], bool]) -> Durab
             raise OSError(28, "No space left on device")
         write(state, path, **options)
 
-    checkpoint._io._write = fail  # type: ignore[method-assign]
+    checkpoint._io._write = fail
     return checkpoint
 
 
@@ -321,7 +321,7 @@ def test_a_checkpoint_that_was_not_saved_is_told_of_once(tmp_path: Path, capsys:
 
 def test_a_full_disk_at_the_end_is_tried_once_more_and_then_told(tmp_path: Path, handlers: Any) -> None:
     tries = []
-    checkpoint = full(DurableCheckpoint(tmp_path / "a"), lambda step: not tries.append(step))  # type: ignore[func-returns-value]
+    checkpoint = full(DurableCheckpoint(tmp_path / "a"), lambda step: not tries.append(step))
     with pytest.raises(StorageError, match=r"a/step=12.ckpt cannot be saved: No space left on device; earlier"):
         fit(tmp_path, checkpoint, limit_val_batches=0)
     assert tries == [12, 12]
@@ -338,7 +338,7 @@ def test_an_error_waits_for_the_writer(tmp_path: Path) -> None:
 
     checkpoint = DurableCheckpoint(tmp_path / "a", every_n_steps=3)
     write = checkpoint._io._write
-    checkpoint._io._write = lambda *args, **options: (time.sleep(0.2), write(*args, **options))  # type: ignore[method-assign, func-returns-value]
+    checkpoint._io._write = lambda *args, **options: (time.sleep(0.2), write(*args, **options))
     with pytest.raises(LookupError):
         fit(tmp_path, checkpoint, Fails(), limit_val_batches=0)
     assert manifest_path(tmp_path / "a" / "step=3.ckpt").exists()

@@ -209,7 +209,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
     may_write.clear()
     hold = tmp_path / "hold"
     write = io._write
-    io._write = lambda *args, **options: (may_write.wait(30), write(*args, **options))  # type: ignore[method-assign]
+    io._write = lambda *args, **options: (may_write.wait(30), write(*args, **options))
     io.save_checkpoint(state, hold / "step=1.ckpt")
     assert io.is_busy
     state["state_dict"]["weight"].zero_()

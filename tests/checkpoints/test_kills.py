@@ -80,12 +80,12 @@ def killed_at(number: int, moment: str, folder: Path, count_file: Path) -> int:
         return os.kill(os.getpid(), signal.SIGKILL)
 
     real = {"open": builtins.open, "fsync": os.fsync, "replace": os.replace, "unlink": Path.unlink}
-    builtins.open = lambda path, mode="r", **o: (  # type: ignore[assignment]
+    builtins.open = lambda path, mode="r", **o: (
         KilledFile(step(lambda: real["open"](path, mode, **o)), step) if "x" in mode else real["open"](path, mode, **o)
     )
     os.fsync = lambda descriptor: step(lambda: real["fsync"](descriptor))
-    os.replace = lambda source, target: step(lambda: real["replace"](source, target))  # type: ignore[assignment]
-    Path.unlink = lambda path, missing_ok=False: step(lambda: real["unlink"](path, missing_ok))  # type: ignore[method-assign]
+    os.replace = lambda source, target: step(lambda: real["replace"](source, target))
+    Path.unlink = lambda path, missing_ok=False: step(lambda: real["unlink"](path, missing_ok))
     retention = Retention(2, keep_best=True)
     retention.add(1)
     retention.add(2)

@@ -40,7 +40,7 @@ def test_labels_and_their_bytes(blocks: Blocks) -> None:
 def test_mistakes(dataset: Path, change: dict[str, object], message: str) -> None:
     arguments = {"split": "val", "seq_len": SEQ_LEN, "count": 1, "document_mask": True, "vocab_size": 264, **change}
     with pytest.raises(UserError, match=message):
-        read_blocks(dataset, **arguments)  # type: ignore[arg-type]
+        read_blocks(dataset, **arguments)
 
 
 class TestTokenizer:

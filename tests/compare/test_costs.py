@@ -49,7 +49,7 @@ def test_every_setting_is_timed(llama: Llama, blocks: Blocks, settings: list[Set
     found = middle_layer(llama, blocks.batches[0])
     runs = Runs()
     assert costs.attention_times(settings, found, runs, LAYERS).keys() == names
-    gradients = [[x.shape for x in result] for result in runs.results.values()]  # type: ignore[attr-defined]
+    gradients = [[x.shape for x in result] for result in runs.results.values()]
     assert gradients == [[found.q.shape, found.k.shape, found.v.shape]] * len(names)
     assert costs.forward_times(llama, settings, blocks.batches[0], Runs()).keys() == names
     assert type(llama.blocks[0].self_attn.attention).__name__ == "Dense"

@@ -20,7 +20,7 @@ DENSE, MUSE_SETTING, BLOCKS, WINDOW, *SWEPT = make_settings(
 
 
 def found(setting: object, rise: float, error: float | None, pairs: float, ms: float | None = None) -> Found:
-    return Found(setting, Losses([1.0], [1], [1], [], []), (rise, error), pairs, attention_ms=ms)  # type: ignore[arg-type]
+    return Found(setting, Losses([1.0], [1], [1], [], []), (rise, error), pairs, attention_ms=ms)
 
 
 FOUND = [

@@ -25,7 +25,7 @@ def test_the_baselines_match_muse() -> None:
 def test_a_windowed_model_is_compared_with_its_own_attention() -> None:
     exact = make_settings(MUSE, 12, 40, None, LAYERS)[0]
     assert exact.name == "exact, window 40"
-    assert exact.attention(0).window == 40  # type: ignore[attr-defined]
+    assert exact.attention(0).window == 40
     assert exact.recipe == {"class_path": "SlidingWindow", "init_args": {"window": 40}}
 
 
@@ -56,8 +56,8 @@ def test_a_grid_of_exact_layers() -> None:
     ]
     last = [each.attention(layer) for each in swept[-1:] for layer in range(3)]
     assert [type(strategy) for strategy in last] == [SlidingWindow, Muse, SlidingWindow]
-    assert last[0].window == 40  # type: ignore[attr-defined]
-    assert last[1].options["top_k"] == 2  # type: ignore[attr-defined]
+    assert last[0].window == 40
+    assert last[1].options["top_k"] == 2
 
 
 @pytest.mark.parametrize(
@@ -72,4 +72,4 @@ def test_a_grid_of_exact_layers() -> None:
 )
 def test_mistakes(muse: object, grid: Grid | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_settings(muse, 12, None, grid, LAYERS)  # type: ignore[arg-type]
+        make_settings(muse, 12, None, grid, LAYERS)

@@ -32,7 +32,7 @@ class MemoryUnit(SourceUnit):
     """Paths that are given for licences only."""
 
     @property
-    def size(self) -> int:  # type: ignore[override]  # known from the content
+    def size(self) -> int:  # known from the content
         return sum(len(content) for _, files in self.repositories for content in files.values())
 
     def read(self, limits: ReadLimits) -> Iterator[Repository]:

@@ -36,7 +36,7 @@ class Square(Job):
     size: int = 10
 
     @property
-    def key(self) -> str:  # type: ignore[override]  # follows from the number
+    def key(self) -> str:  # follows from the number
         return f"n{self.number}"
 
     def run(self, folder: Path, context: Any, meter: Meter) -> dict[str, Any]:

@@ -261,7 +261,7 @@ class Endless(http.server.BaseHTTPRequestHandler):
         self.do_HEAD()
         with contextlib.suppress(OSError):
             while True:
-                self.server.sent += self.wfile.write(bytes(1 << 20))  # type: ignore[attr-defined]
+                self.server.sent += self.wfile.write(bytes(1 << 20))
 
     def log_message(self, *arguments: object) -> None:
         pass

@@ -43,7 +43,7 @@ def test_reading_draws_nothing_from_the_generator_of_the_training(data: TokenDat
     data.num_workers = num_workers
     before = torch.get_rng_state()
     for loader in (data.train_dataloader(), data.val_dataloader()):
-        next(iter(loader))  # type: ignore[call-overload]
+        next(iter(loader))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -84,7 +84,7 @@ def outputs_and_gradients(name: str, implementation: str) -> list[Tensor]:
             key_cluster=16,
             top_k=1,
             exact_below=0,
-            implementation=implementation,  # type: ignore[arg-type]
+            implementation=implementation,
         )
         assert isinstance(out, Tensor)
         return [out.detach(), *torch.autograd.grad(out.sin().sum(), qkv)]

@@ -14,8 +14,8 @@ from tests.tiny import batches, tiny_model
 class Scaled(Dense):
     """Exact attention times (1 + layer): its relative squared error is layer^2."""
 
-    def forward(self, *qkv: Tensor, **options: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(*qkv, **options) * (1 + self.layer_idx)  # type: ignore[arg-type]
+    def forward(self, *qkv: Tensor, **options: Tensor) -> Tensor:
+        return super().forward(*qkv, **options) * (1 + self.layer_idx)
 
 
 def test_relative_squared_error() -> None:

@@ -34,7 +34,7 @@ def fit(
         data = TinyData(batches(steps * accumulate, batch_size=1))
         trainer.fit(tiny_model(**OPTIONS), data, ckpt_path=ckpt_path, weights_only=True)
     finally:
-        guard.planter = planter  # type: ignore[attr-defined]
+        guard.planter = planter
     return trainer, planter
 
 
@@ -78,7 +78,7 @@ def test_stops_after_so_many_in_a_row(tmp_path: Path, accumulate: int, is_last: 
             accumulate_grad_batches=accumulate,
         )
     assert str(found.value) == message
-    states = guard.planter.states  # type: ignore[attr-defined]
+    states = guard.planter.states
     assert len(states) in (6, 7)
     checkpoint = read_failed_step(tmp_path / "numerics" / "step=4.replay.ckpt")
     # Of the step before the first that was skipped.

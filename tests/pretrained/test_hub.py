@@ -29,7 +29,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def __init__(self, folder: Path, asked: list[str], *args: object) -> None:
         self.folder, self.asked = folder, asked
-        super().__init__(*args)  # type: ignore[arg-type]
+        super().__init__(*args)
 
     def do_GET(self) -> None:
         self.answer(with_body=True)

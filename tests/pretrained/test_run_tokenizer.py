@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        Muse(folder, None)  # type: ignore[arg-type]  # writes the recipe and repositories
+        Muse(folder, None)  # writes the recipe and repositories
         bpe_tokenizer(*SPECIAL).save("tok.json")
         assert main(["fit", "-c", "recipe.yaml", "--data.tokenizer=tok.json"]) == 0
     return folder

@@ -68,7 +68,7 @@ def train(
         devices=1,
         max_steps=2,
         accumulate_grad_batches=accumulate,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         callbacks=list(callbacks),
         gradient_clip_val=1.0,
         logger=False,
@@ -124,7 +124,7 @@ class Alive(TorchDispatchMode):
 @pytest.mark.parametrize("levers", LEVERS, ids=SHORT)
 def test_muse_against_storages_that_are_alive(levers: dict[str, Any]) -> None:
     """What its reference takes inside is no part of the prediction, which is for kernels."""
-    model = a_model(far_muse, **levers)  # type: ignore[arg-type]
+    model = a_model(far_muse, **levers)
     with Alive() as alive:
         train(model, 2, "bf16-mixed")
     assert predicted(model, accumulate=2, precision="bf16-mixed").total == within_a_hundredth(alive.peak)
@@ -201,7 +201,7 @@ def test_what_is_compiled_keeps_less_where_it_keeps_everything(levers: dict[str,
 def test_kernels_may_be_asked_for_by_name() -> None:
     attention = partial(Muse, chunk=64, query_cluster=16, key_cluster=16, exact_below=64, top_k=2)
     auto, named = (
-        predicted(a_model(partial(attention, implementation=name)), device_type="cuda", seq_len=512)  # type: ignore[arg-type]
+        predicted(a_model(partial(attention, implementation=name)), device_type="cuda", seq_len=512)
         for name in ("auto", "triton")
     )
     assert named == auto

@@ -212,7 +212,7 @@ def opened() -> Iterator[list[str]]:
     global _opened
     if not getattr(sys, "_muse_audit", False):
         sys.addaudithook(_note_opened)
-        sys._muse_audit = True  # type: ignore[attr-defined]
+        sys._muse_audit = True
     _opened = []
     yield _opened
     _opened = None

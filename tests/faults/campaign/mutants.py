@@ -131,7 +131,7 @@ def manifest_hash_not_checked() -> None:
         def __ne__(self, other: object) -> bool:
             return False
 
-    read, hash_of = module.Manifest.read.__func__, module._hash_of  # type: ignore[attr-defined]
+    read, hash_of = module.Manifest.read.__func__, module._hash_of
 
     def wrong(cls: type, checkpoint: Any) -> Any:
         vars(module)["_hash_of"] = lambda fields: Fits()

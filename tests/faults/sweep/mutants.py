@@ -26,12 +26,12 @@ from tests.faults.sweep.training import STEPS
 
 def _replace_atomic_file(function: Callable[..., Iterator[BinaryIO]]) -> None:
     for module in (durable_io, manifest):
-        module.atomic_file = contextmanager(function)  # type: ignore[attr-defined]
+        module.atomic_file = contextmanager(function)
 
 
 def _no_fsync_where(is_skipped: Callable[[int], bool]) -> None:
     fsync = os.fsync
-    os.fsync = lambda file: None if is_skipped(os.fstat(file).st_mode) else fsync(file)  # type: ignore[arg-type]
+    os.fsync = lambda file: None if is_skipped(os.fstat(file).st_mode) else fsync(file)
 
 
 def no_fsync_of_files() -> None:
@@ -100,7 +100,7 @@ def manifest_first() -> None:
         if then is not None:
             then()
 
-    DurableCheckpointIO._write = write  # type: ignore[method-assign]
+    DurableCheckpointIO._write = write
 
 
 def write_errors_swallowed() -> None:
@@ -113,7 +113,7 @@ def write_errors_swallowed() -> None:
         self.size += len(data)
         return len(data)
 
-    durable_io._HashedFile.write = write  # type: ignore[method-assign]
+    durable_io._HashedFile.write = write
 
 
 def fsync_errors_swallowed() -> None:
@@ -129,7 +129,7 @@ def fsync_errors_swallowed() -> None:
 
 def failure_not_said() -> None:
     """A save that fails is passed over in silence, as Lightning does with a PermissionError."""
-    DurableCheckpointIO._save = lambda self, checkpoint, path, **options: _quietly(  # type: ignore[method-assign]
+    DurableCheckpointIO._save = lambda self, checkpoint, path, **options: _quietly(
         lambda: self._write(checkpoint, path, **options)
     )
 
@@ -149,23 +149,19 @@ def room_made_before_the_save() -> None:
             retention.remove_checkpoint(choice.step_path(path.parent, step))
         write(self, checkpoint, path, **options)
 
-    DurableCheckpointIO._write = remove_and_write  # type: ignore[method-assign]
+    DurableCheckpointIO._write = remove_and_write
 
 
 def one_kept() -> None:
     """Only the newest stays."""
     make = Retention.__init__
-    Retention.__init__ = (  # type: ignore[method-assign]
-        lambda self, keep_last, keep_best, resumed=None: make(self, 1, keep_best, resumed)
-    )
+    Retention.__init__ = lambda self, keep_last, keep_best, resumed=None: make(self, 1, keep_best, resumed)
 
 
 def best_not_kept() -> None:
     """The one with the lowest loss goes like any other."""
     make = Retention.__init__
-    Retention.__init__ = (  # type: ignore[method-assign]
-        lambda self, keep_last, keep_best, resumed=None: make(self, keep_last, False, resumed)
-    )
+    Retention.__init__ = lambda self, keep_last, keep_best, resumed=None: make(self, keep_last, False, resumed)
 
 
 def data_removed_first() -> None:
@@ -188,7 +184,7 @@ def unreadable_means_damaged() -> None:
         except OSError:
             return None
 
-    Retention._whole = whole_or_none  # type: ignore[method-assign]
+    Retention._whole = whole_or_none
 
 
 def saves_not_awaited() -> None:
@@ -200,9 +196,9 @@ def saves_not_awaited() -> None:
             time.sleep(1.0)
         write(self, checkpoint, path, **options)
 
-    DurableCheckpointIO._write = write_slowly  # type: ignore[method-assign]
-    DurableCheckpoint._finish = lambda self, trainer: None  # type: ignore[method-assign]
-    DurableCheckpointIO.teardown = lambda self: None  # type: ignore[method-assign]
+    DurableCheckpointIO._write = write_slowly
+    DurableCheckpoint._finish = lambda self, trainer: None
+    DurableCheckpointIO.teardown = lambda self: None
 
 
 def leftovers_stay() -> None:

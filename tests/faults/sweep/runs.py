@@ -288,7 +288,7 @@ def problems_of_damage(root: Path, scene: Scene, suffix: str, damage: Callable[[
 
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
     **{
-        f"bit flipped at {part}/8": lambda content, part=part: _flipped(content, len(content) * part // 8)  # type: ignore[misc]
+        f"bit flipped at {part}/8": lambda content, part=part: _flipped(content, len(content) * part // 8)
         for part in range(8)
     },
     "cut to half": lambda content: content[: len(content) // 2],

@@ -98,5 +98,5 @@ def train(folder: Path, io: DurableCheckpointIO, confirmed: Any, max_steps: int,
             Confirming(confirmed, dirpath=folder, every_n_minutes=None, is_asynchronous=io.is_asynchronous),
         ],
     )
-    batches = torch.utils.data.DataLoader([0] * 2 * RESUMED_STEPS)  # type: ignore[arg-type]
+    batches = torch.utils.data.DataLoader([0] * 2 * RESUMED_STEPS)
     trainer.fit(Descending(), batches, batches, ckpt_path=ckpt_path)

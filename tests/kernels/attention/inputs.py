@@ -14,7 +14,7 @@ def random_qkv(
     """q [B, H, N, D], k, v [B, H_kv, N, D] with gradient; float64 unless told otherwise."""
     kwargs = {"dtype": torch.float64, **kwargs}
     shapes = [(batch, n, num_tokens, head_dim) for n in (heads, kv_heads, kv_heads)]
-    return tuple(torch.randn(shape, **kwargs).requires_grad_() for shape in shapes)  # type: ignore[return-value]
+    return tuple(torch.randn(shape, **kwargs).requires_grad_() for shape in shapes)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, cu_seqlens: Tensor | None = None) -> Tensor:

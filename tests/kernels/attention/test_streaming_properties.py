@@ -374,9 +374,7 @@ def test_the_operators_are_registered_soundly(bounds: list[int] | None, device: 
 
 def changed(qkv: QKV, first: int) -> QKV:
     """Copies in which tokens from `first` on are others, and large."""
-    return tuple(  # type: ignore[return-value]
-        torch.cat([x[:, :, :first], 3 * torch.randn_like(x[:, :, first:])], dim=2) for x in qkv
-    )
+    return tuple(torch.cat([x[:, :, :first], 3 * torch.randn_like(x[:, :, first:])], dim=2) for x in qkv)
 
 
 @pytest.mark.parametrize(
@@ -453,7 +451,7 @@ def test_what_is_not_finite_reaches_later_outputs_alone(which: int, value: float
     options = with_clusters_held(clean)
     spoilt = tuple(x.clone() for x in clean)
     spoilt[which][:, :, 100, 3] = value
-    before, after = (attend(qkv, **options) for qkv in (clean, spoilt))  # type: ignore[arg-type]
+    before, after = (attend(qkv, **options) for qkv in (clean, spoilt))
     untouched = 100 if which == K else 64
     for found, wanted in zip(after, before, strict=True):
         assert torch.equal(found[:, :, :untouched], wanted[:, :, :untouched])
@@ -504,12 +502,12 @@ def test_what_is_not_finite_leaves_earlier_chunks_and_other_documents_alone(
     cu_seqlens = cumulative(TWO_DOCUMENTS, device)
     spoilt = tuple(x.clone() for x in clean)
     spoilt[which][:, :, 70] = value
-    after = results(spoilt, dout, cu_seqlens=cu_seqlens, **KERNELS)  # type: ignore[arg-type]
+    after = results(spoilt, dout, cu_seqlens=cu_seqlens, **KERNELS)
     for found, wanted in zip(after, before, strict=True):
         assert torch.equal(found[:, :, 130:], wanted[:, :, 130:])
     assert torch.equal(after[0][:, :, :64], before[0][:, :, :64])
     assert not after[0][:, :, 70].isfinite().any()
-    _, _, clusters = run_forward(spoilt, cu_seqlens, KERNELS)  # type: ignore[arg-type]
+    _, _, clusters = run_forward(spoilt, cu_seqlens, KERNELS)
     for order in clusters[:2]:
         assert sorted(order[order >= 0].tolist()) == list(range(200))
 
@@ -528,7 +526,7 @@ def extreme(kind: str, q: Tensor, k: Tensor, v: Tensor) -> QKV:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         case "norms of 1e4":
             return with_norm(q, 1e4), with_norm(k, 1e4), with_norm(v, 1e4)
-    return tuple(100 * (2 * torch.rand_like(x) - 1) for x in (q, k, v))  # type: ignore[return-value]
+    return tuple(100 * (2 * torch.rand_like(x) - 1) for x in (q, k, v))
 
 
 @pytest.mark.parametrize("top_k", [0, 2])

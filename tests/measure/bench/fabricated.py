@@ -64,7 +64,7 @@ def settings(**changes: object) -> Settings:
         "uses_recorded": False,
         "peers": ("flash", "nsa", "reference"),
     }
-    return Settings(**(values | changes))  # type: ignore[arg-type]
+    return Settings(**(values | changes))
 
 
 def results() -> Results:

@@ -69,7 +69,7 @@ class TestCommandLine:
     def test_a_red_check_ends_with_code_1(self, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
         def wrong(*qkv: Tensor, **options: Any) -> Any:
             factor = 1.1 if options["implementation"] == "auto" else 1.0
-            return muse_attention(*qkv, **options) * factor  # type: ignore[operator]
+            return muse_attention(*qkv, **options) * factor
 
         monkeypatch.setattr(gate, "muse_attention", wrong)
         flags = ["--check_only=true", "--heads=2", "--kv_heads=1", "--head_dim=16"]

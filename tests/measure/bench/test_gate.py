@@ -47,7 +47,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch, wrong: Tamper) -> None:
 
 
 def test_a_wrong_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    replaced(monkeypatch, lambda *qkv, **options: muse_attention(*qkv, **options) * 1.03)  # type: ignore[operator]
+    replaced(monkeypatch, lambda *qkv, **options: muse_attention(*qkv, **options) * 1.03)
     failed = {check.name for check in checks() if not check.is_passed}
     assert "out (mean)" in failed
 

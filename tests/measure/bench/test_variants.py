@@ -26,7 +26,7 @@ HEADS = Heads(4, 2, 16, torch.float32)
 
 def problem(num_tokens: int = 256, lengths: list[int] | None = None, **options: object) -> Problem:
     cu_seqlens = cumulative_lengths(lengths) if lengths else None
-    return Problem(random_inputs(num_tokens, HEADS, "cpu"), replace(SMALL, **options), cu_seqlens)  # type: ignore[arg-type]
+    return Problem(random_inputs(num_tokens, HEADS, "cpu"), replace(SMALL, **options), cu_seqlens)
 
 
 @pytest.mark.parametrize("name", ["muse", "reference"])
@@ -36,7 +36,7 @@ def test_muse(name: str, lengths: list[int] | None) -> None:
     variant = make_variant(name, given)
     assert variant.name == name
     options = {"chunk": 64, "query_cluster": 16, "key_cluster": 16, "top_k": 2, "exact_below": 0}
-    expected = muse_attention(*given.qkv, cu_seqlens=given.cu_seqlens, **options)  # type: ignore[arg-type]
+    expected = muse_attention(*given.qkv, cu_seqlens=given.cu_seqlens, **options)
     assert isinstance(expected, Tensor)
     torch.testing.assert_close(variant.forward(), expected)
     assert [g.shape for g in variant.forward_backward()] == [x.shape for x in given.qkv]
@@ -76,12 +76,12 @@ def test_nsa_gets_tokens_first_and_few_key_heads(monkeypatch: pytest.MonkeyPatch
     asked = {}
 
     def parallel_nsa(q: Tensor, k: Tensor, v: Tensor, **options: Tensor | int) -> Tensor:
-        asked.update(options, shapes=[list(x.shape) for x in (q, k, v)])  # type: ignore[arg-type]
+        asked.update(options, shapes=[list(x.shape) for x in (q, k, v)])
         gates = options["g_cmp"] + options["g_slc"]
-        return q * gates.unsqueeze(-1) + (k + v).repeat_interleave(16, dim=2)  # type: ignore[union-attr]
+        return q * gates.unsqueeze(-1) + (k + v).repeat_interleave(16, dim=2)
 
     module = ModuleType("fla.ops.nsa.parallel")
-    module.parallel_nsa = parallel_nsa  # type: ignore[attr-defined]
+    module.parallel_nsa = parallel_nsa
     for name in ("fla", "fla.ops", "fla.ops.nsa"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "fla.ops.nsa.parallel", module)
