@@ -47,7 +47,7 @@ def print_config(*files: Path) -> dict[str, Any]:
 def test_all_recipes_are_found() -> None:
     assert len(WHOLE) == 15
     assert len(DENSE) == 7
-    assert len(OVERLAYS) == 4
+    assert len(OVERLAYS) == 3
     assert len(DATA) == 5
     assert len(SOURCES) == 3
     assert len(list(RECIPES.rglob("*.yaml"))) == len(WHOLE) + len(OVERLAYS) + len(DATA) + len(SOURCES)
@@ -85,12 +85,14 @@ def test_every_leaf_is_a_parameter(recipe: Path) -> None:
             assert normalised(parsed[path]) == normalised(value), path
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in WHOLE if recipe.stem != "demo"], ids=lambda path: path.stem)
-def test_short_contexts_first_leave_time_for_whole_rows(recipe: Path) -> None:
-    (callback,) = yaml.safe_load((RECIPES / "overlays/context_warmup.yaml").read_text())["trainer"]["callbacks+"]
+@pytest.mark.parametrize("recipe", WHOLE, ids=lambda path: path.stem)
+def test_short_contexts_come_first_where_a_model_starts_from_nothing(recipe: Path) -> None:
     stated = yaml.safe_load(recipe.read_text())
-    assert callback["init_args"]["start"] < stated["data"]["seq_len"]
-    assert callback["init_args"]["steps"] < 0.6 * stated["trainer"]["max_steps"]
+    found = {each["class_path"]: each.get("init_args") for each in stated["trainer"].get("callbacks", [])}
+    assert ("ContextWarmup" in found) != ("weights" in stated["model"])
+    if arguments := found.get("ContextWarmup"):
+        assert arguments["start"] < stated["data"]["seq_len"]
+        assert arguments["steps"] < 0.6 * stated["trainer"]["max_steps"]
 
 
 @pytest.mark.parametrize("recipe", DATA, ids=lambda path: path.stem)

@@ -25,7 +25,7 @@ class ContextWarmup(L.Callback):
         steps: optimizer steps until rows are whole.
         start: tokens of the first pieces.
     Raises:
-        UserError: a value below 1; or, when the training starts, pieces no shorter than a row.
+        UserError: a value below 1; or, when the training starts, a second callback of this kind.
     Source: SkyLadder (arXiv 2503.15450), which lets the length grow linearly; Li et al. (arXiv 2108.06084).
 
     Example:
@@ -40,8 +40,20 @@ class ContextWarmup(L.Callback):
         self.start = start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say so where the training ends before rows are whole."""
-        if self.steps >= trainer.max_steps:
+        """Say so where rows are whole from the first step on, or never.
+
+        Raises:
+            UserError: another callback cuts rows as well.
+        """
+        others = [each.steps for each in trainer.callbacks if isinstance(each, ContextWarmup)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise UserError(f"trainer.callbacks has {len(others)} of ContextWarmup, of steps {others}; accepted: one")
+        seq_len = getattr(pl_module, "seq_len", None)
+        if seq_len is not None and self.start >= seq_len:
+            rank_zero_info(
+                f"ContextWarmup: rows are whole from the first step on; start is {self.start}, data.seq_len {seq_len}"
+            )
+        elif self.steps >= trainer.max_steps:
             rank_zero_info(
                 f"ContextWarmup: rows are whole after {self.steps} steps; the training ends before, trainer.max_steps "
                 f"is {trainer.max_steps}"
@@ -50,14 +62,8 @@ class ContextWarmup(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        """Cut the batch, in place.
-
-        Raises:
-            UserError: pieces no shorter than a row.
-        """
+        """Cut the batch, in place."""
         seq_len = batch["input_ids"].shape[1]
-        if self.start >= seq_len:
-            raise UserError(f"ContextWarmup: start is {self.start}; accepted: below data.seq_len, {seq_len}")
         length = self.length(trainer.global_step, seq_len)
         if length < seq_len:
             batch["cu_seqlens"] = cut_documents(cast(Batch, batch), length)
@@ -72,5 +78,7 @@ class ContextWarmup(L.Callback):
 
     def length(self, step: int, seq_len: int) -> int:
         """Tokens of a piece in optimizer step `step`, from 0, of rows of `seq_len`."""
+        if self.start >= seq_len:
+            return seq_len
         doublings = math.ceil(math.log2(seq_len / self.start))
         return min(seq_len, self.start << min(doublings, doublings * step // self.steps))

@@ -101,6 +101,18 @@ def test_mistakes(options: dict[str, int]) -> None:
         ContextWarmup(**options)
 
 
-def test_pieces_as_long_as_rows(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"ContextWarmup: start is 48; accepted: below data.seq_len, 48"):
-        fit(tmp_path, [ContextWarmup(8, SEQ_LEN)], batches(4))
+@pytest.mark.parametrize("start", [SEQ_LEN, 5 * SEQ_LEN])
+def test_rows_no_longer_than_the_first_pieces_are_whole(
+    tmp_path: Path, start: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        watch, _, _ = fit(tmp_path, [ContextWarmup(8, start)], batches(4, packed=False), max_steps=2)
+    assert [length for _, length in watch.seen] == [SEQ_LEN] * 4
+    line = f"ContextWarmup: rows are whole from the first step on; start is {start}, data.seq_len {SEQ_LEN}"
+    assert [message for message in caplog.messages if "ContextWarmup" in message] == [line]
+
+
+def test_two_of_them(tmp_path: Path) -> None:
+    line = r"trainer.callbacks has 2 of ContextWarmup, of steps \[3, 5\]; accepted: one"
+    with pytest.raises(UserError, match=line):
+        fit(tmp_path, [ContextWarmup(3, 12), ContextWarmup(5, 12)], batches(4))
