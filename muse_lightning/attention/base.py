@@ -1,5 +1,6 @@
 """AttentionStrategy: the contract between a layer, which owns the projections, and what it does with q, k and v."""
 
+import inspect
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -57,3 +58,8 @@ class AttentionStrategy(nn.Module):
             has_documents: the documents are packed, `cu_seqlens` is given; else each is a row.
         """
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The arguments kept under their own names, for `print` and `muse info`. Override it to show others."""
+        names = inspect.signature(type(self)).parameters
+        return ", ".join(f"{name}={vars(self)[name]}" for name in names if name != "layer_idx" and name in vars(self))

@@ -1,5 +1,6 @@
 """Multipole Semantic Attention as a strategy: the reason for this project."""
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -102,3 +103,9 @@ class Muse(AttentionStrategy):
     def pairs(self, lengths: Sequence[int], *, has_documents: bool = False) -> float:
         options = MuseOptions(**self.options)
         return sum(muse_pairs(length, options, has_documents=has_documents).training for length in lengths)
+
+    def extra_repr(self) -> str:
+        """The two options that decide cost and error most, and the arguments that are not left at their defaults."""
+        accepted = inspect.signature(type(self)).parameters
+        given = [name for name, value in self.options.items() if name in accepted and value != accepted[name].default]
+        return ", ".join(f"{name}={self.options[name]}" for name in dict.fromkeys(["chunk", "top_k", *given]))

@@ -1,6 +1,6 @@
-"""What `muse info` says of a recipe: sizes, work, and memory by part."""
+"""What `muse info` says of a recipe: sizes, attention, work, and memory by part."""
 
-from muse_lightning.attention import Dense
+from muse_lightning.attention import Dense, describe_layers
 from muse_lightning.measure.flops import training_flops_per_token
 from muse_lightning.measure.info import GIB, MIB
 from muse_lightning.training.memory import PHASES, step_memory
@@ -32,6 +32,7 @@ def recipe_report(
     memory = step_memory(model, batch_size=batch_size, seq_len=seq_len, accumulate=accumulate, precision=precision)
     lines = [
         f"parameters: {parameters:,}",
+        f"attention: {describe_layers([block.self_attn.attention for block in model.llama.blocks])}",
         f"tokens per step and device: {tokens:,} = {batch_size} x {seq_len:,} x {accumulate} accumulated",
         f"training FLOPs per token: {flops:.3e} at a context of one document ({dense:.3e} with dense attention)",
         f"memory per GPU: {shown(memory.total)} at the peak, in the {PHASES[memory.phase]}; nothing sharded",

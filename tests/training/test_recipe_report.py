@@ -10,7 +10,7 @@ from muse_lightning.training.recipe_report import recipe_report
 
 def test_report_of_a_recipe() -> None:
     report = recipe_report(
-        LanguageModel(load_preset("1b"), Muse),
+        LanguageModel(load_preset("1b"), Muse, exact_layers=(0, -1)),
         batch_size=2,
         seq_len=65536,
         accumulate=4,
@@ -18,8 +18,9 @@ def test_report_of_a_recipe() -> None:
         has_documents=False,
     ).splitlines()
     assert report[0] == "parameters: 1,235,814,400"  # as published for Llama 3.2 1B
-    assert report[1] == "tokens per step and device: 524,288 = 2 x 65,536 x 4 accumulated"
-    sizes = dict(line.strip().split(": ") for line in report[3:])
+    assert report[1] == "attention: Muse(chunk=2048, top_k=12), Dense in layers 0 and 15"
+    assert report[2] == "tokens per step and device: 524,288 = 2 x 65,536 x 4 accumulated"
+    sizes = dict(line.strip().split(": ") for line in report[4:])
     assert sizes["parameters"] == "4.60 GiB"
     assert sizes["optimizer"] == "9.21 GiB"
     assert list(sizes)[1:] == ["parameters", "optimizer", "gradients", "forward", "loss", "backward"]
@@ -36,7 +37,7 @@ def test_flops_of_a_recipe_are_those_of_its_documents() -> None:
             accumulate=1,
             precision="bf16-mixed",
             has_documents=has_documents,
-        ).splitlines()[2]
+        ).splitlines()[3]
         for has_documents in (True, False)
     )
     flops, dense = re.findall(r"\d\.\d+e\+\d+", whole)

@@ -1,0 +1,34 @@
+"""The attention of a model in one line."""
+
+from collections.abc import Sequence
+
+from muse_lightning.attention.base import AttentionStrategy
+
+
+def describe_layers(strategies: Sequence[AttentionStrategy]) -> str:
+    """What a reader of a report is told: classes with their `extra_repr`, and which layers have another than most.
+
+    Args:
+        strategies: one per layer, in order.
+    Returns:
+        For instance "Muse(chunk=2048, top_k=12), Dense in layers 0 and 15".
+    """
+    layers: dict[str, list[int]] = {}
+    for layer, strategy in enumerate(strategies):
+        arguments = " ".join(strategy.extra_repr().split())
+        layers.setdefault(type(strategy).__name__ + (f"({arguments})" if arguments else ""), []).append(layer)
+    (most, _), *others = sorted(layers.items(), key=lambda item: -len(item[1]))
+    return ", ".join([most, *(f"{name} in {_numbers(found)}" for name, found in others)])
+
+
+def _numbers(layers: Sequence[int]) -> str:
+    """Ascending numbers, three and more in a row as "4 to 9"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    said = [text for run in runs for text in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    listed = " and ".join(filter(None, [", ".join(said[:-1]), said[-1]]))
+    return f"layer {listed}" if len(layers) == 1 else f"layers {listed}"
