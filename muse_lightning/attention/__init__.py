@@ -2,9 +2,18 @@
 
 from muse_lightning.attention.base import AttentionStrategy
 from muse_lightning.attention.dense import Dense
-from muse_lightning.attention.exact import exact_attention, exact_in
+from muse_lightning.attention.exact import exact_attention, exact_in, layer_numbers
 from muse_lightning.attention.muse import Muse
 from muse_lightning.attention.sliding_window import SlidingWindow
 from muse_lightning.attention.spatial_blocks import SpatialBlocks
 
-__all__ = ["AttentionStrategy", "Dense", "Muse", "SlidingWindow", "SpatialBlocks", "exact_attention", "exact_in"]
+__all__ = [
+    "AttentionStrategy",
+    "Dense",
+    "Muse",
+    "SlidingWindow",
+    "SpatialBlocks",
+    "exact_attention",
+    "exact_in",
+    "layer_numbers",
+]
