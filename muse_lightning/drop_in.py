@@ -11,7 +11,7 @@ User's page: docs/transformers.md.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from muse_lightning.attention import AttentionStrategy, Muse, SlidingWindow
+from muse_lightning.attention import AttentionStrategy, Dense, Muse, SlidingWindow, layer_numbers
 from muse_lightning.errors import UserError, suggestion
 
 FEWEST_DOCUMENTS = 64
@@ -43,6 +43,8 @@ class _Found(NamedTuple):
 class _Registered(NamedTuple):
     name: str
     muse: AttentionStrategy
+    exact: AttentionStrategy
+    exact_layers: tuple[int, ...]
     sdpa: Callable[..., tuple[Tensor, None]]
     """transformers' attention function of this name; `sdpa_mask` makes its masks."""
     sdpa_mask: Callable[..., Tensor | None]
@@ -50,11 +52,13 @@ class _Registered(NamedTuple):
     """The function that stands for a causal mask and nothing else."""
 
 
-def register_with_transformers(name: str = "muse", **options: Any) -> None:
+def register_with_transformers(name: str = "muse", *, exact_layers: Sequence[int] = (), **options: Any) -> None:
     """Make MuSe attention available to transformers under a name, for models loaded or already loaded.
 
     Args:
         name: what `attn_implementation` will be called. The same name again replaces the options.
+        exact_layers: numbers of layers that attend exactly instead, from 0; negative ones count from the last, -1. A
+            layer that a model does not have is a ValueError when it is called.
         options: those of `muse_lightning.attention.Muse`: chunk, top_k, exact_below, ...
     Raises:
         ValueError: an option does not exist or its value is not accepted, or the name cannot be used.
@@ -72,12 +76,16 @@ def register_with_transformers(name: str = "muse", **options: Any) -> None:
     accepted = set(inspect.signature(Muse).parameters) - {"layer_idx"}
     for option in options:
         if option not in accepted:
-            raise ValueError(f"{option} is no option of MuSe attention{suggestion(option, accepted)}")
+            raise ValueError(
+                f"{option} is no option of MuSe attention{suggestion(option, {*accepted, 'exact_layers'})}"
+            )
     try:
         muse = Muse(0, **options)
     except UserError as error:
         raise ValueError(str(error)) from None
-    registered = _Registered(name, muse, sdpa_attention_forward, sdpa_mask, causal_mask_function)
+    registered = _Registered(
+        name, muse, Dense(0), tuple(exact_layers), sdpa_attention_forward, sdpa_mask, causal_mask_function
+    )
     AttentionInterface.register(name, partial(_attend, registered))
     AttentionMaskInterface.register(name, partial(_mask, registered))
 
@@ -265,12 +273,28 @@ def _attend(
         cu_seqlens = cu_seqlens if found is None else found
     # A window that reaches over the whole row is none.
     has_window = sliding_window is not None and sliding_window < num_tokens
-    strategy = SlidingWindow(0, cast(int, sliding_window)) if has_window else registered.muse
+    strategy = SlidingWindow(0, cast(int, sliding_window)) if has_window else _strategy(registered, module)
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = strategy(query, key, value, softmax_scale=softmax_scale, cu_seqlens=cu_seqlens)
     if is_hidden is not None:
         out = out.masked_fill(is_hidden[:, None, :, None], 0)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _strategy(registered: _Registered, module: nn.Module) -> AttentionStrategy:
+    if not registered.exact_layers:
+        return registered.muse
+    layer, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if layer is None or num_layers is None:
+        raise ValueError(
+            f"{_shown(registered)}: {type(module).__name__} does not say which layer it is; accepted: no exact_layers"
+        )
+    try:
+        exact_layers = layer_numbers(registered.exact_layers, num_layers, "exact_layers")
+    except UserError as error:
+        raise ValueError(f"{_shown(registered)}: {error}") from None
+    return registered.exact if layer in exact_layers else registered.muse
 
 
 def _check(registered: _Registered, module: nn.Module, dropout: float, is_causal: bool, others: dict[str, Any]) -> None:

@@ -36,11 +36,16 @@ def exact_in(
     Raises:
         UserError: a layer that the model does not have.
     """
+    numbers = layer_numbers(layers, num_layers, option)
+    exact = exact_attention(window)
+    return lambda layer: exact(layer) if layer in numbers else attention(layer)
+
+
+def layer_numbers(layers: Sequence[int], num_layers: int, option: str) -> set[int]:
+    """Numbers from 0 of layers of which some are counted from the last, -1. Raises as `exact_in`."""
     for layer in layers:
         if not -num_layers <= layer < num_layers:
             raise UserError(
                 f"{option} names layer {layer}; accepted: 0 to {num_layers - 1}, or from the end -1 to {-num_layers}"
             )
-    numbers = {layer % num_layers for layer in layers}
-    exact = exact_attention(window)
-    return lambda layer: exact(layer) if layer in numbers else attention(layer)
+    return {layer % num_layers for layer in layers}

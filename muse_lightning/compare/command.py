@@ -36,6 +36,7 @@ def compare(
     document_mask: bool | None = None,
     muse: MuseOptions = DEFAULT_MUSE,
     window: int | None = None,
+    exact_layers: tuple[int, ...] = (0, -1),
     detailed_blocks: int = 1,
     gradients: bool = True,
     sweep: bool = False,
@@ -60,6 +61,8 @@ def compare(
         document_mask: Whether documents in a block are told apart; null is as a run was trained, and false for others.
         muse: Options of MuSe; the spatial blocks have the same sizes and retrieve as many keys.
         window: Tokens that the sliding window sees; null is MuSe's chunk.
+        exact_layers: MuSe and its baselines are evaluated once more with these layers exact, as model.exact_layers of
+            the recipes has them; [] is not.
         detailed_blocks: Blocks on which the error of each head and the mass are measured, at least 1.
         gradients: Measure how the loss's gradient agrees with exact attention's, on one block.
         sweep: Try a grid of MuSe's options, and recommend the cheapest that keeps the loss.
@@ -92,6 +95,7 @@ def compare(
         config.sliding_window,
         grid if sweep else None,
         config.num_hidden_layers,
+        exact_layers,
     )
     place = _device(device)
     precision = _dtype(dtype, place)

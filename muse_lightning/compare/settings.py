@@ -24,7 +24,7 @@ class Setting:
     Attributes:
         name: For tables.
         attention: Makes the strategy of a layer.
-        muse: Options of `muse_attention`, where that is what it calls.
+        muse: Options of `muse_attention`, where that is what every layer calls.
         recipe: `model.attention` of a recipe that trains with it.
         exact_layers: its `model.exact_layers`; `attention` has them.
         elsewhere: `attention` of the other layers.
@@ -84,9 +84,15 @@ class Grid:
 
 
 def make_settings(
-    muse: MuseOptions, window: int, exact_window: int | None, grid: Grid | None, num_layers: int
+    muse: MuseOptions,
+    window: int,
+    exact_window: int | None,
+    grid: Grid | None,
+    num_layers: int,
+    exact_layers: tuple[int, ...] = (),
 ) -> list[Setting]:
-    """Exact attention first, then MuSe, its baselines, and the points of the grid that are not among them.
+    """Exact attention first, then MuSe and its baselines, these with some layers exact, and the points of the grid that
+    are not among them.
 
     Args:
         muse: MuSe's options; the spatial blocks get as many chunks, clusters and retrieved keys.
@@ -94,6 +100,7 @@ def make_settings(
         exact_window: the window that the model's own attention has; None: it sees everything.
         grid: None: no sweep.
         num_layers: of the model.
+        exact_layers: `model.exact_layers` of the second ones; none, or all that there are: they are left out.
     Raises:
         UserError: an option that is not a recipe's, or a value that is not accepted.
     """
@@ -124,21 +131,29 @@ def make_settings(
     ]
     for setting in settings:
         setting.attention(0)  # A value that is not accepted shows here, not when its turn comes.
+    with_exact = partial(_with_exact_layers, num_layers=num_layers, window=exact_window)
+    named = ", ".join(map(str, exact_layers))
+    again = [with_exact(each, exact_layers, option="exact_layers") for each in settings[1:]]
+    if 0 < len({layer % num_layers for layer in exact_layers}) < num_layers:
+        settings += [replace(each, name=f"{each.name}; exact {named}", muse=None) for each in again]
     if grid is None:
         return settings
-    for point, exact_layers in grid.points(muse):
-        if (point, exact_layers) == (muse, ()):
+    there = {each.exact_layers for each in settings}
+    for point, layers in grid.points(muse):
+        if point == muse and layers in there:
             continue
-        values = asdict(point) | {"exact_layers": list(exact_layers)}
+        values = asdict(point) | {"exact_layers": list(layers)}
         name = ", ".join(f"{option} {values[option]}" for option in grid.varied(muse))
-        setting = _muse_setting(name, point)
-        attention = exact_in(
-            exact_layers, setting.attention, num_layers=num_layers, window=exact_window, option="grid.exact_layers"
-        )
-        settings.append(
-            replace(setting, attention=attention, exact_layers=exact_layers, elsewhere=setting.attention, is_swept=True)
-        )
+        swept = with_exact(_muse_setting(name, point), layers, option="grid.exact_layers")
+        settings.append(replace(swept, is_swept=True))
     return settings
+
+
+def _with_exact_layers(
+    setting: Setting, layers: tuple[int, ...], *, num_layers: int, window: int | None, option: str
+) -> Setting:
+    attention = exact_in(layers, setting.attention, num_layers=num_layers, window=window, option=option)
+    return replace(setting, attention=attention, exact_layers=layers, elsewhere=setting.attention)
 
 
 def _muse_setting(name: str, options: MuseOptions) -> Setting:

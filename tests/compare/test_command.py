@@ -51,6 +51,22 @@ def test_a_sweep_from_model_to_recipe(
     assert f"top_k: {recommended['attention']['init_args']['top_k']}\n" in capsys.readouterr().out
 
 
+def test_once_more_with_an_exact_layer(folder: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    arguments = [f"--model={folder}", f"--data={dataset}", *OPTIONS, "--exact_layers=[-1]", f"--out={out}"]
+    assert main(["compare", *arguments]) == 0
+    found = {each["name"]: each for each in json.loads((out / "compare.json").read_text())["settings"]}
+    assert list(found)[4:] == ["Muse; exact -1", "SpatialBlocks; exact -1", "SlidingWindow 16; exact -1"]
+    for name in list(found)[1:4]:
+        alone, again = found[name], found[f"{name}; exact -1"]
+        first, last = again["relative_squared_error_by_layer_and_head"]
+        assert last == [0.0] * len(last)
+        assert first == alone["relative_squared_error_by_layer_and_head"][0]
+        assert again["pairs_over_exact"] == pytest.approx((alone["pairs_over_exact"] + 1) / 2)
+        assert alone["gradient_cosine"] != again["gradient_cosine"] < 1
+        assert again["exact_layers"] == [-1]
+
+
 def test_without_a_setting_under_the_limit(
     folder: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +101,7 @@ def test_a_model_with_a_window_is_compared_with_itself(
         ("--device=cuda", "device: cuda found, but PyTorch sees no GPU"),
         ("--muse.causal=false", "muse.causal: False found"),
         ("--muse.chunk=24", "chunk / query_cluster must be a power of two"),
+        ("--exact_layers=[2]", "exact_layers names layer 2; accepted: 0 to 1, or from the end -1 to -2"),
         ("--window=0", "window must be at least 1 token"),
         ("--grid.top_k=[1]", "grid: it is used by a sweep alone"),
         ("--out=tests", "out: tests exists already"),

@@ -60,6 +60,36 @@ def test_a_grid_of_exact_layers() -> None:
     assert last[1].options["top_k"] == 2
 
 
+def test_all_once_more_with_exact_layers() -> None:
+    settings = make_settings(MUSE, 12, None, None, 3, (0, -1))
+    kinds = [[type(each.attention(layer)) for layer in range(3)] for each in settings]
+    approximations = [Muse, SpatialBlocks, SlidingWindow]
+    assert kinds == [
+        [Dense] * 3,
+        *([kind] * 3 for kind in approximations),
+        *([Dense, kind, Dense] for kind in approximations),
+    ]
+    assert [each.name for each in settings[4:]] == [f"{each.name}; exact 0, -1" for each in settings[1:4]]
+    assert [each.recipe for each in settings[4:]] == [each.recipe for each in settings[1:4]]
+    assert [each.exact_layers for each in settings] == [()] * 4 + [(0, -1)] * 3
+
+
+@pytest.mark.parametrize(("layers", "exact"), [(2, (0, -1)), (1, (0, -1)), (1, (0,)), (3, ())])
+def test_not_where_no_layer_or_every_layer_would_be_exact(layers: int, exact: tuple[int, ...]) -> None:
+    assert len(make_settings(MUSE, 12, None, None, layers, exact)) == 4
+
+
+def test_a_grid_does_not_repeat_them() -> None:
+    grid = Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(1, 2), exact_layers=((), (0, -1)))
+    swept = make_settings(MUSE, 12, None, grid, 3, (0, -1))[7:]
+    assert [each.name for each in swept] == ["top_k 2, exact_layers []", "top_k 2, exact_layers [0, -1]"]
+
+
+def test_exact_layers_that_are_not_there() -> None:
+    with pytest.raises(UserError, match="exact_layers names layer 3; accepted: 0 to 2"):
+        make_settings(MUSE, 12, None, None, 3, (3,))
+
+
 @pytest.mark.parametrize(
     ("muse", "grid", "message"),
     [

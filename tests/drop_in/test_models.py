@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from muse_kernels import muse_attention
+from muse_lightning.drop_in import register_with_transformers
 from tests.assertions import relative_error
 from tests.drop_in.examples import (
     APPROXIMATE,
@@ -105,6 +108,29 @@ def test_the_layers_scale_is_used(scaling: float | None, softmax_scale: float) -
 def test_a_window_is_exact_in_an_approximate_model() -> None:
     model = make_model("mistral-window")
     assert_same(run(model, "muse", BATCHES["both"]), run(model, "sdpa", BATCHES["both"]))
+
+
+@pytest.mark.parametrize(
+    "batch", [BATCHES["plain"], BATCHES["both"], BATCHES["packed"]], ids=["plain", "both", "packed"]
+)
+def test_exact_layers(batch: dict[str, Any]) -> None:
+    model = make_model("llama", num_hidden_layers=3)
+    register_with_transformers("muse_between", **APPROXIMATE, exact_layers=(0, -1))
+    register_with_transformers("muse_nowhere", **APPROXIMATE, exact_layers=(0, 1, -1))
+
+    def recorded(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **others: Any) -> Any:
+        found = {
+            name: AttentionInterface()[name](module, q, k, v, mask, **others)[0] for name in ("muse", "muse_exact")
+        }
+        out, weights = AttentionInterface()["muse_between"](module, q, k, v, mask, **others)
+        same = [name for name, wanted in found.items() if relative_error(out, wanted) < 1e-9]
+        assert same == ["muse" if module.layer_idx == 1 else "muse_exact"]
+        return out, weights
+
+    AttentionInterface.register("muse_recorded", recorded)
+    AttentionMaskInterface.register("muse_recorded", AttentionMaskInterface()["muse_between"])
+    run(model, "muse_recorded", batch)
+    assert_same(run(model, "muse_nowhere", batch), run(model, "sdpa", batch))
 
 
 def test_a_saved_model_is_loaded_with_it(tmp_path: Path) -> None:

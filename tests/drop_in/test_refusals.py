@@ -96,6 +96,7 @@ def test_what_a_layer_may_not_ask_for(asked: dict[str, Any], message: str) -> No
     ("name", "options", "message"),
     [
         ("muse", {"topk": 4}, "topk is no option of MuSe attention; nearest: top_k"),
+        ("muse", {"exact_layer": (0,)}, "exact_layer is no option of MuSe attention; nearest: exact_layers"),
         ("muse", {"layer_idx": 4}, "layer_idx is no option"),
         ("muse", {"chunk": 100}, "chunk / query_cluster must be a power of two, got chunk=100"),
         ("sdpa", {}, "name must be an identifier that transformers has no attention for, got 'sdpa'"),
@@ -109,6 +110,24 @@ def test_wrong_registrations_are_refused(name: str, options: dict[str, Any], mes
     with pytest.raises(ValueError, match=re.escape(message)):
         register_with_transformers(name, **options)
     assert AttentionInterface._global_mapping == before
+
+
+def test_exact_layers_that_a_model_does_not_have() -> None:
+    register_with_transformers("muse_deep", **APPROXIMATE, exact_layers=(0, 2))
+    model = make_model("llama")
+    model.set_attn_implementation("muse_deep")
+    line = r'attn_implementation="muse_deep": exact_layers names layer 2; accepted: 0 to 1, or from the end -1 to -2'
+    with pytest.raises(ValueError, match=line):
+        model(torch.randint(64, (1, LENGTH)))
+
+
+def test_exact_layers_of_a_module_that_has_no_number() -> None:
+    register_with_transformers("muse_deep", **APPROXIMATE, exact_layers=(0,))
+    layer = make_model("llama").model.layers[0].self_attn
+    del layer.layer_idx
+    q, k, v = (torch.randn(1, heads, LENGTH, 8) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match=r"LlamaAttention does not say which layer it is; accepted: no exact_layers"):
+        AttentionInterface()["muse_deep"](layer, q, k, v, None)
 
 
 def test_the_same_name_again_replaces_the_options() -> None:
