@@ -1,14 +1,13 @@
 """What a fit is about to do, in a few lines."""
 
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 
 import lightning as L
 import torch
 
-from muse_lightning.attention import Dense
+from muse_lightning.attention import Dense, describe_layers
 from muse_lightning.errors import UserError
 from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
@@ -61,12 +60,11 @@ def _model(trainer: L.Trainer, module: LanguageModel) -> Iterator[str]:
     source = trainer.ckpt_path or module.weights
     weights = f"from {source}" if source else "fresh weights"
     yield f"model: {parameters:,} parameters, {module.config.num_hidden_layers} layers, {weights}"
-    names = Counter(type(block.self_attn.attention).__name__ for block in module.llama.blocks)
+    strategies = [block.self_attn.attention for block in module.llama.blocks]
     kernels = attention_kernels()
-    kind = kernels["exact"] if list(names) == ["Dense"] else kernels["muse"]
+    kind = kernels["exact"] if all(type(strategy) is Dense for strategy in strategies) else kernels["muse"]
     around = "compiled" if module.compiled else "not compiled"
-    found = [f"{count} x {name}" for name, count in names.items()] if len(names) > 1 else names
-    yield f"attention: {', '.join(found)}, by {kind}; around it {around}; {_kept(module)}"
+    yield f"attention: {describe_layers(strategies)}, by {kind}; around it {around}; {_kept(module)}"
 
 
 def _kept(module: LanguageModel) -> str:

@@ -20,7 +20,8 @@ def test_a_fit_says_what_it_is_about_to_do(muse: Muse) -> None:
     assert code == 0, err
     said = dict(line.split(": ", 1) for line in err.splitlines() if ": " in line)
     assert said["model"].startswith("9,808 parameters, 2 layers, fresh weights")
-    assert said["attention"].startswith("Muse, by plain PyTorch")
+    assert said["attention"].startswith("Muse(chunk=")
+    assert "), by plain PyTorch" in said["attention"]
     assert said["attention"].endswith("around it not compiled; recompute=block, recompute_every=2, mlp_tiles=4")
     assert said["context"] == "32 tokens, 2 rows per device and micro-batch; documents told apart"
     assert said["steps"] == "0 to 2, 192 tokens each, 384 in all"
@@ -44,10 +45,11 @@ def test_a_resumed_fit_counts_what_is_left(muse: Muse) -> None:
     assert f"{attention / (weights + attention):.0%} of it attention; in all 100% of exact attention's" in err
 
 
-def test_layers_of_each_kind_of_attention_are_counted(muse: Muse) -> None:
+def test_layers_of_each_kind_of_attention_are_named(muse: Muse) -> None:
     code, _, err = muse.with_recipe("fit", "--model.exact_layers=[0,-1]", "--model.config.num_hidden_layers=3")
     assert code == 0, err
-    assert "attention: 2 x Dense, 1 x Muse, by " in err
+    assert "attention: Dense, Muse(" in err
+    assert ") in layer 1, by plain PyTorch" in err
 
 
 def test_the_expected_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
