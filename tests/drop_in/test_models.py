@@ -110,6 +110,13 @@ def test_a_window_is_exact_in_an_approximate_model() -> None:
     assert_same(run(model, "muse", BATCHES["both"]), run(model, "sdpa", BATCHES["both"]))
 
 
+@pytest.mark.parametrize("name", ["mistral-window", "mistral-wide-window", "qwen2-windows"])
+def test_exact_layers_have_the_window_of_the_model(name: str) -> None:
+    model = make_model(name)
+    register_with_transformers("muse_nowhere", **APPROXIMATE, exact_layers=(0, -1))
+    assert_same(run(model, "muse_nowhere", BATCHES["both"]), run(model, "sdpa", BATCHES["both"]))
+
+
 @pytest.mark.parametrize(
     "batch", [BATCHES["plain"], BATCHES["both"], BATCHES["packed"]], ids=["plain", "both", "packed"]
 )
