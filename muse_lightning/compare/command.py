@@ -62,7 +62,7 @@ def compare(
         muse: Options of MuSe; the spatial blocks have the same sizes and retrieve as many keys.
         window: Tokens that the sliding window sees; null is MuSe's chunk.
         exact_layers: MuSe and its baselines are evaluated once more with these layers exact, as model.exact_layers of
-            the recipes has them; [] is not.
+            the recipes has them; not with [], nor where the model has no other layers.
         detailed_blocks: Blocks on which the error of each head and the mass are measured, at least 1.
         gradients: Measure how the loss's gradient agrees with exact attention's, on one block.
         sweep: Try a grid of MuSe's options, and recommend the cheapest that keeps the loss.

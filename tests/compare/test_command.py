@@ -65,6 +65,7 @@ def test_once_more_with_an_exact_layer(folder: Path, dataset: Path, tmp_path: Pa
         assert again["pairs_over_exact"] == pytest.approx((alone["pairs_over_exact"] + 1) / 2)
         assert alone["gradient_cosine"] != again["gradient_cosine"] < 1
         assert again["exact_layers"] == [-1]
+        assert again["mass_near_retrieved_summaries"] is None  # of a layer that is exact it would be MuSe's
 
 
 def test_without_a_setting_under_the_limit(

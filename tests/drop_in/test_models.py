@@ -110,6 +110,13 @@ def test_a_window_is_exact_in_an_approximate_model() -> None:
     assert_same(run(model, "muse", BATCHES["both"]), run(model, "sdpa", BATCHES["both"]))
 
 
+@pytest.mark.parametrize("name", ["mistral-window", "mistral-wide-window", "qwen2-windows"])
+def test_exact_layers_have_the_window_of_the_model(name: str) -> None:
+    model = make_model(name)
+    register_with_transformers("muse_nowhere", **APPROXIMATE, exact_layers=(0, -1))
+    assert_same(run(model, "muse_nowhere", BATCHES["both"]), run(model, "sdpa", BATCHES["both"]))
+
+
 @pytest.mark.parametrize(
     "batch", [BATCHES["plain"], BATCHES["both"], BATCHES["packed"]], ids=["plain", "both", "packed"]
 )
@@ -118,6 +125,8 @@ def test_exact_layers(batch: dict[str, Any]) -> None:
     register_with_transformers("muse_between", **APPROXIMATE, exact_layers=(0, -1))
     register_with_transformers("muse_nowhere", **APPROXIMATE, exact_layers=(0, 1, -1))
 
+    layers = []
+
     def recorded(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **others: Any) -> Any:
         found = {
             name: AttentionInterface()[name](module, q, k, v, mask, **others)[0] for name in ("muse", "muse_exact")
@@ -125,11 +134,13 @@ def test_exact_layers(batch: dict[str, Any]) -> None:
         out, weights = AttentionInterface()["muse_between"](module, q, k, v, mask, **others)
         same = [name for name, wanted in found.items() if relative_error(out, wanted) < 1e-9]
         assert same == ["muse" if module.layer_idx == 1 else "muse_exact"]
+        layers.append(module.layer_idx)
         return out, weights
 
     AttentionInterface.register("muse_recorded", recorded)
     AttentionMaskInterface.register("muse_recorded", AttentionMaskInterface()["muse_between"])
     run(model, "muse_recorded", batch)
+    assert layers == [0, 1, 2]
     assert_same(run(model, "muse_nowhere", batch), run(model, "sdpa", batch))
 
 

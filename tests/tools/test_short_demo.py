@@ -30,6 +30,11 @@ def test_it_is_the_demo_but_for_its_values(muse: Muse) -> None:
     changed = {key: value for key, value in short.items() if value != whole[key]}
     assert changed == leaves(yaml.safe_load(SHORT.read_text(encoding="utf-8")))
     assert short["trainer.max_steps"] < whole["trainer.max_steps"] / 5
+    kinds, options = zip(
+        *((each["class_path"], each.get("init_args")) for each in short["trainer.callbacks"]), strict=True
+    )
+    assert list(kinds) == [each["class_path"] for each in whole["trainer.callbacks"]]
+    assert options[-1]["steps"] <= short["trainer.max_steps"] / 2, "no row would be whole, and none approximate"
 
 
 @pytest.mark.parametrize("script", [".ci/run", "tools/check_dist.sh"])
