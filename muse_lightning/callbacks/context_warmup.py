@@ -40,7 +40,7 @@ class ContextWarmup(L.Callback):
         self.start = start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say so where rows are whole from the first step on, or never.
+        """Say when rows are whole: after how many steps, from the first one on, or never.
 
         Raises:
             UserError: another callback cuts rows as well.
@@ -57,6 +57,11 @@ class ContextWarmup(L.Callback):
             rank_zero_info(
                 f"ContextWarmup: rows are whole after {self.steps} steps; the training ends before, trainer.max_steps "
                 f"is {trainer.max_steps}"
+            )
+        elif seq_len is not None and trainer.global_step < self.steps:
+            rank_zero_info(
+                f"ContextWarmup: rows are cut into pieces of {self.length(trainer.global_step, seq_len):,} tokens, "
+                f"doubled until they are whole after {self.steps} steps"
             )
 
     def on_train_batch_start(
