@@ -73,6 +73,9 @@ def register_with_transformers(name: str = "muse", *, exact_layers: Sequence[int
     # transformers reads more than a name out of "flash", "|", "/" and the like.
     if not name.isidentifier() or "flash" in name or name == "eager" or (taken is not None and not is_ours):
         raise ValueError(f"name must be an identifier that transformers has no attention for, got {name!r}")
+    numbers = exact_layers if isinstance(exact_layers, Sequence) else (None,)
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in numbers):
+        raise ValueError(f"exact_layers must be numbers of layers, such as (0, -1), got {exact_layers!r}")
     accepted = set(inspect.signature(Muse).parameters) - {"layer_idx"}
     for option in options:
         if option not in accepted:

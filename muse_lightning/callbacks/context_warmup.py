@@ -13,13 +13,13 @@ from muse_lightning.training.log_step import ends_step, is_log_step
 
 
 class ContextWarmup(L.Callback):
-    """Trains the first steps on rows that are cut into pieces which do not see each other: of `start` tokens, doubled
-    at equal intervals until rows are whole.
+    """Cuts the rows of the first steps into pieces that do not see each other, doubled until rows are whole.
 
-    A model that sees tens of thousands of tokens from its first step on is slow to learn which of them matter. Tokens,
-    their order and the shape of batches stay, and validation always has whole rows. Pieces are attended as packed
-    documents are: by MuSe exactly, up to its `exact_below`. Logs `train/context`, the tokens of a piece, on every rank
-    alike. A function of the optimizer step alone: a run that is resumed goes on where it was.
+    The first are of `start` tokens; they double at equal intervals. A model that sees tens of thousands of tokens from
+    its first step on is slow to learn which of them matter. Tokens, their order and the shape of batches stay, and
+    validation always has whole rows. Pieces are attended as packed documents are: by MuSe exactly, up to its
+    `exact_below`. Logs `train/context`, the tokens of a piece, on every rank alike. A function of the optimizer step
+    alone: a run that is resumed goes on where it was.
 
     Args:
         steps: optimizer steps until rows are whole.
@@ -40,7 +40,7 @@ class ContextWarmup(L.Callback):
         self.start = start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say so where rows are whole from the first step on, or never.
+        """Say when rows are whole: after how many steps, from the first one on, or never.
 
         Raises:
             UserError: another callback cuts rows as well.
@@ -57,6 +57,11 @@ class ContextWarmup(L.Callback):
             rank_zero_info(
                 f"ContextWarmup: rows are whole after {self.steps} steps; the training ends before, trainer.max_steps "
                 f"is {trainer.max_steps}"
+            )
+        elif seq_len is not None and trainer.global_step < self.steps:
+            rank_zero_info(
+                f"ContextWarmup: rows are cut into pieces of {self.length(trainer.global_step, seq_len):,} tokens, "
+                f"doubled until they are whole after {self.steps} steps"
             )
 
     def on_train_batch_start(

@@ -10,8 +10,9 @@ from muse_lightning.training.run_folder import RunFolder
 
 
 class EnvironmentFile(L.Callback):
-    """Writes `environment.json` once the data is known, before the first step; of a run that goes on,
-    `environment.step=N.json`. `muse reproduce` compares them.
+    """Writes `environment.json` once the data is known, before the first step.
+
+    Of a run that goes on it is `environment.step=N.json`. `muse reproduce` compares them.
 
     Args:
         folder: of the run.

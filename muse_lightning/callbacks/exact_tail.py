@@ -12,8 +12,10 @@ from muse_lightning.training.module import LanguageModel
 
 
 class ExactTail(L.Callback):
-    """Switches every layer to exact attention for the last steps: the state dict is the same, so that the optimizer and
-    its moments go on. A run that is resumed in its tail goes on there.
+    """Switches every layer to exact attention for the last steps.
+
+    The state dict is the same, so that the optimizer and its moments go on. A run that is resumed in its tail goes on
+    there.
 
     Args:
         fraction: the tail as a part of trainer.max_steps; at least the last step.

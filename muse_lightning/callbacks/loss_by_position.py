@@ -16,13 +16,13 @@ from muse_lightning.training.totals import Totals
 
 
 class LossByPosition(L.Callback):
-    """Draws the figure `val/loss_by_position` at each validation, writes its points as `val/loss_by_position/N`, and
-    logs `val/loss_short` and `val/loss_long`.
+    """Draws the figure `val/loss_by_position` at each validation and logs `val/loss_short` and `val/loss_long`.
 
-    A prediction at position i of its document sees i + 1 tokens; losses are averaged over 1, 2-3, 4-7, 8-15, ... tokens
-    in sight, over all batches and ranks; N is the first number of each. `val/loss_short` is the mean over predictions
-    that see at most `short_context` tokens, which a long context must not spoil; `val/loss_long` that over those that
-    see more than half the context; each is left out where there are none.
+    The points of the figure are logged as `val/loss_by_position/N`. A prediction at position i of its document sees i +
+    1 tokens; losses are averaged over 1, 2-3, 4-7, 8-15, ... tokens in sight, over all batches and ranks; N is the
+    first number of each. `val/loss_short` is the mean over predictions that see at most `short_context` tokens, which a
+    long context must not spoil; `val/loss_long` that over those that see more than half the context; each is left out
+    where there are none.
 
     Args:
         short_context: tokens.

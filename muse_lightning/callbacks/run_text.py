@@ -12,8 +12,9 @@ NOT_SHOWN = "distributions"
 
 
 class RunText(L.Callback):
-    """Writes the texts `run/config`, which is `config.yaml`, and `run/environment`, at the step that each start begins
-    with.
+    """Writes the texts `run/config`, which is `config.yaml`, and `run/environment`, once for each start.
+
+    They are at the step that it begins with.
 
     Args:
         config: YAML.

@@ -20,12 +20,12 @@ from muse_lightning.errors import RetryError, StorageError, UserError, reason_of
 
 
 class DurableCheckpoint(Checkpoint):
-    """Saves `checkpoints/step=N.ckpt` with its manifest: before each validation, at the end, by the two intervals, and
-    on SIGTERM, after which the training stops with exit code 75, and SIGUSR1, after which it goes on.
+    """Saves `checkpoints/step=N.ckpt` with its manifest, at intervals, before validations, on signals, at the end.
 
-    Always between two optimizer steps, on all ranks alike; the first writes. There is no `last.ckpt`: which is the
-    newest or the best follows from the manifests. Lightning's ModelCheckpoint is no base of it: that removes and links
-    files by rules of its own, and each of its hooks would have to be overridden.
+    SIGTERM stops the training with exit code 75 once it is saved; after SIGUSR1 it goes on. Always between two
+    optimizer steps, on all ranks alike; the first writes. There is no `last.ckpt`: which is the newest or the best
+    follows from the manifests. Lightning's ModelCheckpoint is no base of it: that removes and links files by rules of
+    its own, and each of its hooks would have to be overridden.
 
     Args:
         dirpath: where they go, a folder for this run alone; None: `checkpoints` in the folder of the run.

@@ -200,7 +200,7 @@ class ConfigCheck:
             return None
         merged = Spec(cls or (old.cls if old else accepted.classes[0]), path, accepted.positional)
         if old is not None:
-            self._keep_arguments(old, merged, layer, is_restart=spec.get("init_args") == {})
+            self._keep_arguments(old, merged, layer, given=spec.get("init_args"))
         shown = path if dataclasses.is_dataclass(merged.cls) else f"{path}.init_args"
         given = spec.get("init_args") or {}
         if isinstance(given, Mapping):
@@ -216,8 +216,9 @@ class ConfigCheck:
             return Spec(_import(action.default["class_path"]), path, accepted_by(action._typehint).positional)
         return None
 
-    def _keep_arguments(self, old: Spec, new: Spec, layer: Layer, is_restart: bool) -> None:
-        """Carry arguments over to the new class, which must take all of them unless the layer says `init_args: {}`."""
+    def _keep_arguments(self, old: Spec, new: Spec, layer: Layer, given: Any) -> None:
+        """Carry arguments over to the new class, which must take all of them unless the layer gives it `init_args: {}`;
+        its own then come with a later layer."""
         if new.cls is old.cls:
             new.args, new.sources = dict(old.args), dict(old.sources)
             return
@@ -226,12 +227,14 @@ class ConfigCheck:
             if name in hints and _refusal(hints[name], value) is None:
                 new.args[name], new.sources[name] = value, old.sources.get(name, "")
         dropped = [name for name in old.args if name not in new.args]
-        if dropped and not is_restart:
+        if dropped and given != {}:
             names = " and ".join(f"{name}={old.args[name]!r}" for name in dropped)
             source = old.sources.get(dropped[0], "earlier")
+            arguments = [f"{new.path}.{name}" for name in given] if isinstance(given, Mapping) else []
+            own = f", then {' and '.join(arguments)} in a flag or file after it" if arguments else ""
             raise UserError(
                 f"{new.path}: {new.cls.__name__} does not take {names}, given to {old.cls.__name__} ({source}); "
-                f"to drop it, write {new.path}: {{class_path: {new.cls.__name__}, init_args: {{}}}}"
+                f"to drop it, write {new.path}: {{class_path: {new.cls.__name__}, init_args: {{}}}}{own}"
             )
 
     def _find_class(self, name: Any, accepted: Accepted, path: str, layer: Layer) -> type | None:

@@ -29,13 +29,12 @@ _LAG = 1
 
 
 class NumericsGuard(L.Callback):
-    """Skips each optimizer step whose loss or gradient norm is not finite on any rank, and stops a run that has
-    nothing else.
+    """Skips each optimizer step whose loss or gradient norm is not finite, and stops a run that has nothing else.
 
-    A step that is skipped changes no parameter and no state of the optimizer, its count of steps included. What the
-    host counts goes on: position in the data, `global_step`, learning rate, `train/tokens`. All is decided on the
-    device; the host reads it a step later, so a run stops a step late, which is skipped too whatever its numbers. With
-    `precision: 16-mixed` gradients that overflow are the loss scaler's, and count here only
+    Any rank decides for all. A step that is skipped changes no parameter and no state of the optimizer, its count of
+    steps included. What the host counts goes on: position in the data, `global_step`, learning rate, `train/tokens`.
+    All is decided on the device; the host reads it a step later, so a run stops a step late, which is skipped too
+    whatever its numbers. With `precision: 16-mixed` gradients that overflow are the loss scaler's, and count here only
     where the scale has come down to 1.
 
     Args:

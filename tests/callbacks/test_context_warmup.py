@@ -1,6 +1,7 @@
 """Which pieces a step is trained on, and that it is a training on such pieces."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -93,6 +94,17 @@ def test_a_training_that_ends_before(
         fit(tmp_path, [ContextWarmup(steps, 12)], batches(4), max_steps=2)
     line = f"ContextWarmup: rows are whole after {steps} steps; the training ends before, trainer.max_steps is 2"
     assert caplog.messages.count(line) == is_said
+
+
+@pytest.mark.parametrize(("step", "tokens"), [(0, 12), (3, 24), (4, None)])
+def test_what_it_does_is_said(step: int, tokens: int | None, caplog: pytest.LogCaptureFixture) -> None:
+    """The pieces with which the training, or what is left of it, begins."""
+    warmup, model = ContextWarmup(4, 12), SimpleNamespace(seq_len=SEQ_LEN)
+    trainer = SimpleNamespace(callbacks=[warmup], global_step=step, max_steps=8)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        warmup.on_train_start(trainer, model)  # type: ignore[arg-type]
+    line = f"ContextWarmup: rows are cut into pieces of {tokens} tokens, doubled until they are whole after 4 steps"
+    assert [message for message in caplog.messages if "ContextWarmup" in message] == [line] * (tokens is not None)
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 5, "start": 0}])

@@ -241,9 +241,23 @@ class TestAnotherClass:
         "to drop it, write model.attention: {class_path: Near, init_args: {}}"
     )
 
-    @pytest.mark.parametrize("flag", ["Near", "{class_path: Near}", "{class_path: Near, init_args: {kind: slow}}"])
-    def test_arguments_it_has_not_are_an_error(self, parse: Callable[..., str | None], flag: str) -> None:
-        assert parse(["--config=a.yaml", f"--model.attention={flag}"], a=self.FAR) == self.LINE
+    @pytest.mark.parametrize(
+        ("flag", "then"),
+        [
+            ("Near", ""),
+            ("{class_path: Near}", ""),
+            (
+                "{class_path: Near, init_args: {kind: slow}}",
+                ", then model.attention.kind in a flag or file after it",
+            ),
+        ],
+    )
+    def test_arguments_it_has_not_are_an_error(self, parse: Callable[..., str | None], flag: str, then: str) -> None:
+        assert parse(["--config=a.yaml", f"--model.attention={flag}"], a=self.FAR) == self.LINE + then
+
+    def test_its_own_come_after_those_are_dropped(self, parse: Callable[..., str | None]) -> None:
+        flags = ["--model.attention={class_path: Near, init_args: {}}", "--model.attention.kind=slow"]
+        assert parse(["--config=a.yaml", *flags], a=self.FAR) is None
 
     def test_also_from_file_to_file(self, parse: Callable[..., str | None]) -> None:
         other = "model: {attention: {class_path: Near}}"

@@ -97,6 +97,10 @@ def test_what_a_layer_may_not_ask_for(asked: dict[str, Any], message: str) -> No
     [
         ("muse", {"topk": 4}, "topk is no option of MuSe attention; nearest: top_k"),
         ("muse", {"exact_layer": (0,)}, "exact_layer is no option of MuSe attention; nearest: exact_layers"),
+        *(
+            ("muse", {"exact_layers": layers}, f"exact_layers must be numbers of layers, such as (0, -1), got {layers}")
+            for layers in (0, None, (0.5,), [0, True], ("0",))
+        ),
         ("muse", {"layer_idx": 4}, "layer_idx is no option"),
         ("muse", {"chunk": 100}, "chunk / query_cluster must be a power of two, got chunk=100"),
         ("sdpa", {}, "name must be an identifier that transformers has no attention for, got 'sdpa'"),

@@ -27,8 +27,10 @@ Grouping = Literal["folder", "top", "file"]
 
 
 class TextDocuments(DocumentSource):
-    """A tree of text files. Files that belong together (the chapters of a book, an article and its sections) are one
-    document, in one stream."""
+    """A tree of text files, of which those that belong together are one document.
+
+    These are the chapters of a book, say, or an article and its sections. They are one stream.
+    """
 
     def __init__(
         self,
