@@ -17,8 +17,9 @@ _MOST_EVENTS = 200_000
 
 
 class Recorder(L.Callback):
-    """Records optimizer steps after the first ones: `trace.json.gz` for Perfetto or chrome://tracing and, on a GPU,
-    `memory.pickle` for pytorch.org/memory_viz.
+    """Records optimizer steps after the first ones.
+
+    Writes `trace.json.gz` for Perfetto or chrome://tracing and, on a GPU, `memory.pickle` for pytorch.org/memory_viz.
 
     Args:
         folder: where to write.
