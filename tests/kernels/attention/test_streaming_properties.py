@@ -29,8 +29,7 @@ SPATIAL: dict[str, Any] = {"query_clustering": "spatial", "key_clustering": "spa
 """Where clusters do not matter: bisection is most of what the interpreter takes its time for."""
 
 CU_SEQLENS = [0, 0, 70, 71, 71, 140, 150, 150]
-slow = pytest.mark.slow  # more of the same, for a GPU or a patient reader
-exhaustive = (pytest.mark.slow, pytest.mark.exhaustive)
+exhaustive = (pytest.mark.slow, pytest.mark.exhaustive)  # more of the same, for a GPU or a patient reader
 LABELS = ("out", "lse", "dq", "dk", "dv")
 QKV = tuple[Tensor, Tensor, Tensor]
 Q, K, V = range(3)
@@ -111,10 +110,10 @@ def assert_clusters_of_row(order: Tensor, tokens: range, cluster: int) -> None:
     [
         pytest.param(True, None, 0, 3),
         pytest.param(False, CU_SEQLENS, 69, 2 + 2),
-        pytest.param(False, None, 0, 3, marks=slow),
-        pytest.param(True, CU_SEQLENS, 69, 2 + 2, marks=slow),
-        pytest.param(True, CU_SEQLENS, 0, 2 + 7, marks=slow),
-        pytest.param(False, CU_SEQLENS, 0, 2 + 7, marks=slow),
+        pytest.param(False, None, 0, 3, marks=exhaustive),
+        pytest.param(True, CU_SEQLENS, 69, 2 + 2, marks=exhaustive),
+        pytest.param(True, CU_SEQLENS, 0, 2 + 7, marks=exhaustive),
+        pytest.param(False, CU_SEQLENS, 0, 2 + 7, marks=exhaustive),
     ],
 )
 def test_clusters_of_its_own(
@@ -162,9 +161,9 @@ def test_clusters_of_its_own(
         pytest.param(True, None, {"top_k": 12}),
         pytest.param(False, CU_SEQLENS, {"top_k": 12}),
         *(pytest.param(c, b, {"exact_below": 150}) for c in (True, False) for b in (None, CU_SEQLENS)),
-        pytest.param(False, None, {"top_k": 12}, marks=slow),
-        pytest.param(True, CU_SEQLENS, {"top_k": 12, "order": 0}, marks=slow),
-        pytest.param(False, None, {"top_k": 12, "order": 0}, marks=slow),
+        pytest.param(False, None, {"top_k": 12}, marks=exhaustive),
+        pytest.param(True, CU_SEQLENS, {"top_k": 12, "order": 0}, marks=exhaustive),
+        pytest.param(False, None, {"top_k": 12, "order": 0}, marks=exhaustive),
     ],
     ids=str,
 )
@@ -190,8 +189,10 @@ def test_in_the_exact_limits_it_is_softmax_attention(
     ("options", "cut"),
     [
         pytest.param({}, "rows", id="causal-rows"),
-        pytest.param({}, "heads", id="causal-heads", marks=slow),
-        pytest.param({"causal": False, "bounds": [0, 20, 150]}, "rows", id="bidirectional-documents-rows", marks=slow),
+        pytest.param({}, "heads", id="causal-heads", marks=exhaustive),
+        pytest.param(
+            {"causal": False, "bounds": [0, 20, 150]}, "rows", id="bidirectional-documents-rows", marks=exhaustive
+        ),
         pytest.param(
             {"causal": False, "bounds": [0, 20, 150]}, "heads", id="bidirectional-documents-heads", marks=exhaustive
         ),
@@ -234,7 +235,7 @@ def test_a_bounded_workspace_changes_nothing(
 # ----------------------------------------------------------------------------------- a cluster that everybody retrieves
 
 
-@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=slow)], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=exhaustive)], ids=["causal", "bidirectional"])
 def test_a_cluster_that_everybody_retrieves(
     causal: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,7 +313,9 @@ LAYOUTS = [tokens_first, channels_apart, packed]
 
 
 @pytest.mark.parametrize(
-    "first", [0, pytest.param(1, marks=slow), pytest.param(2, marks=slow)], ids=lambda i: LAYOUTS[i].__name__
+    "first",
+    [0, pytest.param(1, marks=exhaustive), pytest.param(2, marks=exhaustive)],
+    ids=lambda i: LAYOUTS[i].__name__,
 )
 def test_strides_do_not_matter(first: int, device: torch.device) -> None:
     """q, k and v each have another layout, dout another than q; in the first case it is the same for all tokens."""
@@ -355,7 +358,9 @@ def test_torch_compile_sees_one_graph(device: torch.device) -> None:
     assert_within(REGROUPED, (out, out, *gradients[0]), (expected, expected, *gradients[1]))
 
 
-@pytest.mark.parametrize("bounds", [pytest.param(None, marks=slow), [0, 0, 70, 70]], ids=["one document", "documents"])
+@pytest.mark.parametrize(
+    "bounds", [pytest.param(None, marks=exhaustive), [0, 0, 70, 70]], ids=["one document", "documents"]
+)
 def test_the_operators_are_registered_soundly(bounds: list[int] | None, device: torch.device) -> None:
     q, k, v = (x.requires_grad_() for x in make_qkv(70, device, heads=1))
     cu_seqlens = None if bounds is None else cumulative(bounds, device)
@@ -381,8 +386,8 @@ def changed(qkv: QKV, first: int) -> QKV:
     "options",
     [
         {},
-        pytest.param({"selection": "centroid"}, marks=slow),
-        pytest.param({"expansion": "zero", "order": 0}, marks=slow),
+        pytest.param({"selection": "centroid"}, marks=exhaustive),
+        pytest.param({"expansion": "zero", "order": 0}, marks=exhaustive),
     ],
     ids=name,
 )
@@ -395,7 +400,7 @@ def test_a_later_chunk_never_reaches_an_output(options: dict[str, Any], device: 
             assert torch.equal(found[:, :, :start], wanted[:, :, :start]), start
 
 
-@pytest.mark.parametrize("order", [pytest.param(0, marks=slow), 1])
+@pytest.mark.parametrize("order", [pytest.param(0, marks=exhaustive), 1])
 def test_with_clusters_held_nothing_later_reaches_an_output(order: int, device: torch.device) -> None:
     qkv = make_qkv(150, device, heads=1)
     options = with_clusters_held(qkv, order=order)
@@ -421,7 +426,7 @@ def test_the_gradient_of_an_output_stays_before_it(device: torch.device) -> None
 # ------------------------------------------------------------------------------------------------------------ documents
 
 
-@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=slow)], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=exhaustive)], ids=["causal", "bidirectional"])
 def test_hundreds_of_short_documents_beside_a_long_one(causal: bool, device: torch.device) -> None:
     lengths = torch.randint(0, 4, (600,)).tolist()
     lengths[300] = 200
@@ -440,7 +445,7 @@ def test_as_many_rows_as_there_can_be(device: torch.device) -> None:
 # -------------------------------------------------------------------------------------------------- NaN, extreme inputs
 
 
-@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=slow)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=exhaustive)], ids=str)
 @pytest.mark.parametrize("which", [K, V], ids=["key", "value"])
 def test_what_is_not_finite_reaches_later_outputs_alone(which: int, value: float, device: torch.device) -> None:
     """With clusters held. Its cluster is summarised or retrieved: either way it is seen by all later queries.
@@ -488,8 +493,8 @@ def in_two_documents(device: torch.device) -> tuple[QKV, Tensor, tuple[Tensor, .
     [
         pytest.param(Q, float("nan")),
         pytest.param(K, float("nan")),
-        pytest.param(V, float("nan"), marks=slow),
-        pytest.param(K, float("inf"), marks=slow),
+        pytest.param(V, float("nan"), marks=exhaustive),
+        pytest.param(K, float("inf"), marks=exhaustive),
         *(pytest.param(which, float("inf"), marks=exhaustive) for which in (Q, V)),
         *(pytest.param(which, -float("inf"), marks=exhaustive) for which in (Q, K, V)),
     ],
@@ -553,7 +558,7 @@ def test_far_keys_may_outweigh_the_near_field_by_any_factor(top_k: int, lead: fl
     ],
     ids=str,
 )
-@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=slow)], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("causal", [True, pytest.param(False, marks=exhaustive)], ids=["causal", "bidirectional"])
 def test_extreme_inputs_stay_finite(kind: str, dtype: torch.dtype, causal: bool, device: torch.device) -> None:
     qkv = extreme(kind, *make_qkv(100, device, heads=1, dtype=dtype))
     found = results(qkv, torch.randn_like(qkv[0]), **KERNELS, causal=causal)
@@ -585,7 +590,7 @@ def test_a_summary_of_32_key_clusters(device: torch.device) -> None:
 # ---------------------------------------------------------------------------------------------------------- equal runs
 
 
-@pytest.fixture(params=[pytest.param(False, marks=slow), True], ids=["as usual", "deterministic algorithms"])
+@pytest.fixture(params=[pytest.param(False, marks=exhaustive), True], ids=["as usual", "deterministic algorithms"])
 def is_deterministic(request: pytest.FixtureRequest) -> Iterator[bool]:
     torch.use_deterministic_algorithms(request.param)
     yield request.param
