@@ -102,7 +102,7 @@ def test_what_it_does_is_said(step: int, tokens: int | None, caplog: pytest.LogC
     warmup, model = ContextWarmup(4, 12), SimpleNamespace(seq_len=SEQ_LEN)
     trainer = SimpleNamespace(callbacks=[warmup], global_step=step, max_steps=8)
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
-        warmup.on_train_start(trainer, model)  # type: ignore[arg-type]
+        warmup.on_train_start(trainer, model)
     line = f"ContextWarmup: rows are cut into pieces of {tokens} tokens, doubled until they are whole after 4 steps"
     assert [message for message in caplog.messages if "ContextWarmup" in message] == [line] * (tokens is not None)
 
