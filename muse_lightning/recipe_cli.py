@@ -2,6 +2,7 @@
 
 import enum
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -356,9 +357,14 @@ class MuseCLI(LightningCLI):
         return EventLog(save_dir=save_dir, name=name, version=folder.name, purge_step=purge_step)
 
     def _callbacks(self, trainer: Namespace) -> list[Callback]:
-        """The user's callbacks, and the default ones of kinds that the user has none of."""
+        """The user's callbacks, and the default ones of kinds that the user has none of.
+
+        Raises:
+            UserError: one of ours is there twice.
+        """
         given = trainer["callbacks"] or []
         callbacks = list(given) if isinstance(given, list) else [given]
+        _check_once(callbacks)
         kinds: list[tuple[bool, type[Callback], Callable[[], Callback]]] = [
             (trainer["enable_progress_bar"] is not False, ProgressBar, progress_bar),
             (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
@@ -411,3 +417,14 @@ def _check_strategy(strategy: Any) -> None:
     names = ["auto", *StrategyRegistry.available_strategies()]
     if isinstance(strategy, str) and strategy.lower() not in names:
         raise UserError(f"trainer.strategy: {strategy!r} is no known strategy{suggestion(strategy, names)}")
+
+
+def _check_once(callbacks: Sequence[Callback]) -> None:
+    """Ours act on all of a training and log under names of their own; Lightning's may watch several things."""
+    counts = Counter(type(callback) for callback in callbacks)
+    for kind, count in counts.items():
+        if count > 1 and kind.__module__.startswith("muse_lightning."):
+            raise UserError(
+                f"trainer.callbacks: {kind.__name__} is given {count} times; accepted: once. A recipe's own is changed "
+                "by --trainer.callbacks.NAME=VALUE before any --trainer.callbacks+="
+            )

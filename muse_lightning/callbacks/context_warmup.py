@@ -25,7 +25,7 @@ class ContextWarmup(L.Callback):
         steps: optimizer steps until rows are whole.
         start: tokens of the first pieces.
     Raises:
-        UserError: a value below 1; or, when the training starts, a second callback of this kind.
+        UserError: a value below 1.
     Source: SkyLadder (arXiv 2503.15450), which lets the length grow linearly; Li et al. (arXiv 2108.06084).
 
     Example:
@@ -40,14 +40,7 @@ class ContextWarmup(L.Callback):
         self.start = start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say when rows are whole: after how many steps, from the first one on, or never.
-
-        Raises:
-            UserError: another callback cuts rows as well.
-        """
-        others = [each.steps for each in trainer.callbacks if isinstance(each, ContextWarmup)]  # type: ignore[attr-defined]
-        if len(others) > 1:
-            raise UserError(f"trainer.callbacks has {len(others)} of ContextWarmup, of steps {others}; accepted: one")
+        """Say when rows are whole: after how many steps, from the first one on, or never."""
         seq_len = getattr(pl_module, "seq_len", None)
         if seq_len is not None and self.start >= seq_len:
             rank_zero_info(

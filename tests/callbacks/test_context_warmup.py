@@ -122,9 +122,3 @@ def test_rows_no_longer_than_the_first_pieces_are_whole(
     assert [length for _, length in watch.seen] == [SEQ_LEN] * 4
     line = f"ContextWarmup: rows are whole from the first step on; start is {start}, data.seq_len {SEQ_LEN}"
     assert [message for message in caplog.messages if "ContextWarmup" in message] == [line]
-
-
-def test_two_of_them(tmp_path: Path) -> None:
-    line = r"trainer.callbacks has 2 of ContextWarmup, of steps \[3, 5\]; accepted: one"
-    with pytest.raises(UserError, match=line):
-        fit(tmp_path, [ContextWarmup(3, 12), ContextWarmup(5, 12)], batches(4))

@@ -1,0 +1,31 @@
+"""Callbacks that a recipe and the command line both give."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.recipe import Muse
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("ContextWarmup", ["--trainer.callbacks.steps=2"]), ("DurableCheckpoint", []), ("NumericsGuard", [])],
+)
+def test_ours_twice_are_refused_before_anything_is_made(muse: Muse, name: str, values: list[str]) -> None:
+    flags = [f"--trainer.callbacks+={name}", *values]
+    code, _, err = muse.with_recipe("fit", *flags, *flags)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: trainer.callbacks: {name} is given 2 times; accepted: once.")
+    assert muse.versions() == []
+    assert not Path("dataset").exists()
+
+
+def test_lightnings_may_watch_two_things(muse: Muse) -> None:
+    flags = [
+        flag
+        for monitor in ("train/loss", "train/grad_norm")
+        for flag in ("--trainer.callbacks+=EarlyStopping", f"--trainer.callbacks.monitor={monitor}")
+    ]
+    code, _, err = muse.with_recipe("fit", *flags)
+    assert code == 0, err
