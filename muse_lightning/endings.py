@@ -1,5 +1,6 @@
 """Errors of libraries, and what each means to who started the command: one line and an exit code, or a bug."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -11,12 +12,19 @@ from muse_lightning.errors import (
     RetryError,
     StorageError,
     UserError,
+    alike,
     find_cause,
     is_storage_error,
     reason_of,
     too_long_path,
 )
 from muse_lightning.training.levers import Setting, next_lever
+
+# What Lightning's callbacks say where nobody has logged what they monitor: its name, and the names of what was logged.
+_UNLOGGED = {
+    "EarlyStopping": re.compile(r"conditioned on metric `(.+)` which is not available\..+any of the following: (.*)"),
+    "ModelCheckpoint": re.compile(r"`ModelCheckpoint\(monitor=['\"](.+)['\"]\)` could not find .+ metrics: \[(.*)\]\."),
+}
 
 
 def as_ending(
@@ -68,6 +76,9 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
     mistake = too_long_path(error)
     if mistake is not None:
         return mistake
+    mistake = unlogged_monitor(error)
+    if mistake is not None:
+        return mistake
     message = str(error)
     if isinstance(error, MisconfigurationException):
         return UserError(f"trainer: {reason_of(error)}")
@@ -77,6 +88,21 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
             f"trainer.val_check_interval: {config.trainer.val_check_interval} found, an epoch has {batches} batches; "
             "give at most that, or trainer.check_val_every_n_epoch=null to count over epochs"
         )
+    return None
+
+
+def unlogged_monitor(error: Exception) -> UserError | None:
+    """The user's mistake behind an error, where a callback of Lightning's monitors what was not logged by its first
+    validation; None if that is not the error. Nobody knows earlier: any callback may log."""
+    for callback, pattern in _UNLOGGED.items():
+        found = pattern.search(str(error))
+        if found is not None:
+            monitor, logged = found[1], re.findall(r"[`'](.+?)[`']", found[2])
+            nearest = f"; nearest: {', '.join(close)}" if (close := alike(monitor, logged)) else ""
+            return UserError(
+                f"trainer.callbacks: {callback} monitors {monitor!r}, which was not logged{nearest}; logged: "
+                f"{', '.join(logged)}"
+            )
     return None
 
 

@@ -334,6 +334,22 @@ class TestCredentials:
         assert "KeyError: 'https://h/a'" in err
 
 
+@pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
+def test_a_monitor_that_is_never_logged(muse_with_dataset: Muse, callback: str) -> None:
+    """Known with the first validation; the run has trained by then, and stays."""
+    flags = [f"--trainer.callbacks+={callback}", "--trainer.callbacks.monitor=val_loss"]
+    code, _, err = muse_with_dataset.with_recipe("fit", *flags, "--trainer.val_check_interval=1")
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert "step 2" not in err
+    line = err.splitlines()[-1]
+    assert line.startswith(f"error: trainer.callbacks: {callback} monitors 'val_loss', which was not logged; nearest: ")
+    nearest, logged = (part.split(", ") for part in line.split("nearest: ")[1].split("; logged: "))
+    assert nearest[0] == "val/loss"
+    assert {"train/loss", "val/loss", "val/loss_exact"} - set(logged) == set()
+    assert muse_with_dataset.versions() == ["runs/tiny/version_0"]
+
+
 class TestCheckpoint:
     def error(self, muse: Muse, path: str, *flags: str) -> str:
         return muse.error("fit", "--config", "recipe.yaml", f"--ckpt_path={path}", *flags)
