@@ -18,6 +18,7 @@ from muse_lightning.errors import UserError, find_cause
 from muse_lightning.measure.info import GIB, machine_report
 from muse_lightning.numerics.replay import Replay
 from muse_lightning.recipe_cli import ANY_SEQ_LEN, MuseCLI
+from muse_lightning.training.checks import check_trainer
 from muse_lightning.training.levers import Setting, longest_contexts
 from muse_lightning.training.recipe_report import recipe_report
 from muse_lightning.training.weights import check_weights
@@ -108,8 +109,10 @@ def replay(file: Path, description: str, args: Sequence[str], allowed: Sequence[
 
 def _run(verb: str, cli: MuseCLI) -> None:
     options: dict[str, Any] = {"return_predictions": False} if verb == "predict" else {}
+    # Before data is prepared, which may take hours.
+    if verb == "fit":
+        check_trainer(cli.trainer)
     if cli.checkpoint is None and cli.model.weights is not None:
-        # Before data is prepared, which may take hours.
         check_weights(cli.model.llama, cli.model.weights)
     elif verb != "fit" and cli.checkpoint is None:
         said = f"muse {verb}: warning: fresh random weights; give --ckpt_path or --model.weights"

@@ -18,6 +18,7 @@ from muse_lightning.errors import (
     reason_of,
     too_long_path,
 )
+from muse_lightning.training.checks import interval_beyond_epoch
 from muse_lightning.training.levers import Setting, next_lever
 
 # What Lightning's callbacks say where nobody has logged what they monitor: its name, and the names of what was logged.
@@ -84,10 +85,7 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
         return UserError(f"trainer: {reason_of(error)}")
     if isinstance(error, ValueError) and "`val_check_interval`" in message:
         batches = message.partition("training batches (")[2].partition(")")[0]
-        return UserError(
-            f"trainer.val_check_interval: {config.trainer.val_check_interval} found, an epoch has {batches} batches; "
-            "give at most that, or trainer.check_val_every_n_epoch=null to count over epochs"
-        )
+        return interval_beyond_epoch(config.trainer.val_check_interval, batches)
     return None
 
 

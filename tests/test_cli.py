@@ -197,6 +197,25 @@ class TestRunFolder:
         assert message in muse.error("fit", "--config", "recipe.yaml", f"--model.weights={weights}")
         assert not Path("dataset").exists()
 
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["max_steps=0"], "trainer.max_steps is 0; the schedule needs"),
+            (["max_steps=-1"], "trainer.max_steps is -1; the schedule needs"),
+            (["max_steps=-2"], "trainer: `max_steps` must be a non-negative integer or -1"),
+            (["val_check_interval=0"], "trainer.val_check_interval: 0 found; accepted: a number of batches"),
+            (
+                ["val_check_interval=3", "limit_train_batches=2"],
+                "trainer.val_check_interval: 3 found, an epoch has 2 batches; give at most that",
+            ),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+    )
+    def test_steps_are_refused_before_data_is_prepared(self, muse: Muse, flags: list[str], message: str) -> None:
+        given = [f"--trainer.{flag}" for flag in flags]
+        assert muse.error("fit", "--config", "recipe.yaml", *given).startswith(message)
+        assert not Path("dataset").exists()
+
     def test_fewer_batches_than_an_interval_of_validation(self, muse: Muse) -> None:
         muse.with_recipe("prepare")
         message = muse.error("fit", "--config", "recipe.yaml", "--trainer.val_check_interval=1000")

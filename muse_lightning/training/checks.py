@@ -1,9 +1,12 @@
-"""What a LanguageModel is asked for, before anything is made."""
+"""What a LanguageModel and its Trainer are asked for, before anything is made."""
 
 import warnings
 from typing import TYPE_CHECKING
 
+import lightning as L
+
 from muse_lightning.errors import UserError
+from muse_lightning.training.optim import check_max_steps
 
 if TYPE_CHECKING:
     from muse_lightning.training.module import LanguageModel
@@ -75,3 +78,30 @@ def check_sizes(model: "LanguageModel") -> None:
             )
     for message, category in dict.fromkeys((str(each.message), each.category) for each in said):  # of all layers, once
         warnings.warn(message, category, stacklevel=2)
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """How long a training is and how often it is evaluated, as far as that does not depend on data.
+
+    Raises:
+        UserError: names what Lightning would only refuse, or fail at, once the data is there.
+    """
+    check_max_steps(trainer.max_steps)
+    # A float is a part of an epoch; a trainer that validates by the clock has none.
+    interval, limit = getattr(trainer, "val_check_interval", None), trainer.limit_train_batches
+    if trainer.limit_val_batches == 0 or not isinstance(interval, int):
+        return
+    if interval == 0:
+        raise UserError(
+            "trainer.val_check_interval: 0 found; accepted: a number of batches, at least 1, or a part of an epoch"
+        )
+    if isinstance(limit, int) and interval > limit > 0 and trainer.check_val_every_n_epoch is not None:
+        raise interval_beyond_epoch(interval, limit)
+
+
+def interval_beyond_epoch(interval: object, batches: int | str) -> UserError:
+    """The mistake where a validation would come after more batches than an epoch has."""
+    return UserError(
+        f"trainer.val_check_interval: {interval} found, an epoch has {batches} batches; give at most that, or "
+        "trainer.check_val_every_n_epoch=null to count over epochs"
+    )

@@ -106,6 +106,18 @@ def numbered_by_model(state: dict[str, Any], optimizer: Optimizer, model: nn.Mod
     }
 
 
+def check_max_steps(max_steps: int) -> None:
+    """What every schedule needs.
+
+    Raises:
+        UserError: it is not known how many optimizer steps there will be, or there will be none.
+    """
+    if max_steps < 1:
+        raise UserError(
+            f"trainer.max_steps is {max_steps}; the schedule needs the number of optimizer steps, at least 1"
+        )
+
+
 def learning_rate_factor(
     schedule: Schedule, *, max_steps: int, warmup_steps: int, min_lr_ratio: float, decay_fraction: float
 ) -> Callable[[int], float]:
@@ -124,12 +136,9 @@ def learning_rate_factor(
         min_lr_ratio: factor reached at the end.
         decay_fraction: length of the final decay over max_steps; `wsd` only.
     Raises:
-        UserError: max_steps is not known.
+        UserError: max_steps is not known, or 0.
     """
-    if max_steps < 1:
-        raise UserError(
-            f"trainer.max_steps is {max_steps}; the schedule needs the number of optimizer steps, at least 1"
-        )
+    check_max_steps(max_steps)
     decay_steps = round(decay_fraction * max_steps) if schedule == "wsd" else max_steps
     decay_start = max(warmup_steps, max_steps - decay_steps)
 

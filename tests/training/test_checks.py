@@ -6,7 +6,8 @@ import pytest
 
 from muse_lightning.attention import Dense, Muse
 from muse_lightning.errors import UserError
-from tests.tiny import tiny_model
+from muse_lightning.training.checks import check_trainer
+from tests.tiny import tiny_model, tiny_trainer
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,20 @@ def test_muse_that_is_all_exact_is_allowed_with_one_warning(exact_layers):
     with pytest.warns(UserWarning, match="Muse attends rows without documents exactly at this context") as warned:
         tiny_model(attention=Muse, exact_layers=exact_layers, config={"num_hidden_layers": 3})
     assert len(warned) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": -1, "fast_dev_run": 3},
+        {"val_check_interval": "00:00:10:00"},
+        {"val_check_interval": 0.5},
+        {"val_check_interval": 0, "limit_val_batches": 0},
+        {"val_check_interval": 3, "limit_train_batches": 3},
+        {"val_check_interval": 3, "limit_train_batches": 2, "check_val_every_n_epoch": None},
+        {"val_check_interval": 3, "limit_train_batches": 0.5},
+    ],
+    ids="-".join,
+)
+def test_intervals_that_lightning_takes(tmp_path, options):
+    check_trainer(tiny_trainer(tmp_path, **options))
