@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "numerics": TRAINING | OPEN_TO_ALL,
     "compare": TRAINING | {"callbacks"} | OPEN_TO_ALL,
     "speed": TRAINING | {"callbacks", "recipe_cli"} | OPEN_TO_ALL,
-    "reproduce": TRAINING | {"commands", "recipe_cli", "function_commands", "configuration"} | OPEN_TO_ALL,
+    "reproduce": TRAINING | {"callbacks", "commands", "recipe_cli", "function_commands", "configuration"} | OPEN_TO_ALL,
     **{unit: CLI | TRAINING | {"callbacks", "numerics", "compare"} | OPEN_TO_ALL for unit in CLI},
 }
 # Units that must do with the standard library and these.

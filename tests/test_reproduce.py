@@ -76,6 +76,9 @@ def test_another_loss_is_told_with_its_step_and_fewer_steps_do(muse: Muse) -> No
     edit(RUN / "config.yaml", lambda config: config.update(seed_everything=7))
     code, out, err = muse("reproduce", str(RUN), "--steps=3")
     assert code == 3, err
+    assert "steps: 0 to 3, 64 tokens each, 192 in all" in err
+    assert "0.11 epochs" in err
+    assert out.splitlines()[0].startswith("step 1/3 ")
     first, batches = out.splitlines()[-2:]
     assert first.startswith("train/loss: first difference at step 0: ")
     assert first.endswith("; equal at 0 of 3 logged steps")

@@ -18,6 +18,7 @@ from muse_lightning.callbacks.progress import ProgressLines
 from muse_lightning.callbacks.run_text import RunText
 from muse_lightning.callbacks.scalar_layout import ScalarLayout
 from muse_lightning.callbacks.step_time import StepTime
+from muse_lightning.callbacks.stop_after import StopAfter
 from muse_lightning.callbacks.throughput import DeviceThroughput
 
 DEFAULT_CALLBACKS = (DeviceThroughput, StepTime, MemoryUse, GradientNorm, LossByPosition, AttentionError)
@@ -48,4 +49,5 @@ __all__ = [
     "RunText",
     "ScalarLayout",
     "StepTime",
+    "StopAfter",
 ]

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from muse_lightning.attention import Dense, describe_layers
+from muse_lightning.callbacks.stop_after import last_step
 from muse_lightning.errors import UserError
 from muse_lightning.measure.device_peak import half_precision_peak
 from muse_lightning.measure.flops import attention_flops_per_token, training_flops_per_token
@@ -105,13 +106,14 @@ def _data(trainer: L.Trainer, tokens_per_step: int) -> Iterator[str]:
         return
     total = sum(dataset.card.splits["train"].tokens for dataset in datasets)
     names = ", ".join(dataset.name for dataset in datasets)
-    epochs = tokens_per_step * max(0, trainer.max_steps) / total
+    epochs = tokens_per_step * max(0, last_step(trainer)) / total
     yield f"data: {names}, {total:,} training tokens, {epochs:.2f} epochs of them"
 
 
 def _steps(trainer: L.Trainer, tokens: int, flops_per_token: float) -> Iterator[str]:
-    steps = trainer.max_steps - trainer.global_step
-    yield f"steps: {trainer.global_step:,} to {trainer.max_steps:,}, {tokens:,} tokens each, {steps * tokens:,} in all"
+    first, last = trainer.global_step, last_step(trainer)
+    steps = last - first
+    yield f"steps: {first:,} to {last:,}, {tokens:,} tokens each, {steps * tokens:,} in all"
     device = trainer.strategy.root_device
     peak = half_precision_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak is not None:

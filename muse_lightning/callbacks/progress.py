@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
+from muse_lightning.callbacks.stop_after import last_step
+
 
 class ProgressLines(ProgressBar):
     """One line per ten seconds of training, and one per validation: for log files, where a bar would be noise.
@@ -60,7 +62,7 @@ class ProgressLines(ProgressBar):
         self._print(_figures(trainer, "test/"))
 
     def _training_line(self, trainer: L.Trainer, now: float) -> str:
-        step, last = trainer.global_step, trainer.max_steps
+        step, last = trainer.global_step, last_step(trainer)
         parts = [f"step {step}/{last}" if last > 0 else f"step {step}", _figures(trainer, "train/loss")]
         rate = trainer.callback_metrics.get("throughput/device/tokens_per_sec")
         if rate is not None:

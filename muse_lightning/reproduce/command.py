@@ -5,10 +5,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import lightning as L
-
+from muse_lightning.callbacks.stop_after import StopAfter
 from muse_lightning.checkpoints.preemption import stoppable
 from muse_lightning.commands import run_in_folder
 from muse_lightning.errors import ExitCode, NumericsError, UserError
@@ -42,17 +40,6 @@ class Request:
             raise UserError(f"steps: {self.steps} found, at least 1 expected")
         if not 0 <= self.tolerance < math.inf:
             raise UserError(f"tolerance: {self.tolerance} found, a number of at least 0 expected")
-
-
-class StopAfter(L.Callback):
-    """Ends a training at a step before `max_steps`, by which the learning rate falls."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step >= self.step:
-            trainer.should_stop = True
 
 
 def reproduce(verb: str, description: str, args: Sequence[str], allowed: Sequence[str]) -> None:

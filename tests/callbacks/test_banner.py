@@ -57,7 +57,11 @@ def test_the_expected_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr(under_test, "half_precision_peak", lambda _: 1e9)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     trainer = SimpleNamespace(
-        max_steps=100, global_step=40, world_size=2, strategy=SimpleNamespace(root_device=torch.device("cuda", 0))
+        max_steps=100,
+        global_step=40,
+        world_size=2,
+        callbacks=[],
+        strategy=SimpleNamespace(root_device=torch.device("cuda", 0)),
     )
     lines = list(under_test._steps(trainer, 1000, 6e6))
     seconds = 60 * 1000 * 6e6 / (1e9 * ASSUMED_UTILISATION * 2)

@@ -1,0 +1,31 @@
+"""A training that ends before its last step."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from muse_lightning.callbacks.stop_after import StopAfter, last_step
+from muse_lightning.errors import UserError
+from tests.tiny import TinyData, batches, tiny_model, tiny_trainer
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "expected"),
+    [([], 4), ([StopAfter(3)], 3), ([StopAfter(9)], 4), ([StopAfter(3), StopAfter(2)], 2)],
+    ids=["none", "before", "beyond", "two"],
+)
+def test_a_training_ends_where_it_is_said_to(tmp_path: Path, callbacks: list[Callback], expected: int) -> None:
+    trainer = tiny_trainer(tmp_path, callbacks=callbacks, max_steps=4, accumulate_grad_batches=2)
+    assert last_step(trainer) == expected
+    trainer.fit(tiny_model(), datamodule=TinyData(batches(12)))
+    assert trainer.global_step == expected
+
+
+def test_no_step_at_all() -> None:
+    with pytest.raises(UserError, match=r"^StopAfter: step is 0; accepted: at least 1$"):
+        StopAfter(0)
+
+
+def test_an_end_that_nobody_knows(tmp_path: Path) -> None:
+    assert last_step(tiny_trainer(tmp_path, max_steps=-1)) == -1
