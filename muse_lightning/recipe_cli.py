@@ -2,8 +2,7 @@
 
 import enum
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +10,8 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.seed import max_seed_value as MAX_SEED
-from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,16 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 # A class is known by its bare name once it has been imported.
 import muse_lightning.attention
 import muse_lightning.data.sources  # noqa: F401
-from muse_lightning.callbacks import DEFAULT_CALLBACKS, LONG_CONTEXT_CALLBACKS, Banner
-from muse_lightning.callbacks.environment_file import EnvironmentFile
-from muse_lightning.callbacks.ledger import Ledger
-from muse_lightning.callbacks.prediction_files import PredictionFiles
-from muse_lightning.callbacks.progress import progress_bar
-from muse_lightning.callbacks.run_text import RunText
-from muse_lightning.callbacks.scalar_layout import ScalarLayout
 from muse_lightning.checkpoints.choice import report, step_of
-from muse_lightning.checkpoints.durable_checkpoint import DurableCheckpoint
-from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
 from muse_lightning.checkpoints.manifest import identity_of
 from muse_lightning.configuration.check import ConfigCheck, parse
 from muse_lightning.configuration.differences import differences
@@ -40,7 +27,6 @@ from muse_lightning.configuration.layers import read_layers, use_loader
 from muse_lightning.configuration.packaged import resolve_arguments
 from muse_lightning.configuration.redact import arguments_without_credentials, without_credentials
 from muse_lightning.data.datamodule import TokenDataModule
-from muse_lightning.data.ledger import FOLDER_NAME
 from muse_lightning.endings import refused_by_constructor
 from muse_lightning.errors import (
     ExitCode,
@@ -50,10 +36,8 @@ from muse_lightning.errors import (
     suggestion,
 )
 from muse_lightning.measure.info import run_environment
-from muse_lightning.numerics.guard import FOLDER_NAME as NUMERICS_FOLDER
-from muse_lightning.numerics.guard import NumericsGuard
 from muse_lightning.pretrained.run_folder import configuration_behind
-from muse_lightning.training.event_log import EventLog
+from muse_lightning.run_defaults import run_callbacks, run_logger, run_plugins
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.run_folder import RunFolder, find_checkpoint
 from muse_lightning.training.sharded import ShardedStrategy  # noqa: F401  known by its name from here on
@@ -278,9 +262,16 @@ class MuseCLI(LightningCLI):
             trainer = self.config_init["trainer"]
             _check_strategy(trainer["strategy"])
             return super().instantiate_trainer(
-                logger=self._logger(trainer["logger"]),
-                callbacks=self._callbacks(trainer),
-                plugins=self._plugins(trainer["plugins"]),
+                logger=run_logger(trainer["logger"], self.run_folder),
+                callbacks=run_callbacks(
+                    self.verb,
+                    trainer,
+                    self.run_folder,
+                    settings=self._config_text(),
+                    environment=self.environment(),
+                    verify_every=self.config.verify_every,
+                ),
+                plugins=run_plugins(trainer),
                 default_root_dir=trainer["default_root_dir"] or self.run_folder.path,
                 **kwargs,
             )
@@ -347,59 +338,6 @@ class MuseCLI(LightningCLI):
             "reproduces": None if self.reproduces is None else str(self.reproduces),
         }
 
-    def _logger(self, chosen: Any) -> Logger | Sequence[Logger] | bool:
-        if chosen not in (None, True):
-            return chosen
-        folder, resumed = self.run_folder.path, self.run_folder.resumed
-        # What was logged after the checkpoint is logged again.
-        purge_step = None if resumed is None else step_of(resumed)
-        save_dir, name = folder.parent.parent, folder.parent.name
-        return EventLog(save_dir=save_dir, name=name, version=folder.name, purge_step=purge_step)
-
-    def _callbacks(self, trainer: Namespace) -> list[Callback]:
-        """The user's callbacks, and the default ones of kinds that the user has none of.
-
-        Raises:
-            UserError: one of ours is there twice.
-        """
-        given = trainer["callbacks"] or []
-        callbacks = list(given) if isinstance(given, list) else [given]
-        _check_once(callbacks)
-        kinds: list[tuple[bool, type[Callback], Callable[[], Callback]]] = [
-            (trainer["enable_progress_bar"] is not False, ProgressBar, progress_bar),
-            (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
-            (trainer["enable_checkpointing"] is not False, Checkpoint, DurableCheckpoint),
-            (self.verb == "fit" and trainer["enable_progress_bar"] is not False, Banner, Banner),
-            (True, EnvironmentFile, lambda: EnvironmentFile(self.run_folder, self.environment())),
-            (self.verb in ("fit", "validate"), ScalarLayout, ScalarLayout),
-            (self.verb in ("fit", "validate"), RunText, lambda: RunText(self._config_text(), self.environment())),
-            (self.verb == "fit", Ledger, lambda: Ledger(self.run_folder.path / FOLDER_NAME)),
-            (self.verb == "fit", NumericsGuard, NumericsGuard),
-            (self.verb == "predict", PredictionFiles, lambda: PredictionFiles(self.run_folder.path / "predictions")),
-            *((self.verb in ("fit", "validate"), kind, kind) for kind in DEFAULT_CALLBACKS),
-            *((self.verb == "validate", kind, kind) for kind in LONG_CONTEXT_CALLBACKS),
-        ]
-        for is_wanted, kind, make in kinds:
-            if is_wanted and not any(isinstance(callback, kind) for callback in callbacks):
-                callbacks.append(make())
-        for callback in callbacks:
-            # Where --resume looks; a logger of the user's may have a folder elsewhere.
-            if isinstance(callback, DurableCheckpoint) and callback.dirpath is None and self.run_folder.is_owner:
-                callback.dirpath = self.run_folder.checkpoints
-            if isinstance(callback, NumericsGuard):
-                callback.dirpath = callback.dirpath or self.run_folder.path / NUMERICS_FOLDER
-                callback.verify_every = self.config.verify_every or callback.verify_every
-                callback.settings = self._config_text()
-        return callbacks
-
-    def _plugins(self, chosen: Any) -> list[Any]:
-        """The user's plugins, and our way to save unless there is another."""
-        plugins = list(chosen) if isinstance(chosen, list) else [] if chosen is None else [chosen]
-        has_io = getattr(self.config_init["trainer"]["strategy"], "_checkpoint_io", None) is not None
-        if has_io or any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            return plugins
-        return [*plugins, DurableCheckpointIO()]
-
 
 def _check_encoding(args: Sequence[str]) -> None:
     """Refuse an argument that the run's config.yaml, which is UTF-8, could not say."""
@@ -417,14 +355,3 @@ def _check_strategy(strategy: Any) -> None:
     names = ["auto", *StrategyRegistry.available_strategies()]
     if isinstance(strategy, str) and strategy.lower() not in names:
         raise UserError(f"trainer.strategy: {strategy!r} is no known strategy{suggestion(strategy, names)}")
-
-
-def _check_once(callbacks: Sequence[Callback]) -> None:
-    """Ours act on all of a training and log under names of their own; Lightning's may watch several things."""
-    counts = Counter(type(callback) for callback in callbacks)
-    for kind, count in counts.items():
-        if count > 1 and kind.__module__.startswith("muse_lightning."):
-            raise UserError(
-                f"trainer.callbacks: {kind.__name__} is given {count} times; accepted: once. A recipe's own is changed "
-                "by --trainer.callbacks.NAME=VALUE before any --trainer.callbacks+="
-            )

@@ -21,7 +21,7 @@ from muse_lightning.configuration.packaged import recipes_folder
 from muse_lightning.data.card import read_card
 from muse_lightning.recipe_cli import MuseCLI
 from muse_lightning.training.module import LanguageModel
-from tests.recipe import RECIPE, Muse, start
+from tests.recipe import Muse, start
 
 
 def build(*args: str) -> MuseCLI:
@@ -216,12 +216,6 @@ class TestRunFolder:
         assert muse.error("fit", "--config", "recipe.yaml", *given).startswith(message)
         assert not Path("dataset").exists()
 
-    def test_fewer_batches_than_an_interval_of_validation(self, muse: Muse) -> None:
-        muse.with_recipe("prepare")
-        message = muse.error("fit", "--config", "recipe.yaml", "--trainer.val_check_interval=1000")
-        assert message.startswith("trainer.val_check_interval: 1000 found, an epoch has ")
-        assert message.endswith("trainer.check_val_every_n_epoch=null to count over epochs")
-
     def test_a_resume_that_is_refused_leaves_no_run(self, muse: Muse) -> None:
         assert muse.with_recipe("fit")[0] == 0
         (muse.folder / "source" / "one" / "module_0.py").write_text("other = 1\n" * 200)
@@ -238,40 +232,6 @@ class TestRunFolder:
             assert muse.with_recipe("fit", "--trainer.max_steps=1")[0] == 0
         assert muse.versions() == ["runs/tiny/version_0", "runs/tiny/version_1"]
 
-    def test_prepare_needs_neither_model_nor_context(self, muse: Muse) -> None:
-        data = RECIPE[RECIPE.index("data:") :]
-        Path("data.yaml").write_text(data.replace("  seq_len: 32\n  batch_size: 2\n", ""))
-        code, _, err = muse("prepare", "--config", "data.yaml")
-        assert code == 0, err
-        assert Path("dataset/dataset.json").is_file()
-        assert "up to date" not in err
-        code, _, err = muse("prepare", "--config", "data.yaml", "--data.seq_len=100000")
-        assert code == 0
-        assert "data: dataset is up to date\n" in err
-        warning = "data: warning: as it is, muse fit would end with: data.seq_len: 100000 found; split 'train' ("
-        assert len([line for line in err.splitlines() if line.startswith(warning)]) == 1
-        code, _, err = muse("prepare", "--config", "data.yaml", "--data.ranks_per_block=2")
-        assert (code, "warning" in err) == (0, False)
-        code, _, err = muse("prepare", "--config", "data.yaml", "--data.sources=null")
-        assert (code, "data: dataset: used as prepared, for data.sources is null\n" in err) == (0, True)
-        assert muse.error("prepare", "--config=data.yaml", "--data.sources=null", "--data.dataset=new").startswith(
-            "new is not a prepared dataset"
-        )
-
-    def test_prepare_refuses_what_is_no_whole_dataset(self, muse: Muse) -> None:
-        """In one line, and not as a warning, whatever the context; only a context that the user chose is a warning."""
-        data = RECIPE[RECIPE.index("data:") :]
-        Path("data.yaml").write_text(data.replace("  seq_len: 32\n  batch_size: 2\n", ""))
-        assert muse("prepare", "--config", "data.yaml")[0] == 0
-        used = ["prepare", "--config=data.yaml", "--data.sources=null"]
-        code, _, err = muse(*used, "--data.batch_size=1000000")
-        assert (code, "warning" in err) == (0, False)
-        other = "--data.special_tokens.end=<eos>"
-        assert muse.error(*used, other).startswith("data.special_tokens: end '<eos>' found")
-        next(Path("dataset/train").glob("*.bin")).write_bytes(b"")
-        for args in ([], ["--data.seq_len=100000"]):
-            assert muse.error(*used, *args).startswith("data chunk dataset/train/")
-
     def test_other_verbs(self, muse: Muse) -> None:
         assert muse.with_recipe("prepare")[0] == 0
         assert Path("dataset/dataset.json").is_file()
@@ -287,19 +247,6 @@ class TestRunFolder:
         code, out, _ = muse("data", "inspect", "dataset", "--block=0", "--seq_len=32")
         assert code == 0
         assert "<|repo_name|>" in out
-
-    def test_defaults_give_way_to_the_users_own(self, muse: Muse) -> None:
-        flags = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=mine"]
-        assert muse.with_recipe("fit", *flags, "--trainer.enable_progress_bar=false")[0] == 0
-        saved = sorted(path.name for path in Path("runs/tiny/version_0/checkpoints").iterdir())
-        assert saved == ["mine.ckpt", "mine.manifest.json"]
-        assert muse.with_recipe("fit", "--trainer.logger=false", "--trainer.enable_checkpointing=false")[0] == 0
-        assert sorted(path.name for path in Path("runs/tiny/version_1").iterdir()) == [
-            "config.yaml",
-            "environment.json",
-            "ledger",
-            "lock",
-        ]
 
     def test_no_credentials_are_kept(self, muse: Muse) -> None:
         flags = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs"]
@@ -387,75 +334,6 @@ class TestExitCodes:
         code, _, err = muse.with_recipe("fit", *flags)
         assert code == 130
         assert err.splitlines()[-1] == f"interrupted at step 1, which is not saved; {rest}"
-
-    @pytest.mark.parametrize("is_behind", [False, True], ids=["itself", "behind-another"])
-    def test_out_of_gpu_memory(self, muse: Muse, step_raises: Any, is_behind: bool) -> None:
-        assert muse.with_recipe("prepare")[0] == 0
-        error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total")
-        if is_behind:
-            other = RuntimeError("a compiled function has failed")
-            other.__cause__, error = error, other
-        step_raises(error)
-        said = muse.error("fit", "--config=recipe.yaml", "--trainer.accumulate_grad_batches=3")
-        assert said.startswith(
-            "out of GPU memory, 2.50 GiB more was needed; next: data.batch_size=1 trainer.accumulate_grad_batches=6 "
-            "(predicted peak "
-        )
-
-    def test_out_of_gpu_memory_where_no_prediction_can_be_made(
-        self, muse: Muse, step_raises: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        assert muse.with_recipe("prepare")[0] == 0
-        step_raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"))
-
-        def fail(*_: object) -> None:
-            raise RuntimeError("a strategy that reads values")
-
-        monkeypatch.setattr("muse_lightning.endings.next_lever", fail)
-        assert muse.error("fit", "--config=recipe.yaml").endswith(
-            "next: lower data.seq_len (now 32) or data.batch_size (now 2)"
-        )
-
-    def test_the_longest_context(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-        whole = ("--data.batch_size=1", "--model.loss_chunk=1024")
-        monkeypatch.setattr("muse_lightning.training.levers.Setting.peak", lambda _, tokens: 10**6 + 1000 * tokens)
-        code, out, err = muse.with_recipe("info", "--longest_context", "--memory_gib=0.0035", *whole)
-        assert code == 0, err
-        head, as_it_is, *levers, limit = out.splitlines()
-        assert head.startswith("longest context by prediction on a GPU of 0.0035 GiB,")
-        assert as_it_is.endswith("  as it is")
-        # All but a twentieth of the memory, in whole chunks of the recipe's attention.
-        longest = int(as_it_is.split()[0].replace(",", ""))
-        assert longest % 16 == 0
-        assert 0.97 < longest / ((0.95 * 0.0035 * 2**30 - 10**6) / 1000) <= 1
-        assert [line.split()[1] for line in levers] == [
-            "model.recompute=keep_attention",
-            "model.recompute=block",
-            "model.offload=true",
-            "model.mlp_tiles=8",
-        ]
-        assert limit == "model.config.max_position_embeddings, now 64, must be as long"
-        assert muse.error("info", "--config=recipe.yaml", "--longest_context") == (
-            "--longest_context: no GPU here; --memory_gib=80 says how much one has"
-        )
-        assert muse.error("info", "--config=recipe.yaml", "--memory_gib=80") == (
-            "--memory_gib=80: accepted beside --longest_context alone"
-        )
-        assert muse.error("fit", "--config=recipe.yaml", "--verify_every=0") == (
-            "verify_every: expected an integer above 0 or null, found 0 (command line)"
-        )
-        assert muse.error("info", "--config=recipe.yaml", "--longest_context", "--memory_gib=-1") == (
-            "memory_gib: expected a number above 0 or null, found -1 (command line)"
-        )
-
-    def test_no_word_of_positions_where_no_context_is_longer(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("muse_lightning.training.levers.Setting.peak", lambda _, tokens: 10**12)
-        code, out, err = muse.with_recipe("info", "--longest_context", "--memory_gib=1")
-        assert code == 0, err
-        levers = out.splitlines()[1:]
-        assert [line[:12] for line in levers] == ["does not fit"] * len(levers)
-        assert len(levers) > 1
 
     def test_traceback_on_request(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MUSE_TRACEBACK", "1")

@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from muse_lightning import cli
 from muse_lightning.data.card import read_card
 from muse_lightning.data.sources import Folders
 from muse_lightning.data.tokenizer import load_tokenizer
 from muse_lightning.data.tokenizer_training import train_tokenizer
-from muse_lightning.endings import as_user_error
 from muse_lightning.errors import UserError, find_cause, is_storage_error, one_line, suggestion, too_long_path
 from muse_lightning.training.run_folder import RunFolder
 from tests.recipe import Muse
@@ -323,31 +320,11 @@ class TestCredentials:
         assert err.endswith("error: no such place: https://h/a\n")
         assert ("KeyError: 'https://h/a'" in err) == bool(traceback)
 
-    def test_what_a_library_says(self, muse: Muse) -> None:
-        error = as_user_error(MisconfigurationException("cannot open\nhttps://u:hunter2@h/a"), Namespace())
-        assert str(error) == "trainer: cannot open https://h/a"
-
     def test_a_bug(self, muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cli, "overview", lambda: dict[str, str]()["https://u:hunter2@h/a"])
         code, _, err = muse("--help")
         assert code == 1
         assert "KeyError: 'https://h/a'" in err
-
-
-@pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
-def test_a_monitor_that_is_never_logged(muse_with_dataset: Muse, callback: str) -> None:
-    """Known with the first validation; the run has trained by then, and stays."""
-    flags = [f"--trainer.callbacks+={callback}", "--trainer.callbacks.monitor=val_loss"]
-    code, _, err = muse_with_dataset.with_recipe("fit", *flags, "--trainer.val_check_interval=1")
-    assert code == 2, err
-    assert "Traceback" not in err
-    assert "step 2" not in err
-    line = err.splitlines()[-1]
-    assert line.startswith(f"error: trainer.callbacks: {callback} monitors 'val_loss', which was not logged; nearest: ")
-    nearest, logged = (part.split(", ") for part in line.split("nearest: ")[1].split("; logged: "))
-    assert nearest[0] == "val/loss"
-    assert {"train/loss", "val/loss", "val/loss_exact"} - set(logged) == set()
-    assert muse_with_dataset.versions() == ["runs/tiny/version_0"]
 
 
 class TestCheckpoint:

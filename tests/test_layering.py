@@ -28,7 +28,7 @@ TRAINING = {
     "pretrained",
     *OPERATORS,
 }
-CLI = {"cli", "recipe_cli", "commands", "endings", "function_commands", "configuration", "libraries"}
+CLI = {"cli", "recipe_cli", "run_defaults", "commands", "endings", "function_commands", "configuration", "libraries"}
 MAY_IMPORT: dict[str, set[str]] = {
     "muse_kernels": set(),
     "collectives": set(),

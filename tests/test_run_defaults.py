@@ -1,4 +1,4 @@
-"""Callbacks that a recipe and the command line both give."""
+"""What a run has beside what its recipe names."""
 
 from pathlib import Path
 
@@ -29,3 +29,17 @@ def test_lightnings_may_watch_two_things(muse: Muse) -> None:
     ]
     code, _, err = muse.with_recipe("fit", *flags)
     assert code == 0, err
+
+
+def test_defaults_give_way_to_the_users_own(muse: Muse) -> None:
+    flags = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=mine"]
+    assert muse.with_recipe("fit", *flags, "--trainer.enable_progress_bar=false")[0] == 0
+    saved = sorted(path.name for path in Path("runs/tiny/version_0/checkpoints").iterdir())
+    assert saved == ["mine.ckpt", "mine.manifest.json"]
+    assert muse.with_recipe("fit", "--trainer.logger=false", "--trainer.enable_checkpointing=false")[0] == 0
+    assert sorted(path.name for path in Path("runs/tiny/version_1").iterdir()) == [
+        "config.yaml",
+        "environment.json",
+        "ledger",
+        "lock",
+    ]
