@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from muse_lightning.data import TokenDataModule
 from muse_lightning.data.block_reader import Block
+from muse_lightning.errors import UserError
 from muse_lightning.measure.ngram import MAX_BIGRAM_VOCAB, NgramCounts, ngram_bits_per_byte
 
 _BLOCKS_AT_ONCE = 256
@@ -22,15 +23,19 @@ class NgramBaseline(L.Callback):
     the blocks that the last validation read. For small vocabularies, as that of `bytes`: a bigram table grows with its
     square.
 
+    Args:
+        max_train_tokens: most tokens of the train split to count: the first ones of its first epoch. With 0 both models
+            are uniform.
+    Raises:
+        UserError: a value below 0.
+
     Example:
         >>> trainer = L.Trainer(callbacks=[NgramBaseline()])
     """
 
     def __init__(self, max_train_tokens: int = 20_000_000) -> None:
-        """
-        Args:
-            max_train_tokens: Most tokens of the train split to count: the first ones of its first epoch.
-        """
+        if max_train_tokens < 0:
+            raise UserError(f"NgramBaseline: max_train_tokens is {max_train_tokens}; accepted: at least 0")
         self.max_train_tokens = max_train_tokens
         self._validated_at = 0
 
@@ -76,6 +81,7 @@ def _count(counts: NgramCounts, blocks: Iterable[Block], limit: int) -> None:
 
 
 def _validated_blocks(trainer: L.Trainer, data: TokenDataModule) -> int:
-    """How many blocks a validation reads: whole batches of all ranks, the first ones of its order."""
+    """How many blocks a validation reads: whole batches of all ranks, the first ones of its order; once, what several
+    ranks share."""
     (batches,) = trainer.num_val_batches
-    return int(batches) * data.batch_size * trainer.world_size
+    return int(batches) * data.batch_size * (trainer.world_size // data.ranks_per_block)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -9,8 +10,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from muse_lightning.callbacks import NgramBaseline
+from muse_lightning.callbacks.ngram_baseline import _validated_blocks
 from muse_lightning.data import TokenDataModule
 from muse_lightning.data.sources import Folders
+from muse_lightning.errors import UserError
 
 
 class Uniform(L.LightningModule):
@@ -102,6 +105,18 @@ def test_counting_helps_and_is_logged(data, tmp_path, capsys):
     assert "baseline/unigram_bpb" in header
     assert "baseline/bigram_bpb" in header
     assert f"{unigram:.3f}"[:4] in log
+
+
+@pytest.mark.parametrize(("ranks_per_block", "blocks"), [(1, 60), (2, 30), (4, 15)])
+def test_what_ranks_share_is_read_once(ranks_per_block, blocks):
+    trainer = SimpleNamespace(num_val_batches=[5], world_size=4)
+    data = SimpleNamespace(batch_size=3, ranks_per_block=ranks_per_block)
+    assert _validated_blocks(trainer, data) == blocks
+
+
+def test_a_number_below_0_is_refused_before_the_fit():
+    with pytest.raises(UserError, match=r"^NgramBaseline: max_train_tokens is -1; accepted: at least 0$"):
+        NgramBaseline(max_train_tokens=-1)
 
 
 @pytest.mark.parametrize("case", ["vocabulary", "no bpb"])
