@@ -28,7 +28,8 @@ class Muse(AttentionStrategy):
         key_cluster: tokens per key cluster; smaller is more exact and dearer.
         summary_cluster: tokens behind one summary of far keys, key_cluster times a power of two; null is 8 times, at
             most the chunk. Larger is cheaper, and little less exact.
-        top_k: key clusters that each query cluster attends exactly. The cost of doubling it is that of `top_k` keys.
+        top_k: key clusters that each query cluster attends exactly. Larger is more exact; one more is `key_cluster`
+            keys more for every token.
         order: 1 (dipole) or 0 (monopole) expansion of a far cluster's log-mass.
         candidates: key clusters that selection by "peak_mass" looks at key by key.
         selection: rank clusters by the "peak_mass" of their largest keys, or by their mass at the "centroid" alone.
@@ -39,6 +40,8 @@ class Muse(AttentionStrategy):
             7 * chunk without: up to there exact attention is the faster.
         workspace_mib: bound on intermediate results, MiB.
         implementation: "triton" (kernels), "reference" (plain PyTorch), or "auto": kernels wherever they can be used.
+    Raises:
+        UserError: a value that `muse_attention` does not accept.
     """
 
     def __init__(

@@ -19,6 +19,8 @@ class SlidingWindow(AttentionStrategy):
     Args:
         layer_idx: number of the layer, from 0.
         window: tokens in sight. Cost grows in proportion.
+    Raises:
+        UserError: a window below 1.
     """
 
     def __init__(self, layer_idx: int, window: int = 2048) -> None:

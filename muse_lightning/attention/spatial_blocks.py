@@ -17,6 +17,8 @@ class SpatialBlocks(Muse):
         exact_below: documents of at most so many tokens are attended exactly; null is 2 * chunk with document_mask and
             7 * chunk without.
         workspace_mib: bound on intermediate results, MiB.
+    Raises:
+        UserError: a value that `muse_attention` does not accept.
     """
 
     def __init__(

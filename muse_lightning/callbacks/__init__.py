@@ -22,7 +22,7 @@ from muse_lightning.callbacks.stop_after import StopAfter
 from muse_lightning.callbacks.throughput import DeviceThroughput
 
 DEFAULT_CALLBACKS = (DeviceThroughput, StepTime, MemoryUse, GradientNorm, LossByPosition, AttentionError)
-"""What every fit has: the tags in docs/training.md."""
+"""What every fit and `muse validate` have: the tags in docs/training.md."""
 
 LONG_CONTEXT_CALLBACKS = (ContextGain, NeedleRetrieval, IdentifierRecall)
 """What `muse validate` has too: the tags in docs/evaluation.md. They take forward passes of their own."""

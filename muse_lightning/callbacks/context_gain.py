@@ -22,12 +22,14 @@ class ContextGain(L.Callback):
     The mean is over labels that see more than N / 2 tokens of their document, N the context length; for the first term
     the same rows are cut into pieces of N / pieces tokens that do not see each other, and of their labels only those
     count that still see more than half a piece. Losses at early and at late positions are of different texts; here
-    texts are the same. Above 0, the far context helps. Nothing is logged where no document is that long,
-    and a line says so.
+    texts are the same. Above 0, the far context helps. Nothing is logged where no document is that long, and a line
+    says so.
 
     Args:
         batches: first batches of each rank to do it on; each takes one forward pass more.
-        pieces: into how many a row is cut.
+        pieces: into how many a row is cut, at least 2.
+    Raises:
+        UserError: a value out of range.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[ContextGain()])

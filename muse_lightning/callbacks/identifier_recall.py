@@ -40,6 +40,8 @@ class IdentifierRecall(L.Callback):
     Args:
         min_distance: tokens.
         batches: first batches of each rank to do it on; each takes one forward pass more.
+    Raises:
+        UserError: a value below 1.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[IdentifierRecall()])
@@ -57,7 +59,7 @@ class IdentifierRecall(L.Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start from 0, on every rank: the sums are collected over all."""
         self._totals.clear()
-        self._totals.add(*torch.zeros(3 * (_BUCKETS + 1) + _BUCKETS + 1, device=pl_module.device))
+        self._totals.add(*torch.zeros(4 * (_BUCKETS + 1), device=pl_module.device))
 
     @torch.no_grad()
     def on_validation_batch_end(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from muse_lightning.callbacks.figures import draw_curve, write_figure
+from muse_lightning.data.batches import IGNORED_LABEL
 from muse_lightning.errors import UserError
 from muse_lightning.model.rope import document_positions
 from muse_lightning.training.log_step import written_step
-from muse_lightning.training.loss import IGNORED_LABEL
 from muse_lightning.training.totals import Totals
 
 
@@ -26,6 +26,8 @@ class LossByPosition(L.Callback):
 
     Args:
         short_context: tokens.
+    Raises:
+        UserError: a value below 1.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[LossByPosition()])

@@ -34,9 +34,9 @@ class NeedleRetrieval(L.Callback):
         val/needle_rows                 rows that were used
         val/needle_accuracy             a figure: accuracy over depth
 
-    A row whose longest document is shorter than `min_share` of the context is left out, as is one without a needle; a
-    line says how many. Where a batch has no other document, needles are from the batch before. Each row takes one
-    forward pass per depth and one for the control, with the attention that the model has.
+    A row whose longest document is shorter than `min_share` of the context, or than 4 needles, is left out, as is one
+    without a needle; a line says how many. Where a batch has no other document, needles are from the batch before. Each
+    row takes one forward pass per depth and one for the control, with the attention that the model has.
 
     Args:
         depths: fractions from 0, the start of the document, to 1, right before the cue.
@@ -44,6 +44,8 @@ class NeedleRetrieval(L.Callback):
         batches: batches of each rank to do it on.
         min_share: of the context length.
         seed: needles are chosen by it and by the haystack.
+    Raises:
+        UserError: a value out of range.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[NeedleRetrieval()])

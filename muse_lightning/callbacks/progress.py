@@ -12,7 +12,7 @@ from muse_lightning.callbacks.stop_after import last_step
 
 
 class ProgressLines(ProgressBar):
-    """One line per ten seconds of training, and one per validation: for log files, where a bar would be noise.
+    """One line per interval of training, and one per validation: for log files, where a bar would be noise.
 
     Args:
         interval_seconds: time between two lines of training; the first and the last step always get one.

@@ -15,9 +15,9 @@ PHASES = ("data", "forward", "backward", "optimizer")
 class StepTime(L.Callback):
     """Logs `time/{step,data,forward,backward,optimizer}`, seconds per optimizer step, averaged since the last log.
 
-    `data` is the wait for a batch, `optimizer` includes gradient clipping; the micro-batches of a step add up. `step`
-    is everything but validation. On a GPU the times are those of the device's own queue, taken by events, so that
-    measuring does not make the host wait.
+    `data` is what lies between two batches: the wait for the next one, and a checkpoint where one is saved meanwhile.
+    `optimizer` includes gradient clipping; the micro-batches of a step add up. `step` is everything but validation. On
+    a GPU the times are those of the device's own queue, taken by events, so that measuring does not make the host wait.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[StepTime()])
