@@ -6,6 +6,7 @@ from muse_lightning.callbacks.context_gain import ContextGain
 from muse_lightning.callbacks.context_warmup import ContextWarmup
 from muse_lightning.callbacks.environment_file import EnvironmentFile
 from muse_lightning.callbacks.exact_tail import ExactTail
+from muse_lightning.callbacks.future_gain import FutureGain
 from muse_lightning.callbacks.gradient_norm import GradientNorm
 from muse_lightning.callbacks.identifier_recall import IdentifierRecall
 from muse_lightning.callbacks.ledger import Ledger
@@ -37,6 +38,7 @@ __all__ = [
     "DeviceThroughput",
     "EnvironmentFile",
     "ExactTail",
+    "FutureGain",
     "GradientNorm",
     "IdentifierRecall",
     "Ledger",

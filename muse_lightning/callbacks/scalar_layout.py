@@ -7,6 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from muse_lightning.callbacks.context_gain import ContextGain
 from muse_lightning.callbacks.context_warmup import ContextWarmup
+from muse_lightning.callbacks.future_gain import FutureGain
 from muse_lightning.callbacks.identifier_recall import IdentifierRecall
 from muse_lightning.callbacks.needle_retrieval import NeedleRetrieval
 
@@ -31,7 +32,10 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "seconds per step": ("time/*",),
         "memory, GiB": ("memory/*",),
     },
-    "attention": {"relative squared error": ("muse/relative_error*",)},
+    "attention": {
+        "relative squared error": ("muse/relative_error*",),
+        "gain from sight of the future, nats per token": ("val/future_gain*",),
+    },
     "far context": {
         "gain, nats per token": ("val/context_gain", "val/needle_gain"),
         "needles found": ("val/needle_accuracy_*",),
@@ -80,6 +84,8 @@ def _layout(trainer: L.Trainer) -> dict[str, dict[str, tuple[str, list[str]]]]:
     left_out = set()
     if not any(isinstance(callback, FAR_CONTEXT) for callback in callbacks):
         left_out |= set(CHARTS["far context"])
+    if not any(isinstance(callback, FutureGain) for callback in callbacks):
+        left_out.add("gain from sight of the future, nats per token")
     if not any(isinstance(callback, ContextWarmup) for callback in callbacks):
         left_out.add("tokens in a piece")
     if trainer.strategy.root_device.type != "cuda":

@@ -13,7 +13,7 @@ from tensorboard.plugins.base_plugin import TBContext, TBPlugin
 from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
-from muse_lightning.callbacks import ContextGain, ContextWarmup
+from muse_lightning.callbacks import ContextGain, ContextWarmup, FutureGain
 from muse_lightning.callbacks.scalar_layout import CHARTS, ScalarLayout
 from tests.tiny import TinyData, batches, tiny_model, tiny_trainer
 
@@ -66,7 +66,8 @@ class Page:
 @pytest.fixture
 def written(tmp_path: Path) -> Page:
     """A fit's layout, beside a value of every tag."""
-    trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=[ScalarLayout(), ContextGain(), ContextWarmup(1, 8)])
+    callbacks = [ScalarLayout(), ContextGain(), FutureGain(), ContextWarmup(1, 8)]
+    trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=callbacks)
     trainer.fit(tiny_model(), TinyData(batches(1)))
     for tag in documented_tags() | ELSEWHERE:
         trainer.logger.log_metrics({tag: 1.0}, step=1)
