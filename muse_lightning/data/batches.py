@@ -82,13 +82,21 @@ def cut_documents(batch: Batch, length: int) -> torch.Tensor:
     """The `cu_seqlens` of a batch, as `Batch` has it, with every row cut at multiples of `length` tokens too; without
     waiting for the device."""
     rows, seq_len = batch["input_ids"].shape
-    index = torch.arange(rows * seq_len + 1, dtype=torch.int32, device=batch["input_ids"].device)
-    grid = torch.cat([index[:-1].view(rows, seq_len)[:, ::length].flatten(), index[-1:]])
-    offsets = torch.cat([grid, batch["cu_seqlens"]]).sort().values if "cu_seqlens" in batch else grid
-    # Where a document begins at a cut, the second of the two becomes padding.
-    offsets[1:] = torch.where(offsets[1:] == offsets[:-1], index[-1], offsets[1:])
-    padding = max(_SMALLEST_CU_SEQLENS, 1 << (len(offsets) - 1).bit_length()) - len(offsets)
-    return torch.cat([offsets.sort().values, index[-1:].expand(padding)])
+    index = torch.arange(rows * seq_len, dtype=torch.int32, device=batch["input_ids"].device)
+    return cut_at(batch, index.view(rows, seq_len)[:, ::length].flatten())
+
+
+def cut_at(batch: Batch, offsets: torch.Tensor) -> torch.Tensor:
+    """The `cu_seqlens` of a batch, as `Batch` has it, in which documents begin at `offsets`, integers [M] into the
+    flattened batch, too; without waiting for the device."""
+    rows, seq_len = batch["input_ids"].shape
+    ends = torch.arange(rows + 1, dtype=torch.int32, device=offsets.device) * seq_len
+    found = [ends, offsets.to(torch.int32)] + ([batch["cu_seqlens"]] if "cu_seqlens" in batch else [])
+    starts = torch.cat(found).sort().values
+    # Of several that are equal, all but the first become padding.
+    starts[1:] = torch.where(starts[1:] == starts[:-1], ends[-1], starts[1:])
+    padding = max(_SMALLEST_CU_SEQLENS, 1 << (len(starts) - 1).bit_length()) - len(starts)
+    return torch.cat([starts.sort().values, ends[-1:].expand(padding)])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
