@@ -24,6 +24,10 @@ class StopAfter(L.Callback):
             raise UserError(f"StopAfter: step is {step}; accepted: at least 1")
         self.step = step
 
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """A training that is resumed at its end, or behind it, takes no step more."""
+        self.on_train_batch_end(trainer)
+
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Ask the trainer to stop."""
         if trainer.global_step >= self.step:

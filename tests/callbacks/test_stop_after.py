@@ -29,3 +29,14 @@ def test_no_step_at_all() -> None:
 
 def test_an_end_that_nobody_knows(tmp_path: Path) -> None:
     assert last_step(tiny_trainer(tmp_path, max_steps=-1)) == -1
+
+
+@pytest.mark.parametrize("taken", [2, 3], ids=["at-its-step", "beyond-it"])
+def test_a_resumed_training_that_has_taken_its_steps_takes_no_other(tmp_path: Path, taken: int) -> None:
+    """As one resumed at `max_steps`: whoever starts a finished training again gets the same model."""
+    before = tiny_trainer(tmp_path, max_steps=taken)
+    before.fit(tiny_model(), datamodule=TinyData(batches(12)))
+    before.save_checkpoint(tmp_path / "saved.ckpt")
+    trainer = tiny_trainer(tmp_path, callbacks=[StopAfter(2)], max_steps=4)
+    trainer.fit(tiny_model(), datamodule=TinyData(batches(12)), ckpt_path=tmp_path / "saved.ckpt", weights_only=False)
+    assert trainer.global_step == taken
