@@ -21,9 +21,12 @@ class FutureGain(L.Callback):
 
     Exact attention is causal: 0. MuSe's clusters of queries, and which keys they retrieve, depend on later tokens of
     the same chunk (docs/attention.md, "Causality, stated exactly"). What that saves is in `val/loss`, but not in a text
-    that is generated with this attention: a gain of more than a few of its standard errors is to be taken off.
+    that is generated with this attention: a gain of more than a few of its standard errors is to be taken off. Part of
+    it need not be learnt: with fewer queries in the last chunk, they are grouped otherwise. The gain of weights that
+    were trained with exact attention, under this one, is that part.
 
-    Sampled are labels of the second half of each row, where there is far context.
+    Sampled are labels of the second half of each row, where there is far context. Rows without documents
+    (`data.document_mask: false`) are documents here, of which MuSe by default attends fewer exactly.
 
         val/future_gain         nats per token
         val/future_gain_error   its standard error over tokens
@@ -85,16 +88,18 @@ class FutureGain(L.Callback):
 
             whole = nats(rows[:0], rows[:, None].expand_as(drawn).flatten(), drawn.flatten()).view_as(drawn)
             for at, as_it_is in zip(drawn.T, whole.T, strict=True):
-                saved = (nats(rows * seq_len + at + 1, rows, at) - as_it_is).double()
+                saved = nats(rows * seq_len + at + 1, rows, at) - as_it_is
                 self._totals.add(saved.sum(), (saved**2).sum(), torch.ones_like(saved).sum())
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log it."""
-        saved, squares, count = self._totals.collect(trainer)
+        # Ranks that share rows have sampled the same tokens.
+        sharing = getattr(getattr(trainer, "datamodule", None), "ranks_per_block", 1)
+        saved, squares, count = (value / sharing for value in self._totals.collect(trainer))
         if trainer.sanity_checking:
             return
         if count < 2:
-            rank_zero_info("future gain: left out, no row has labels in its second half")
+            rank_zero_info("future gain: left out, fewer than two tokens were sampled in the second halves of rows")
             return
         mean = saved / count
         error = (max(0.0, squares / count - mean**2) / (count - 1)) ** 0.5

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from muse_lightning.callbacks import FutureGain
 from muse_lightning.errors import UserError
+from muse_lightning.training.totals import Totals
 from tests.tiny import SEQ_LEN, VOCAB, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
 PEEK = 5.0
@@ -86,14 +87,41 @@ def test_muse_against_a_loop(tmp_path: Path, packed: bool) -> None:
     assert abs(mean - sum(saved) / len(saved)) < 4 * error
 
 
-def test_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tokens_that_ranks_share_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with the same rows have twice the sums of one, and know no more."""
+    model = tiny_model(config={"initializer_range": 0.5}, attention=tiny_muse, exact_val_batches=0)
+    val = batches(1)
+    alone = gain(tmp_path / "alone", model, val, FutureGain())
+    collect = Totals.collect
+    monkeypatch.setattr(Totals, "collect", lambda *args: [2 * value for value in collect(*args)])
+    monkeypatch.setattr(TinyData, "ranks_per_block", 2, raising=False)
+    assert gain(tmp_path / "shared", model, val, FutureGain()) == alone
+
+
+def test_no_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs have none; the totals know of it."""
+    dtypes, add = set(), Totals.add
+
+    def remember(totals: Totals, *values: Tensor) -> None:
+        dtypes.update(value.dtype for value in values)
+        add(totals, *values)
+
+    monkeypatch.setattr(Totals, "add", remember)
+    gain(tmp_path, tiny_model(exact_val_batches=0), batches(1), FutureGain(tokens=2))
+    assert dtypes - {torch.int64} == {torch.float32}
+
+
+@pytest.mark.parametrize("labels", [0, 1])
+def test_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture, labels: int) -> None:
     [batch] = batches(1)
     batch["labels"][:, SEQ_LEN // 2 :] = -100
-    trainer = tiny_trainer(tmp_path, callbacks=[FutureGain()])
+    batch["labels"][0, SEQ_LEN - 1 : SEQ_LEN - 1 + labels] = 1
+    trainer = tiny_trainer(tmp_path, callbacks=[FutureGain(tokens=1)])
     with caplog.at_level("INFO"):
         trainer.validate(tiny_model(), TinyData([], [batch]), verbose=False)
     assert "val/future_gain" not in scalars(trainer)
-    assert caplog.messages.count("future gain: left out, no row has labels in its second half") == 1
+    line = "future gain: left out, fewer than two tokens were sampled in the second halves of rows"
+    assert caplog.messages.count(line) == 1
 
 
 @pytest.mark.parametrize("options", [{"batches": 0}, {"tokens": 0}])
