@@ -204,6 +204,9 @@ class TestRunFolder:
             (["max_steps=-1"], "trainer.max_steps is -1; the schedule needs"),
             (["max_steps=-2"], "trainer: `max_steps` must be a non-negative integer or -1"),
             (["val_check_interval=0"], "trainer.val_check_interval: 0 found; accepted: a number of batches"),
+            (["check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch: 0 found; accepted: a number, at least 1"),
+            (["accumulate_grad_batches=0"], "trainer.accumulate_grad_batches: 0 found; accepted: a number, at least 1"),
+            (["accumulate_grad_batches=-1"], "trainer.accumulate_grad_batches: -1 found; accepted: a number, at least"),
             (
                 ["val_check_interval=3", "limit_train_batches=2"],
                 "trainer.val_check_interval: 3 found, an epoch has 2 batches; give at most that",

@@ -81,12 +81,16 @@ def check_sizes(model: "LanguageModel") -> None:
 
 
 def check_trainer(trainer: L.Trainer) -> None:
-    """How long a training is and how often it is evaluated, as far as that does not depend on data.
+    """How long a training is, its steps, and how often it is evaluated, as far as that does not depend on data.
 
     Raises:
         UserError: names what Lightning would only refuse, or fail at, once the data is there.
     """
     check_max_steps(trainer.max_steps)
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        value = getattr(trainer, name)
+        if value is not None and value < 1:
+            raise UserError(f"trainer.{name}: {value} found; accepted: a number, at least 1")
     # A float is a part of an epoch; a trainer that validates by the clock has none.
     interval, limit = getattr(trainer, "val_check_interval", None), trainer.limit_train_batches
     if trainer.limit_val_batches == 0 or not isinstance(interval, int):
