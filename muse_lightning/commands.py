@@ -13,7 +13,7 @@ from muse_lightning.checkpoints.manifest import manifest_path
 from muse_lightning.checkpoints.preemption import preemption_as_retry, stoppable
 from muse_lightning.configuration.taken_flags import take_flag
 from muse_lightning.data.workers import DataWorkerError, death_of_worker
-from muse_lightning.endings import as_ending
+from muse_lightning.endings import as_ending, early_stop
 from muse_lightning.errors import UserError, find_cause
 from muse_lightning.measure.info import GIB, machine_report
 from muse_lightning.numerics.replay import Replay
@@ -56,7 +56,8 @@ def run_in_folder(verb: str, cli: MuseCLI) -> None:
             with preemption_as_retry():
                 _run(verb, cli)
             if cli.trainer.is_global_zero:
-                print(f"run: {folder.path}", file=sys.stderr)
+                stop = early_stop(cli.trainer)
+                print(*([] if stop is None else [stop]), f"run: {folder.path}", sep="\n", file=sys.stderr)
         except Exception as error:
             ending = as_ending(error, cli.config, (lambda: training_setting(cli)) if verb == "fit" else None)
             if ending is None:

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Callable
 
+import lightning as L
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from muse_lightning.callbacks.stop_after import last_step
 from muse_lightning.errors import (
     NumericsError,
     RetryError,
@@ -86,6 +88,17 @@ def as_user_error(error: Exception, config: Namespace) -> UserError | None:
     if isinstance(error, ValueError) and "`val_check_interval`" in message:
         batches = message.partition("training batches (")[2].partition(")")[0]
         return interval_beyond_epoch(config.trainer.val_check_interval, batches)
+    return None
+
+
+def early_stop(trainer: L.Trainer) -> str | None:
+    """Which step a callback of Lightning's has stopped a training at, and why, in one line; None if none has."""
+    if not trainer.should_stop or trainer.global_step >= last_step(trainer):
+        return None
+    for callback in trainer.early_stopping_callbacks:
+        if callback.stopping_reason_message is not None and not callback.verbose:  # else it has said so
+            reason = callback.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")
+            return f"stopped early, at step {trainer.global_step:,} of {trainer.max_steps:,}: {reason}"
     return None
 
 

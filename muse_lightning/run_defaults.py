@@ -1,12 +1,13 @@
 """What a run has beside what its recipe names: a logger, callbacks and a way to save, each unless there is another."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 
 from muse_lightning.callbacks import DEFAULT_CALLBACKS, LONG_CONTEXT_CALLBACKS, Banner
@@ -56,11 +57,12 @@ def run_callbacks(
         environment: what the run depends on beside it, as plain data.
         verify_every: of the command line, which wins over a `NumericsGuard` of the user's; None: as that says.
     Raises:
-        UserError: one of ours is there twice.
+        UserError: one of ours is there twice, or one would save where no resume finds it.
     """
     given = trainer["callbacks"] or []
     callbacks = list(given) if isinstance(given, list) else [given]
     _check_once(callbacks)
+    _check_file_names(callbacks)
     kinds: list[tuple[bool, type[Callback], Callable[[], Callback]]] = [
         (trainer["enable_progress_bar"] is not False, ProgressBar, progress_bar),
         (trainer["logger"] is not False, LearningRateMonitor, lambda: LearningRateMonitor("step")),
@@ -107,4 +109,19 @@ def _check_once(callbacks: Sequence[Callback]) -> None:
             raise UserError(
                 f"trainer.callbacks: {kind.__name__} is given {count} times; accepted: once. A recipe's own is changed "
                 "by --trainer.callbacks.NAME=VALUE before any --trainer.callbacks+="
+            )
+
+
+def _check_file_names(callbacks: Sequence[Callback]) -> None:
+    """A `/`, which names of metrics have, would be one more folder in that of the run's checkpoints."""
+    for callback in callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.dirpath is not None:
+            continue
+        name = callback.filename or ""
+        # Lightning writes the names of metrics before their values unless told not to.
+        if "/" in (name if callback.auto_insert_metric_name else re.sub(r"\{.*?\}", "", name)):
+            raise UserError(
+                f"trainer.callbacks: ModelCheckpoint.filename is {name!r}, whose / makes folders, in which --resume "
+                "finds nothing; accepted: names without, such as 'step={step}-loss={val/loss:.2f}' with "
+                "auto_insert_metric_name: false"
             )

@@ -203,6 +203,8 @@ class TestRunFolder:
             (["max_steps=0"], "trainer.max_steps is 0; the schedule needs"),
             (["max_steps=-1"], "trainer.max_steps is -1; the schedule needs"),
             (["max_steps=-2"], "trainer: `max_steps` must be a non-negative integer or -1"),
+            (["limit_train_batches=0"], "trainer.limit_train_batches: 0 found, nothing would be trained; accepted:"),
+            (["limit_train_batches=0.0"], "trainer.limit_train_batches: 0 found, nothing would be trained; accepted:"),
             (["val_check_interval=0"], "trainer.val_check_interval: 0 found; accepted: a number of batches"),
             (["check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch: 0 found; accepted: a number, at least 1"),
             (["accumulate_grad_batches=0"], "trainer.accumulate_grad_batches: 0 found; accepted: a number, at least 1"),

@@ -49,6 +49,30 @@ def test_a_monitor_that_is_never_logged(muse_with_dataset: Muse, callback: str) 
     assert muse_with_dataset.versions() == ["runs/tiny/version_0"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["patience=1", "min_delta=9"], "stopped early, at step 4 of 6: Monitored metric val/loss did not improve in"),
+        (["stopping_threshold=99"], "stopped early, at step 2 of 6: Stopping threshold reached: val/loss = "),
+        (["patience=9"], None),
+    ],
+    ids=["patience", "threshold", "none"],
+)
+def test_an_early_stop_says_why(muse_with_dataset: Muse, flags: list[str], said: str | None) -> None:
+    given = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    given += [f"--trainer.callbacks.{flag}" for flag in flags]
+    code, _, err = muse_with_dataset.with_recipe(
+        "fit", *given, "--trainer.max_steps=6", "--trainer.val_check_interval=2"
+    )
+    assert code == 0, err
+    lines = [line for line in err.splitlines() if line.startswith("stopped early")]
+    assert len(lines) == (said is not None)
+    if said is not None:
+        assert lines[0].startswith(said)
+        assert "Signaling" not in lines[0]
+        assert err.splitlines()[-1].startswith("run: ")
+
+
 @pytest.mark.parametrize("is_behind", [False, True], ids=["itself", "behind-another"])
 def test_out_of_gpu_memory(muse: Muse, monkeypatch: pytest.MonkeyPatch, is_behind: bool) -> None:
     assert muse.with_recipe("prepare")[0] == 0

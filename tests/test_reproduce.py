@@ -89,6 +89,18 @@ def test_another_loss_is_told_with_its_step_and_fewer_steps_do(muse: Muse) -> No
     assert muse("reproduce", str(RUN), "--steps=1", "--tolerance=10")[0] == 0
 
 
+def test_the_last_validation_counts_and_the_clock_does_not(muse: Muse) -> None:
+    """A run that ended between two logged training losses, by a clock that this machine could miss."""
+    trained(muse, "--trainer.max_steps=5", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=5")
+    edit(RUN / "config.yaml", lambda config: config["trainer"].update(max_time="00:00:00:00"))
+    code, out, err = muse("reproduce", str(RUN))
+    assert code == 0, err
+    assert out.splitlines()[-2:] == [
+        "train/loss: equal bit for bit at 2 of 2 logged steps",
+        "val/loss: equal bit for bit at 1 of 1 logged steps",
+    ]
+
+
 def test_resumed_runs_are_reproduced_as_one(muse: Muse) -> None:
     """Two starts of one configuration; a third that changed it bounds what can be."""
     saves = (*SAVES, "--trainer.max_steps=4")

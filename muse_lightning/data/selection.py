@@ -212,7 +212,7 @@ def split_names(
         cure = f"set {fields} to 0" if wanted else "hold out fewer in data.held_out"
         raise UserError(
             f"{len(free)} repositories cannot be split into {' and '.join(['train', *wanted])}; "
-            f"give more repositories, raise the limits, or {cure}"
+            f"give more repositories, raise data.max_bytes or data.max_documents where they are set, or {cure}"
         )
     remaining = free[seeded_order([order_key(seed, "split", names[row]) for row in free.tolist()])].tolist()
     for index, split in enumerate(wanted):

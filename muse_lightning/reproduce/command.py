@@ -13,7 +13,7 @@ from muse_lightning.errors import ExitCode, NumericsError, UserError
 from muse_lightning.function_commands import parse_flags
 from muse_lightning.pretrained.run_folder import CONFIG_FILE
 from muse_lightning.recipe_cli import MuseCLI, say
-from muse_lightning.reproduce.losses import TRAIN_LOSS, compare, first_other_batch, logged_losses
+from muse_lightning.reproduce.losses import TRAIN_LOSS, Losses, compare, first_other_batch, logged_losses
 from muse_lightning.reproduce.recorded import Start, differences_then_now, starts_of
 
 SWITCH = "--ignore_differences"
@@ -53,7 +53,7 @@ def reproduce(verb: str, description: str, args: Sequence[str], allowed: Sequenc
     request = Request(**parse_flags(Request, ("run",), verb, description, args, allowed))
     run = request.run.absolute()
     starts, then = starts_of(run), logged_losses(run)
-    stop = _last_step(request, starts, sorted(then[TRAIN_LOSS]))
+    stop = _last_step(request, starts, then)
     given = [
         f"--config={run / CONFIG_FILE}",
         f"--run.root={run.parent.parent}",
@@ -63,6 +63,8 @@ def reproduce(verb: str, description: str, args: Sequence[str], allowed: Sequenc
         # They could forbid to stop.
         "--trainer.min_steps=null",
         "--trainer.min_epochs=null",
+        # This machine may be slower.
+        "--trainer.max_time=null",
     ]
     _check_same(MuseCLI(verb, description, given, allowed, builds="data"), starts, request, stop)
     with stoppable():
@@ -83,18 +85,20 @@ def reproduce(verb: str, description: str, args: Sequence[str], allowed: Sequenc
         raise SystemExit(ExitCode.DIFFERENT)
 
 
-def _last_step(request: Request, starts: list[Start], logged: list[int]) -> int:
-    """The optimizer step to end at.
+def _last_step(request: Request, starts: list[Start], then: dict[str, Losses]) -> int:
+    """The optimizer step to end at: that of the last loss that was logged, or as many as were asked for.
 
     Raises:
         UserError: nothing was logged before it.
     """
-    first = starts[0].step
-    stop = logged[-1] + 1 if request.steps is None else min(first + request.steps, logged[-1] + 1)
-    if logged[0] >= stop:
+    first, first_logged = starts[0].step, min(then[TRAIN_LOSS])
+    stop = max(step for losses in then.values() for step in losses) + 1
+    if request.steps is not None:
+        stop = min(stop, first + request.steps)
+    if first_logged >= stop:
         raise UserError(
             f"steps: {request.steps} found, but the first {TRAIN_LOSS} of {request.run} is of its step "
-            f"{logged[0] + 1 - first}; give at least that"
+            f"{first_logged + 1 - first}; give at least that"
         )
     return stop
 

@@ -93,6 +93,11 @@ def check_trainer(trainer: L.Trainer) -> None:
             raise UserError(f"trainer.{name}: {value} found; accepted: a number, at least 1")
     # A float is a part of an epoch; a trainer that validates by the clock has none.
     interval, limit = getattr(trainer, "val_check_interval", None), trainer.limit_train_batches
+    if limit == 0:
+        raise UserError(
+            "trainer.limit_train_batches: 0 found, nothing would be trained; accepted: a number of batches, at least "
+            "1, or a part of an epoch"
+        )
     if trainer.limit_val_batches == 0 or not isinstance(interval, int):
         return
     if interval == 0:

@@ -194,11 +194,23 @@ def find_checkpoint(root: Path, name: str, which: str, version: int | None = Non
 
 
 def versions_with_checkpoints(root: Path, name: str, version: int | None = None) -> Iterator[Path]:
-    """Run folders of a name that have a checkpoint with a manifest, the newest version first."""
+    """Run folders of a name that have a checkpoint with a manifest, the newest version first.
+
+    Those of `muse reproduce`, which end where they were told to, only if `version` names them.
+    """
     for number in sorted(_versions(root / name), reverse=True):
         path = root / name / f"version_{number}"
-        if version in (None, number) and has_manifest(path / CHECKPOINTS):
+        is_chosen = number == version or (version is None and not _is_reproduction(path))
+        if is_chosen and has_manifest(path / CHECKPOINTS):
             yield path
+
+
+def _is_reproduction(path: Path) -> bool:
+    try:
+        environment = json.loads((path / "environment.json").read_text())
+    except (OSError, ValueError):
+        return False  # of an older version, or damaged: nothing that training depends on
+    return isinstance(environment, dict) and environment.get("reproduces") is not None
 
 
 def _refusal(what: str, error: OSError) -> UserError | StorageError:

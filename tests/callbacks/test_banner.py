@@ -45,6 +45,25 @@ def test_a_resumed_fit_counts_what_is_left(muse: Muse) -> None:
     assert f"{attention / (weights + attention):.0%} of it attention; in all 100% of exact attention's" in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_said"),
+    [
+        (["accumulate_grad_batches=2", "val_check_interval=5"], True),
+        (["accumulate_grad_batches=2", "val_check_interval=4"], False),
+        (["val_check_interval=5", "limit_val_batches=0"], False),
+        (["val_check_interval=00:01:00:00"], False),
+    ],
+    ids=["never", "at-the-end", "off", "by-the-clock"],
+)
+def test_a_fit_that_ends_before_its_first_validation_says_so(
+    muse_with_dataset: Muse, flags: list[str], is_said: bool
+) -> None:
+    code, _, err = muse_with_dataset.with_recipe("fit", *(f"--trainer.{flag}" for flag in flags))
+    assert code == 0, err
+    line = "validation: none, the training ends before the 5 batches of trainer.val_check_interval"
+    assert err.splitlines().count(line) == is_said
+
+
 def test_layers_of_each_kind_of_attention_are_named(muse: Muse) -> None:
     code, _, err = muse.with_recipe("fit", "--model.exact_layers=[0,-1]", "--model.config.num_hidden_layers=3")
     assert code == 0, err

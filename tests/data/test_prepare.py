@@ -273,7 +273,8 @@ def test_a_split_without_files_is_named(tmp_path):
     write(tmp_path / "code" / "good" / "a.py", "x = 1\n" * 100)
     write(tmp_path / "code" / "bad" / "a.bin", b"\0")
     data = TokenDataModule(tmp_path / "set", [Folders(tmp_path / "code")], seq_len=8, batch_size=1, val_fraction=0.1)
-    with pytest.raises(UserError, match=r"1 repositories cannot be split into train and val; .*data.val_fraction to 0"):
+    message = r"1 repositories cannot be split into train and val; .*raise data.max_bytes or .*data.val_fraction to 0"
+    with pytest.raises(UserError, match=message):
         data.prepare_data()
 
 

@@ -13,7 +13,12 @@ import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
 from muse_lightning.errors import StorageError, UserError
-from muse_lightning.training.run_folder import CHECKPOINT_VARIABLE, RUN_FOLDER_VARIABLE, RunFolder
+from muse_lightning.training.run_folder import (
+    CHECKPOINT_VARIABLE,
+    RUN_FOLDER_VARIABLE,
+    RunFolder,
+    versions_with_checkpoints,
+)
 from tests.checkpoints.folder import put
 
 
@@ -159,3 +164,27 @@ def test_a_root_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run\.root: cannot create a folder in .*file/demo: "):
         RunFolder.create(tmp_path / "file", "demo")
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ('{"reproduces": "/runs/demo/version_0"}', [0]),
+        ('{"reproduces": null}', [1, 0]),
+        ("[]", [1, 0]),
+        ("{", [1, 0]),
+        (None, [1, 0]),
+    ],
+    ids=["reproduction", "run", "other", "damaged", "absent"],
+)
+def test_a_reproduction_is_gone_on_with_only_by_its_number(
+    tmp_path: Path, environment: str | None, found: list[int]
+) -> None:
+    versions = [tmp_path / "demo" / f"version_{number}" for number in range(2)]
+    for version in versions:
+        version.mkdir(parents=True)
+        put(version / "checkpoints", 4)
+    if environment is not None:
+        (versions[1] / "environment.json").write_text(environment)
+    assert list(versions_with_checkpoints(tmp_path, "demo")) == [versions[number] for number in found]
+    assert list(versions_with_checkpoints(tmp_path, "demo", 1)) == [versions[1]]
