@@ -55,7 +55,8 @@ def documented_tags() -> set[str]:
 
 @pytest.mark.parametrize("document_mask", ["true", "false"])
 def test_muse_validate_writes_every_tag(muse: Muse, document_mask: str) -> None:
-    code, out, err = muse.with_recipe("validate", *LONGER, f"--data.document_mask={document_mask}")
+    future = ("--trainer.callbacks+=FutureGain", "--trainer.callbacks.tokens=2")
+    code, out, err = muse.with_recipe("validate", *LONGER, f"--data.document_mask={document_mask}", *future)
     assert code == 0, err
     events = EventAccumulator("runs/tiny/version_0")
     events.Reload()
@@ -63,9 +64,9 @@ def test_muse_validate_writes_every_tag(muse: Muse, document_mask: str) -> None:
     long_context = {
         re.sub(r"((depth|count|accuracy|nats)_)\d+$", r"\1*", tag)
         for tag in found
-        if re.match("val/(loss_short|loss_long|context_gain|needle|identifier)", tag)
+        if re.match("val/(loss_short|loss_long|context_gain|needle|identifier|future)", tag)
     }
-    assert len(documented_tags()) == 18
+    assert len(documented_tags()) == 20
     assert long_context == documented_tags()
     assert "val/needle_gain" in out
     assert "val/identifier_count_256" in out
