@@ -17,16 +17,13 @@ from muse_lightning.callbacks.ngram_baseline import NgramBaseline
 from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import ProgressLines
 from muse_lightning.callbacks.run_text import RunText
-from muse_lightning.callbacks.scalar_layout import ScalarLayout
+from muse_lightning.callbacks.scalar_layout import LONG_CONTEXT_CALLBACKS, ScalarLayout
 from muse_lightning.callbacks.step_time import StepTime
 from muse_lightning.callbacks.stop_after import StopAfter
 from muse_lightning.callbacks.throughput import DeviceThroughput
 
 DEFAULT_CALLBACKS = (DeviceThroughput, StepTime, MemoryUse, GradientNorm, LossByPosition, AttentionError)
 """What every fit and `muse validate` have: the tags in docs/training.md."""
-
-LONG_CONTEXT_CALLBACKS = (ContextGain, NeedleRetrieval, IdentifierRecall)
-"""What `muse validate` has too: the tags in docs/evaluation.md. They take forward passes of their own."""
 
 __all__ = [
     "DEFAULT_CALLBACKS",

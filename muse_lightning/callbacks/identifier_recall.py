@@ -58,8 +58,7 @@ class IdentifierRecall(L.Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start from 0, on every rank: the sums are collected over all."""
-        self._totals.clear()
-        self._totals.add(*torch.zeros(4 * (_BUCKETS + 1), device=pl_module.device))
+        self._totals.start(4 * (_BUCKETS + 1), pl_module.device)
 
     @torch.no_grad()
     def on_validation_batch_end(

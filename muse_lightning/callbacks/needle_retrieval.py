@@ -79,8 +79,7 @@ class NeedleRetrieval(L.Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start from 0, on every rank: the sums are collected over all."""
-        self._totals.clear()
-        self._totals.add(*torch.zeros(2 + 2 * (1 + len(self.depths)), device=pl_module.device))
+        self._totals.start(2 + 2 * (1 + len(self.depths)), pl_module.device)
         self._done = 0
         self._before = []
 

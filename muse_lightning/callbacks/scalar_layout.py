@@ -47,8 +47,8 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Category -> chart -> its tags, where * is any text."""
 
-FAR_CONTEXT = (ContextGain, NeedleRetrieval, IdentifierRecall)
-"""What logs the tags of the last category."""
+LONG_CONTEXT_CALLBACKS = (ContextGain, NeedleRetrieval, IdentifierRecall)
+"""What logs the tags of the last category; `muse validate` has them too. They take forward passes of their own."""
 
 
 class ScalarLayout(L.Callback):
@@ -82,7 +82,7 @@ def _layout(trainer: L.Trainer) -> dict[str, dict[str, tuple[str, list[str]]]]:
     """As torch.utils.tensorboard takes it."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer's callback connector
     left_out = set()
-    if not any(isinstance(callback, FAR_CONTEXT) for callback in callbacks):
+    if not any(isinstance(callback, LONG_CONTEXT_CALLBACKS) for callback in callbacks):
         left_out |= set(CHARTS["far context"])
     if not any(isinstance(callback, FutureGain) for callback in callbacks):
         left_out.add("gain from sight of the future, nats per token")

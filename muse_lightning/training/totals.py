@@ -11,6 +11,11 @@ class Totals:
     def __init__(self) -> None:
         self._sums: Tensor | None = None
 
+    def start(self, count: int, device: torch.device) -> None:
+        """Start from `count` sums of 0, for ranks that may have nothing to add."""
+        self.clear()
+        self.add(*torch.zeros(count, device=device))
+
     def add(self, *values: Tensor) -> None:
         """Add one value to each sum. Every call gives as many values, each a tensor of no dimension."""
         # Apple's GPUs have no float64.
