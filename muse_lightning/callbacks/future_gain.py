@@ -34,7 +34,7 @@ class FutureGain(L.Callback):
     Args:
         batches: first batches of each rank to do it on.
         tokens: of each row; each takes one forward pass of the batch.
-        seed: of the sample.
+        seed: of the sample, which is the same on any number of ranks.
     Raises:
         UserError: a value below 1.
 
@@ -74,7 +74,10 @@ class FutureGain(L.Callback):
         rows = is_candidate.any(1).nonzero()[:, 0]
         if batch_idx >= self.batches or not len(rows):
             return
-        generator = torch.Generator().manual_seed(self.seed + batch_idx)
+        # Numbered over all ranks, as if one had them all; ranks that share rows sample the same tokens.
+        sharing = _ranks_per_block(trainer)
+        number = batch_idx * (trainer.world_size // sharing) + trainer.global_rank // sharing
+        generator = torch.Generator().manual_seed(self.seed + number)
         drawn = is_candidate[rows].float().multinomial(self.tokens, replacement=True, generator=generator)
         rows, drawn = rows.to(labels.device), drawn.to(labels.device)
         head = pl_module.llama.lm_head.weight
@@ -92,9 +95,7 @@ class FutureGain(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log it."""
-        # Ranks that share rows have sampled the same tokens.
-        sharing = getattr(getattr(trainer, "datamodule", None), "ranks_per_block", 1)
-        saved, squares, count = (value / sharing for value in self._totals.collect(trainer))
+        saved, squares, count = (value / _ranks_per_block(trainer) for value in self._totals.collect(trainer))
         if trainer.sanity_checking:
             return
         if count < 2:
@@ -103,3 +104,8 @@ class FutureGain(L.Callback):
         mean = saved / count
         error = (max(0.0, squares / count - mean**2) / (count - 1)) ** 0.5
         pl_module.log_dict({"val/future_gain": mean, "val/future_gain_error": error}, sync_dist=True)
+
+
+def _ranks_per_block(trainer: L.Trainer) -> int:
+    """Ranks that share rows."""
+    return getattr(getattr(trainer, "datamodule", None), "ranks_per_block", 1)

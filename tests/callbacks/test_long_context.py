@@ -130,6 +130,7 @@ def test_two_ranks_add_up(tmp_path: Path) -> None:
         "val/context_gain",
         "val/needle_gain",
         "val/identifier_nats",
+        "val/future_gain",
         "val/loss_short",
         "val/loss_long",
     } <= one.keys()
@@ -137,5 +138,6 @@ def test_two_ranks_add_up(tmp_path: Path) -> None:
         (_, value), (_, other) = *points, *two[tag]
         # The same sums in another order, in float64.
         assert other == pytest.approx(value, rel=1e-6, abs=1e-9), tag
+    assert abs(dict(one["val/future_gain"])[0]) > 1e-3
     assert dict(one["val/needle_rows"])[0] == 3.0
     assert dict(one["val/identifier_count"])[0] == 4.0

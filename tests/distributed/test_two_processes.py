@@ -40,6 +40,7 @@ def test_two_processes_equal_accumulation(optimizer: str, two: dict[str, Any], o
     one, two = one[f"auto/{optimizer}"], two[f"ddp/{optimizer}"]
     assert len(one["logged"]["train/loss"]) == 4
     assert len(one["logged"]["val/loss"]) == 1
+    assert [length for _, length in one["logged"]["train/context"]] == [12.0, 24.0, 48.0, 48.0]
     for tag, points in one["logged"].items():
         steps, values = zip(*points, strict=True)
         found_steps, found = zip(*two["logged"][tag], strict=True)

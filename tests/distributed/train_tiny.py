@@ -16,11 +16,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
+from muse_lightning.callbacks import ContextWarmup
 from muse_lightning.training.optim import OptimizerName
 from muse_lightning.training.sharded import ShardedStrategy
 from tests.tiny import BatchLoader, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
-TAGS = ("train/loss", "train/tokens", "val/loss", "val/loss_exact", "val/bpb")
+TAGS = ("train/loss", "train/tokens", "train/context", "val/loss", "val/loss_exact", "val/bpb")
 
 
 class Sharded(TinyData):
@@ -54,7 +55,11 @@ def train(folder: Path, devices: int, accumulate: int, name: str, optimizer: Opt
     L.seed_everything(3, verbose=False)
     recompute = "block" if name.endswith("recompute") else "none"
     model = tiny_model(
-        attention=tiny_muse, optimizer=optimizer, exact_val_batches=1 if devices == 2 else 2, recompute=recompute
+        attention=tiny_muse,
+        exact_layers=(0,),
+        optimizer=optimizer,
+        exact_val_batches=1 if devices == 2 else 2,
+        recompute=recompute,
     )
     trainer = tiny_trainer(
         folder,
@@ -65,6 +70,8 @@ def train(folder: Path, devices: int, accumulate: int, name: str, optimizer: Opt
         max_steps=4,
         val_check_interval=4 * accumulate,
         use_distributed_sampler=False,
+        # Pieces of 12, of 24, and twice whole rows.
+        callbacks=[ContextWarmup(steps=2, start=12)],
     )
     # Batches of unequal numbers of labels, of one row and of two: means of means would show.
     train = [batch for seed in range(4) for batch in (*batches(1, 1, seed), *batches(1, 1, 10 + seed))]

@@ -17,13 +17,14 @@ from torch import Tensor
 from muse_lightning.callbacks import (
     LONG_CONTEXT_CALLBACKS,
     ContextGain,
+    FutureGain,
     IdentifierRecall,
     LossByPosition,
     NeedleRetrieval,
 )
 from muse_lightning.data.tokenizer import ByteTokenizer
 from tests.distributed.train_tiny import Sharded
-from tests.tiny import scalars, tiny_model, tiny_trainer
+from tests.tiny import scalars, tiny_model, tiny_muse, tiny_trainer
 
 N = 160
 
@@ -56,15 +57,17 @@ def repository(name: str, uses: int) -> str:
 def main(folder: Path, devices: int) -> None:
     torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
-    model = tiny_model(config={"vocab_size": 259, "max_position_embeddings": N}, seq_len=N, exact_val_batches=0)
+    config = {"vocab_size": 259, "max_position_embeddings": N, "initializer_range": 0.5}
+    model = tiny_model(config=config, attention=tiny_muse, seq_len=N, exact_val_batches=0)
     per_rank = 2 // devices
     callbacks = [
         LossByPosition(short_context=20),
         ContextGain(batches=per_rank),
         NeedleRetrieval(needle_tokens=16, batches=per_rank, min_share=0.6),
         IdentifierRecall(min_distance=8, batches=per_rank),
+        FutureGain(batches=per_rank, tokens=8),
     ]
-    assert len(callbacks) == 1 + len(LONG_CONTEXT_CALLBACKS)
+    assert len(callbacks) == 2 + len(LONG_CONTEXT_CALLBACKS)
     trainer = tiny_trainer(
         folder,
         devices=devices,
