@@ -1,6 +1,7 @@
 """The error of a model's attention, layer by layer."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,18 @@ class Scaled(Dense):
 
     def forward(self, *qkv: Tensor, **options: Tensor) -> Tensor:
         return super().forward(*qkv, **options) * (1 + self.layer_idx)
+
+
+class Mixed(AttentionStrategy):
+    """Heads by two strategies: half of them exact, half scaled."""
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__(layer_idx)
+        self.parts = torch.nn.ModuleList([Dense(layer_idx), Scaled(layer_idx)])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        halves = zip(self.parts, *(x.chunk(2, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([part(*qkv, **options) for part, *qkv in halves], dim=1)
 
 
 def test_relative_squared_error() -> None:
@@ -37,6 +50,15 @@ def test_each_layer_is_compared_on_its_own_input(
     errors = attention_errors(model.llama, batch["input_ids"], batch.get("cu_seqlens"))
     assert errors.tolist() == pytest.approx(expected, abs=1e-9)
     assert not any(module._forward_hooks for module in model.llama.modules())
+
+
+def test_a_strategy_of_others_is_one_layer() -> None:
+    model = tiny_model(attention=Mixed)
+    model.configure_model()
+    (batch,) = batches(1)
+    first, second = attention_errors(model.llama, batch["input_ids"], batch["cu_seqlens"]).tolist()
+    assert first == pytest.approx(0.0, abs=1e-9)
+    assert 0.0 < second < 1.0
 
 
 def test_exact_is_what_the_model_was_trained_with() -> None:
