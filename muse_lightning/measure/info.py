@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from muse_kernels.attention.op import HAS_TRITON
+from muse_kernels.attention.checks import HAS_TRITON
 from muse_lightning import __version__
 from muse_lightning.measure.installed import installed, lock_sha256, source_sha256
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 
+from muse_kernels.attention.checks import HAS_TRITON
 from muse_kernels.attention.chunks import num_rows
-from muse_kernels.attention.op import HAS_TRITON
 from muse_kernels.attention.options import ResolvedOptions
 from muse_lightning.attention import Muse
 from muse_lightning.data.batches import Batch

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from muse_kernels.attention.op import HAS_TRITON
+from muse_kernels.attention.checks import HAS_TRITON
 from muse_lightning.attention import AttentionStrategy, Dense, Muse, SlidingWindow, SpatialBlocks
 from muse_lightning.errors import UserError
 from muse_lightning.model import load_preset

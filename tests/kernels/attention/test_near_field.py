@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from muse_kernels.attention import near_field as module
+from muse_kernels.attention import near_library
 from muse_kernels.attention.chunks import ChunkTable, chunk_table
 from muse_kernels.attention.near_field import Backend, choose_backend, near_field, near_field_backward
 from muse_kernels.attention.options import MuseOptions, ResolvedOptions
@@ -253,7 +254,7 @@ def kernels_called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                     assert x.shape[-1] % 8 == 0
             return function(*tensors, arguments[-2] if takes_segments else None, options)
 
-        monkeypatch.setattr(module, name, kernel)
+        monkeypatch.setattr(near_library, name, kernel)
 
     for name in ("cudnn", "flash", "efficient"):
         replace(f"_{name}", _emulated, takes_segments=name != "cudnn")
@@ -298,8 +299,8 @@ def test_cudnn_finds_its_plan_by_all_that_is_in_it(name: str, layout: str, monke
         assert plans.setdefault(str(layouts[:3]), layouts[3:]) == layouts[3:]
         return _emulated_backward(dout, q, k, v, out, lse, None, options)
 
-    monkeypatch.setattr(module, "_cudnn_backward", backward)
-    monkeypatch.setattr(module, "_flash_backward", _emulated_backward)
+    monkeypatch.setattr(near_library, "_cudnn_backward", backward)
+    monkeypatch.setattr(near_library, "_flash_backward", _emulated_backward)
     for num_tokens, layout_of_dout in itertools.product((128, 192, 200), LAYOUTS):
         case = SHAPES[name]._replace(num_tokens=num_tokens, lengths=None, layout=layout)
         dout, q, k, v, _, _, cu_seqlens, table = make_inputs(case, torch.float32, torch.device("cpu"))
@@ -331,37 +332,6 @@ def test_garbage_in_cu_seqlens_leaves_no_token_out(values: list[int], kernels_ca
     out, lse = near_field(q, k, v, cu_seqlens, table, Case(300).options(), "flash")
     assert out.isfinite().all()
     assert lse.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("x", "is_readable"),
-    [
-        (torch.zeros(1, 2, 8, 16), True),
-        (torch.zeros(1, 8, 2, 16).transpose(1, 2), True),
-        (torch.zeros(1, 2, 8, 32)[..., 16:], True),
-        (torch.zeros(1, 2, 8, 32)[..., 1:17], False),
-        (torch.zeros(1, 2, 8, 18)[..., :16], False),
-        (torch.zeros(1, 2, 8, 32)[..., ::2], False),
-        (torch.zeros(1, 1, 8, 16).expand(-1, 2, -1, -1), False),
-    ],
-    ids=["contiguous", "tokens first", "part", "odd part", "odd length", "every second", "expanded"],
-)
-def test_what_kernels_cannot_read_is_copied(x: Tensor, is_readable: bool) -> None:
-    copy = module._readable(x)
-    assert (copy is x) == is_readable
-    assert torch.equal(copy, x)
-    assert is_readable or copy.is_contiguous()
-
-
-def test_lse_by_segment_and_back() -> None:
-    bounds = torch.tensor([0, 3, 40, 41, 50, 50, 50], dtype=torch.int32)
-    lse = torch.randn(1, 2, 50)
-    by_segment = module._by_segment(lse, bounds, 37)
-    assert by_segment.shape == (6, 2, 64)
-    assert torch.equal(by_segment[1, :, :37], lse[0, :, 3:40])
-    assert by_segment.isfinite().sum() == lse.numel()
-    assert (by_segment[by_segment.isinf()] > 0).all()
-    assert torch.equal(module._by_token(by_segment, bounds, 50), lse)
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
