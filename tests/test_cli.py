@@ -207,6 +207,7 @@ class TestRunFolder:
             (["limit_train_batches=0.0"], "trainer.limit_train_batches: 0 found, nothing would be trained; accepted:"),
             (["val_check_interval=0"], "trainer.val_check_interval: 0 found; accepted: a number of batches"),
             (["check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch: 0 found; accepted: a number, at least 1"),
+            (["max_time=00:00:00:00"], "trainer.max_time, or Timer's duration: 0 seconds found, no time to train;"),
             (["accumulate_grad_batches=0"], "trainer.accumulate_grad_batches: 0 found; accepted: a number, at least 1"),
             (["accumulate_grad_batches=-1"], "trainer.accumulate_grad_batches: -1 found; accepted: a number, at least"),
             (

@@ -95,6 +95,12 @@ def test_short_contexts_come_first_where_a_model_starts_from_nothing(recipe: Pat
         assert arguments["steps"] < 0.6 * stated["trainer"]["max_steps"]
 
 
+@pytest.mark.parametrize("recipe", [*WHOLE, SMOKE], ids=lambda path: path.stem)
+def test_the_last_step_is_validated(recipe: Path) -> None:
+    trainer = yaml.safe_load(recipe.read_text())["trainer"]
+    assert trainer["max_steps"] * trainer["accumulate_grad_batches"] % trainer["val_check_interval"] == 0
+
+
 @pytest.mark.parametrize("recipe", DATA, ids=lambda path: path.stem)
 def test_data_is_prepared_without_a_model(recipe: Path) -> None:
     """A recipe of data alone parses, its values stand where it says, and every file in its lists is pinned."""

@@ -202,6 +202,19 @@ def test_last_and_best(muse: Muse) -> None:
     assert "step 3  val/loss" in muse.with_recipe("validate", "--ckpt_path=last")[1]
 
 
+def test_the_best_of_a_checkpoint_callback_that_is_not_ours(muse_with_dataset: Muse) -> None:
+    """It is saved by ours, but what a validation measured is not noted."""
+    flags = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss"]
+    ok(muse_with_dataset.with_recipe("fit", *flags, "--trainer.val_check_interval=1"))
+    (saved,) = Path("runs/tiny/version_0/checkpoints").glob("*.ckpt")
+    for verb in ("validate", "test", "predict", "fit"):
+        line = muse_with_dataset.error(verb, "--config=recipe.yaml", "--ckpt_path=best")
+        assert line == (
+            "ckpt_path: best found, the lowest val/loss, but no checkpoint in runs/tiny has one noted, as only "
+            f"DurableCheckpoint does, after a validation; accepted: last, or a path, such as {saved}"
+        )
+
+
 def test_a_path(muse: Muse) -> None:
     ok(muse.with_recipe("fit", "--trainer.max_steps=2"))
     more = ("--trainer.max_steps=3", f"--ckpt_path={checkpoint(2)}")

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from muse_lightning.attention import Dense, describe_layers
+from muse_lightning.callbacks.last_validation import unvalidated_end
 from muse_lightning.callbacks.stop_after import last_step
 from muse_lightning.errors import UserError
 from muse_lightning.measure.device_peak import half_precision_peak
@@ -114,9 +115,9 @@ def _steps(trainer: L.Trainer, tokens: int, flops_per_token: float) -> Iterator[
     first, last = trainer.global_step, last_step(trainer)
     steps = last - first
     yield f"steps: {first:,} to {last:,}, {tokens:,} tokens each, {steps * tokens:,} in all"
-    interval = getattr(trainer, "val_check_batch", None)  # None: validated by the clock
-    if interval is not None and last * trainer.accumulate_grad_batches < interval and trainer.enable_validation:
-        yield f"validation: none, the training ends before the {interval:,} batches of trainer.val_check_interval"
+    validation = unvalidated_end(trainer)
+    if validation is not None:
+        yield validation
     device = trainer.strategy.root_device
     peak = half_precision_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak is not None:

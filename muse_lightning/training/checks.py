@@ -4,6 +4,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
 
 from muse_lightning.errors import UserError
 from muse_lightning.training.optim import check_max_steps
@@ -87,6 +88,7 @@ def check_trainer(trainer: L.Trainer) -> None:
         UserError: names what Lightning would only refuse, or fail at, once the data is there.
     """
     check_max_steps(trainer.max_steps)
+    _check_max_time(trainer)
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
         value = getattr(trainer, name)
         if value is not None and value < 1:
@@ -106,6 +108,17 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
     if isinstance(limit, int) and interval > limit > 0 and trainer.check_val_every_n_epoch is not None:
         raise interval_beyond_epoch(interval, limit)
+
+
+def _check_max_time(trainer: L.Trainer) -> None:
+    """`trainer.max_time` is a `Timer`, unless one is among the callbacks, which wins."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        seconds = callback.time_remaining() if isinstance(callback, Timer) else None
+        if seconds is not None and seconds <= 0:
+            raise UserError(
+                f"trainer.max_time, or Timer's duration: {seconds:g} seconds found, no time to train; accepted: above "
+                "0, such as 00:08:00:00 (days, hours, minutes, seconds)"
+            )
 
 
 def interval_beyond_epoch(interval: object, batches: int | str) -> UserError:

@@ -10,7 +10,14 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from muse_lightning.checkpoints.choice import best_checkpoint, has_manifest, last_checkpoint
+from muse_lightning.checkpoints.choice import (
+    MONITOR,
+    best_checkpoint,
+    by_metric,
+    has_manifest,
+    last_checkpoint,
+    stored,
+)
 from muse_lightning.checkpoints.lock import FolderLock, holder_of
 from muse_lightning.errors import StorageError, UserError, is_storage_error, reason_of
 from muse_lightning.files import atomic_write
@@ -178,17 +185,24 @@ def find_checkpoint(root: Path, name: str, which: str, version: int | None = Non
         root, name: folders are `root/name/version_N`.
         which: "last" or "best".
     Raises:
-        UserError: there is none.
+        UserError: there is none, or none of which a validation is noted.
     """
     find = {"last": last_checkpoint, "best": best_checkpoint}[which]
     if not _is_rank_zero() and CHECKPOINT_VARIABLE in os.environ:
         return Path(os.environ[CHECKPOINT_VARIABLE])
-    for path in versions_with_checkpoints(root, name, version):
-        found = find(path / CHECKPOINTS)
+    folders = [path / CHECKPOINTS for path in versions_with_checkpoints(root, name, version)]
+    for folder in folders:
+        found = find(folder)
         if found is not None:
             if _is_rank_zero():
                 os.environ[CHECKPOINT_VARIABLE] = str(found.resolve())
             return found
+    saved = [path for folder in folders for _, path in stored(folder) if path.exists()]
+    if which == "best" and saved and not any(by_metric(folder) for folder in folders):
+        raise UserError(
+            f"ckpt_path: best found, the lowest {MONITOR}, but no checkpoint in {root / name} has one noted, as only "
+            f"DurableCheckpoint does, after a validation; accepted: last, or a path, such as {saved[0]}"
+        )
     wanted = "" if which == "last" else ", measured by a validation"
     raise UserError(f"ckpt_path: {which} found, but no run in {root / name} has a checkpoint that is whole{wanted}")
 

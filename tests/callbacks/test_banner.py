@@ -52,8 +52,9 @@ def test_a_resumed_fit_counts_what_is_left(muse: Muse) -> None:
         (["accumulate_grad_batches=2", "val_check_interval=4"], False),
         (["val_check_interval=5", "limit_val_batches=0"], False),
         (["val_check_interval=00:01:00:00"], False),
+        (["val_check_interval=5", "callbacks+=StopAfter", "callbacks.step=1"], False),
     ],
-    ids=["never", "at-the-end", "off", "by-the-clock"],
+    ids=["never", "at-the-end", "off", "by-the-clock", "stopped"],
 )
 def test_a_fit_that_ends_before_its_first_validation_says_so(
     muse_with_dataset: Muse, flags: list[str], is_said: bool
@@ -62,6 +63,22 @@ def test_a_fit_that_ends_before_its_first_validation_says_so(
     assert code == 0, err
     line = "validation: none, the training ends before the 5 batches of trainer.val_check_interval"
     assert err.splitlines().count(line) == is_said
+
+
+def test_a_fit_that_does_not_validate_its_end_says_so(muse_with_dataset: Muse) -> None:
+    """Also one that is resumed, from what it has saved between validations."""
+    flags = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
+    said = (
+        "validation: the last one is after step {} of {}; a trainer.val_check_interval of {} batches has one at the end"
+    )
+    for max_steps, resume, expected in (
+        (3, [], [said.format(2, 3, 3)]),
+        (4, ["--resume"], []),
+        (7, ["--resume"], [said.format(6, 7, 1)]),
+    ):
+        code, _, err = muse_with_dataset.with_recipe("fit", *flags, f"--trainer.max_steps={max_steps}", *resume)
+        assert code == 0, err
+        assert [line for line in err.splitlines() if line.startswith("validation: ")] == expected
 
 
 def test_layers_of_each_kind_of_attention_are_named(muse: Muse) -> None:

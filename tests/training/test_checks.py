@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+from lightning.pytorch.callbacks import Timer
 
 from muse_lightning.attention import Dense, Muse
 from muse_lightning.errors import UserError
@@ -80,8 +81,28 @@ def test_muse_that_is_all_exact_is_allowed_with_one_warning(exact_layers):
         {"val_check_interval": 3, "limit_train_batches": 3},
         {"val_check_interval": 3, "limit_train_batches": 2, "check_val_every_n_epoch": None},
         {"val_check_interval": 3, "limit_train_batches": 0.5},
+        {"max_time": "00:00:00:01"},
+        {"max_time": {"milliseconds": 1}},
+        {"max_time": "00:00:00:00", "callbacks": [Timer()]},
     ],
     ids="-".join,
 )
-def test_intervals_that_lightning_takes(tmp_path, options):
+def test_intervals_and_times_that_lightning_takes(tmp_path, options):
     check_trainer(tiny_trainer(tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        ({"max_time": "00:00:00:00"}, 0),
+        ({"max_time": {"hours": -1}}, -3600),
+        ({"callbacks": [Timer("00:00:00:00")]}, 0),
+    ],
+    ids=["none", "below", "callback"],
+)
+def test_a_time_in_which_nothing_is_trained(tmp_path, options, seconds):
+    said = (
+        f"^trainer.max_time, or Timer's duration: {seconds} seconds found, no time to train; accepted: above 0, such as"
+    )
+    with pytest.raises(UserError, match=said):
+        check_trainer(tiny_trainer(tmp_path, **options))

@@ -17,13 +17,15 @@ from muse_lightning.training.run_folder import (
     CHECKPOINT_VARIABLE,
     RUN_FOLDER_VARIABLE,
     RunFolder,
+    find_checkpoint,
     versions_with_checkpoints,
 )
-from tests.checkpoints.folder import put
+from tests.checkpoints.folder import damage, put
 
 
 @pytest.fixture(autouse=True)
 def _no_inherited_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CHECKPOINT_VARIABLE, raising=False)
     monkeypatch.delenv(RUN_FOLDER_VARIABLE, raising=False)
     monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)
 
@@ -188,3 +190,26 @@ def test_a_reproduction_is_gone_on_with_only_by_its_number(
         (versions[1] / "environment.json").write_text(environment)
     assert list(versions_with_checkpoints(tmp_path, "demo")) == [versions[number] for number in found]
     assert list(versions_with_checkpoints(tmp_path, "demo", 1)) == [versions[1]]
+
+
+def test_the_best_where_nothing_was_measured(tmp_path: Path) -> None:
+    """The newest checkpoint that is there is named; one that was measured but is damaged is another mistake."""
+    folders = [tmp_path / "demo" / f"version_{number}" / "checkpoints" for number in range(2)]
+    for step, folder in zip((8, 4), folders, strict=True):
+        folder.parent.mkdir(parents=True)
+        put(folder, step)
+    put(folders[1], 5).unlink()
+    newest = folders[1] / "step=4.ckpt"
+    with pytest.raises(UserError, match=rf"no checkpoint in {tmp_path}/demo has one noted.*, such as {newest}$"):
+        find_checkpoint(tmp_path, "demo", "best")
+    assert find_checkpoint(tmp_path, "demo", "last") == newest
+    damage(put(folders[0], 9, 2.0))
+    with pytest.raises(UserError, match=r"best found, but no run in .* that is whole, measured by a validation$"):
+        find_checkpoint(tmp_path, "demo", "best")
+
+
+def test_the_last_where_none_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "demo" / "version_0").mkdir(parents=True)
+    damage(put(tmp_path / "demo" / "version_0" / "checkpoints", 4))
+    with pytest.raises(UserError, match=rf"^ckpt_path: last found, but no run in {tmp_path}/demo has a .* is whole$"):
+        find_checkpoint(tmp_path, "demo", "last")
