@@ -102,12 +102,8 @@ def saving(tmp_path: Path) -> str:
     return write(tmp_path / "jobs.yaml", *({"name": name, "command": f"{command}-{name}; true"} for name in "ab"))
 
 
-def test_what_bash_waits_for_has_its_time_to_end(tmp_path: Path) -> None:
-    assert main([saving(tmp_path), str(tmp_path / "out"), "--devices", "0", "1", "--seconds", "2"]) == 1
-    assert [(tmp_path / f"saved-{name}").read_text() for name in "ab"] == ["saved\n"] * 2
-
-
 def test_sigterm_ends_the_jobs_as_well(tmp_path: Path) -> None:
+    """And what bash waits for has its time to end."""
     command = [sys.executable, run_jobs.__file__, saving(tmp_path), str(tmp_path / "out"), "--devices", "0", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         logs = [tmp_path / "out" / f"{name}.log" for name in "ab"]
