@@ -28,6 +28,8 @@ def test_every_command_is_accepted(
     found = configuration(job, capsys)
     if job.command.startswith("muse fit"):
         assert found["run"]["name"] == job.name
+        # What was ended goes on in version_0, where the jobs behind it look.
+        assert found["resume"] or found["ckpt_path"]
         # The weights that a training ends with are validated, and there for jobs behind it.
         assert int(str(found["trainer"]["max_steps"])) % int(str(found["trainer"]["val_check_interval"])) == 0
 

@@ -7,29 +7,41 @@ important first:
 
     jobs:
       - name: dense                   # FOLDER/dense.log has its output, FOLDER/dense.done its command once it has ended
-        command: muse fit ...         # for bash, in the working directory
+        command: muse fit ...         # for bash, in the working directory; line breaks and spaces become one space
         needs: [prepare]              # jobs above that must be done
         seconds: 300                  # it is not begun when less is left of --seconds
         device: false                 # beside the others, without a GPU; true, the default: with one for itself
 
-A job whose .done file has its very command is not run again. After --seconds what still runs is told to end (SIGTERM).
-Exit code 0 if all is done, 1 if something failed, was ended or was not reached, 2 for a mistake.
+A job whose .done file has its very command is not run again. After --seconds, or when this gets SIGTERM, what still
+runs is told to end (SIGTERM), and has 30 seconds for it. Exit code 0 if all is done, 1 if something failed, was ended
+or was not reached, 2 for a mistake.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import yaml
 
 GRACE_SECONDS = 30.0
 """Between SIGTERM and SIGKILL."""
+ACCEPTED: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "name": (str, "a text without /"),
+    "command": (str, "a text"),
+    "needs": (list, "a list of names"),
+    "seconds": ((int, float), "a number"),
+    "device": (bool, "true or false"),
+}
+"""What a job may have in the file."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +67,26 @@ class Running:
 def read_jobs(path: Path) -> list[Job]:
     """Raises ValueError, in one line, for what the format above does not have."""
     content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.get("jobs") or [None]):
+    entries = content.get("jobs") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries or [None]):
         raise ValueError(f"{path}: expected `jobs`, a list of mappings")
-    accepted = [field.name for field in fields(Job)]
+    variables = content.get("variables") or {}
+    if not isinstance(variables, dict) or not all(isinstance(text, str) for text in variables.values()):
+        raise ValueError(f"{path}: expected `variables`, a mapping of names to texts")
     jobs: dict[str, Job] = {}
-    for entry in content["jobs"]:
+    for entry in entries:
         name = entry.get("name")
-        if not {"name", "command"} <= entry.keys() <= set(accepted):
-            raise ValueError(f"job {name}: fields {', '.join(entry)} found; accepted: {', '.join(accepted)}")
+        if not {"name", "command"} <= entry.keys() <= ACCEPTED.keys():
+            found = ", ".join(map(str, entry))
+            raise ValueError(f"job {name}: fields {found} found; accepted: {', '.join(ACCEPTED)}")
+        for field, value in entry.items():
+            kind, accepted = ACCEPTED[field]
+            if not isinstance(value, kind) or (field == "name" and "/" in value):
+                raise ValueError(f"job {name}: {field} {value!r} found; accepted: {accepted}")
         absent = [need for need in entry.get("needs", []) if need not in jobs]
         if absent or name in jobs:
             raise ValueError(f"job {name}: " + (f"needs {absent[0]}, no job above it" if absent else "is there twice"))
-        command = " ".join(filled(entry["command"], content.get("variables", {})).split())
+        command = " ".join(filled(entry["command"], variables).split())
         jobs[name] = Job(**entry | {"command": command, "needs": tuple(entry.get("needs", []))})
     return list(jobs.values())
 
@@ -104,6 +124,8 @@ def run(jobs: Sequence[Job], folder: Path, devices: Sequence[str], seconds: floa
     became = {job.name: "was done" for job in jobs if _is_done(job, folder)}
     waiting = [job for job in jobs if job.name not in became]
     free, running = list(devices), dict[str, Running]()
+    stop = threading.Event()
+    handler = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
         while True:
             for name, it in list(running.items()):
@@ -116,7 +138,7 @@ def run(jobs: Sequence[Job], folder: Path, devices: Sequence[str], seconds: floa
                     if code == 0:
                         (folder / f"{name}.done").write_text(job.command)
                     print(f"{name}: {became[name]}", flush=True)
-            left = end - time.monotonic()
+            left = 0.0 if stop.is_set() else end - time.monotonic()
             for job in list(waiting):
                 is_ready = all("done" in became.get(need, "") for need in job.needs)
                 if is_ready and left > job.seconds and (free or not job.device):
@@ -126,9 +148,9 @@ def run(jobs: Sequence[Job], folder: Path, devices: Sequence[str], seconds: floa
                 break
             time.sleep(0.1)
     finally:
-        for name, it in running.items():
-            _end(it.process)
-            became[name] = f"ended {time.monotonic() - it.began:.0f} s"
+        _end([it.process for it in running.values()])
+        became |= {name: f"ended {time.monotonic() - it.began:.0f} s" for name, it in running.items()}
+        signal.signal(signal.SIGTERM, handler)
     return {job.name: became.get(job.name, "not reached") for job in jobs}
 
 
@@ -150,24 +172,42 @@ def _start(job: Job, folder: Path, device: str | None) -> Running:
     return Running(process, device, time.monotonic())
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a job with all that it has started."""
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End jobs, all at the same time, with all that they have started."""
+    groups = {process.pid for process in processes}
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(GRACE_SECONDS)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+        until = time.monotonic() + GRACE_SECONDS
+        for group in _are_left(groups):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, number)
+        # bash, which a job began with, may end long before what it has started.
+        while _are_left(groups) and time.monotonic() < until:
+            time.sleep(0.1)
+    for process in processes:
+        process.poll()
+
+
+def _are_left(groups: set[int]) -> set[int]:
+    """Those of some process groups in which something runs."""
+    left = set()
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            group = os.getpgid(process.pid)
+            if group in groups and process.info["status"] != psutil.STATUS_ZOMBIE:
+                left.add(group)
+    return left
 
 
 def _gpus() -> list[str]:
     """Those that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    return [str(number) for number in range(len(listed.splitlines()))]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return []
+    # Parts of a GPU have lines of their own, below it.
+    return [str(number) for number in range(len(re.findall("^GPU ", listed, re.MULTILINE)))]
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -183,8 +223,11 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         jobs = read_jobs(options.jobs)
         jobs = with_needs(jobs, options.only) if options.only else jobs
-        devices = options.devices or ([] if options.list else _gpus())
-    except (OSError, ValueError, yaml.YAMLError, subprocess.CalledProcessError) as error:
+        is_needed = not options.list and any(job.device for job in jobs)
+        devices = options.devices or (_gpus() if is_needed else [])
+        if is_needed and not devices:
+            raise ValueError("no GPU is there; accepted: --devices with names that CUDA_VISIBLE_DEVICES takes")
+    except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
     if options.list:
         print("\n".join(f"{job.name}: {job.command}" for job in jobs))

@@ -2,7 +2,8 @@
 
 Usage: python tools/slim_events.py FOLDER... OUT
 
-A run folder runs/NAME/version_N becomes OUT/NAME, any other folder OUT/its name. `tensorboard --logdir OUT` shows them.
+A run folder runs/NAME/version_N becomes OUT/NAME, any other folder OUT/its name, which must not be there yet.
+`tensorboard --logdir OUT` shows them.
 """
 
 import argparse
@@ -40,13 +41,19 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("out", type=Path, metavar="OUT")
     options = parser.parse_args(args)
+    found: dict[Path, list[Path]] = {}
     for folder in options.folders:
         files = sorted(folder.glob("events.out.tfevents.*"))
         if not files:
             parser.error(f"{folder}: has no event files; give the folder of a run, such as runs/demo/version_0")
-        name = folder.parent.name if re.fullmatch(r"version_\d+", folder.name) else folder.name
-        scalars = sum(slim(file, options.out / name / file.name) for file in files)
-        print(f"{options.out / name}: {scalars:,} scalars")
+        absolute = folder.resolve()
+        out = options.out / (absolute.parent if re.fullmatch(r"version_\d+", absolute.name) else absolute).name
+        if out in found or out.exists():
+            parser.error(f"{folder}: would be written to {out}, which {'another has' if out in found else 'exists'}")
+        found[out] = files
+    for out, files in found.items():
+        scalars = sum(slim(file, out / file.name) for file in files)
+        print(f"{out}: {scalars:,} scalars")
     return 0
 
 

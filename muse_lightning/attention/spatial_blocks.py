@@ -7,8 +7,8 @@ class SpatialBlocks(Muse):
     """MuSe's operator with contiguous clusters and plain means: what block-sparse attention without semantics gives.
 
     With the same chunk, key_cluster and top_k as Muse it retrieves as many keys, chosen in the same way. A block of
-    neighbouring queries chooses for all of them, for the first by what the last look for: training learns to look ahead
-    by it, so that its own loss flatters it (docs/attention.md, "Causality, stated exactly").
+    neighbouring queries chooses for all of them, for the first by what the last look for: a training has learnt to look
+    ahead by it, so that its own loss may flatter it (docs/attention.md, "Causality, stated exactly").
 
     Args:
         layer_idx: number of the layer, from 0.

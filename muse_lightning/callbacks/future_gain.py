@@ -74,10 +74,7 @@ class FutureGain(L.Callback):
         rows = is_candidate.any(1).nonzero()[:, 0]
         if batch_idx >= self.batches or not len(rows):
             return
-        # Numbered over all ranks, as if one had them all; ranks that share rows sample the same tokens.
-        sharing = _ranks_per_block(trainer)
-        number = batch_idx * (trainer.world_size // sharing) + trainer.global_rank // sharing
-        generator = torch.Generator().manual_seed(self.seed + number)
+        generator = torch.Generator().manual_seed(self.seed + _number_over_ranks(trainer, batch_idx))
         drawn = is_candidate[rows].float().multinomial(self.tokens, replacement=True, generator=generator)
         rows, drawn = rows.to(labels.device), drawn.to(labels.device)
         head = pl_module.llama.lm_head.weight
@@ -104,6 +101,12 @@ class FutureGain(L.Callback):
         mean = saved / count
         error = (max(0.0, squares / count - mean**2) / (count - 1)) ** 0.5
         pl_module.log_dict({"val/future_gain": mean, "val/future_gain_error": error}, sync_dist=True)
+
+
+def _number_over_ranks(trainer: L.Trainer, batch_idx: int) -> int:
+    """Of a batch, as if one rank had them all; equal on ranks that share rows, which then sample the same tokens."""
+    sharing = _ranks_per_block(trainer)
+    return batch_idx * (trainer.world_size // sharing) + trainer.global_rank // sharing
 
 
 def _ranks_per_block(trainer: L.Trainer) -> int:

@@ -1,12 +1,14 @@
 """The gain of a model that looks ahead, of one that cannot, and against a loop over texts that end."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from muse_lightning.callbacks import FutureGain
+from muse_lightning.callbacks.future_gain import _number_over_ranks
 from muse_lightning.errors import UserError
 from muse_lightning.training.totals import Totals
 from tests.tiny import SEQ_LEN, VOCAB, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
@@ -96,6 +98,18 @@ def test_tokens_that_ranks_share_count_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Totals, "collect", lambda *args: [2 * value for value in collect(*args)])
     monkeypatch.setattr(TinyData, "ranks_per_block", 2, raising=False)
     assert gain(tmp_path / "shared", model, val, FutureGain()) == alone
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sharing", "numbers"),
+    [(1, 1, [[0], [1]]), (2, 1, [[0, 1], [2, 3]]), (4, 2, [[0, 0, 1, 1], [2, 2, 3, 3]])],
+)
+def test_batches_are_numbered_over_ranks(ranks: int, sharing: int, numbers: list[list[int]]) -> None:
+    def number(rank: int, batch_idx: int) -> int:
+        data = SimpleNamespace(ranks_per_block=sharing)
+        return _number_over_ranks(SimpleNamespace(world_size=ranks, global_rank=rank, datamodule=data), batch_idx)
+
+    assert [[number(rank, batch_idx) for rank in range(ranks)] for batch_idx in range(2)] == numbers
 
 
 def test_no_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

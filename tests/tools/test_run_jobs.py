@@ -1,11 +1,15 @@
 """tools/run_jobs.py: order, GPUs, what is done already, the end of the time, and mistakes in one line."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tools import run_jobs
 from tools.run_jobs import main, read_jobs
 
 
@@ -36,15 +40,15 @@ def test_a_job_waits_for_what_it_needs_and_is_not_run_again(tmp_path: Path, caps
 
 
 def test_each_gpu_has_one_job_at_a_time_and_others_see_none(tmp_path: Path) -> None:
-    command = f"echo $CUDA_VISIBLE_DEVICES >>{tmp_path}/begun; sleep 0.3; echo $CUDA_VISIBLE_DEVICES >>{tmp_path}/ended"
+    command = f"echo +$CUDA_VISIBLE_DEVICES >>{tmp_path}/log; sleep 0.3; echo -$CUDA_VISIBLE_DEVICES >>{tmp_path}/log"
     jobs = [{"name": f"job{i}", "command": command} for i in range(4)]
     beside = {"name": "beside", "command": f"echo [$CUDA_VISIBLE_DEVICES] >{tmp_path}/beside", "device": False}
     file = write(tmp_path / "jobs.yaml", *jobs, beside)
-    began = time.monotonic()
     assert main([file, str(tmp_path / "out"), "--devices", "5", "7"]) == 0
-    assert 0.6 < time.monotonic() - began < 1.15
-    for name in ("begun", "ended"):
-        assert sorted((tmp_path / name).read_text().split()) == ["5", "5", "7", "7"]
+    log = (tmp_path / "log").read_text().split()
+    for device in ("5", "7"):
+        assert [line[0] for line in log if line[1:] == device] == ["+", "-", "+", "-"]
+    assert {*log[:2]} == {"+5", "+7"}
     assert (tmp_path / "beside").read_text() == "[]\n"
 
 
@@ -80,6 +84,65 @@ def test_the_time_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (tmp_path / "told").read_text() == "told\n"
 
 
+SAVES = """import signal, sys, time
+def save(*_):
+    time.sleep(0.5)
+    print("saved", file=open(sys.argv[1], "w"))
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+print("waits", flush=True)
+time.sleep(30)"""
+"""Takes its time over SIGTERM, as a training does that is preempted."""
+
+
+def saving(tmp_path: Path) -> str:
+    """Two jobs that bash waits for, in a file."""
+    (tmp_path / "saves.py").write_text(SAVES)
+    command = f"true; {sys.executable} {tmp_path}/saves.py {tmp_path}/saved"
+    return write(tmp_path / "jobs.yaml", *({"name": name, "command": f"{command}-{name}; true"} for name in "ab"))
+
+
+def test_sigterm_ends_the_jobs_as_well(tmp_path: Path) -> None:
+    """And what bash waits for has its time to end."""
+    command = [sys.executable, run_jobs.__file__, saving(tmp_path), str(tmp_path / "out"), "--devices", "0", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        logs = [tmp_path / "out" / f"{name}.log" for name in "ab"]
+        while not all(log.is_file() and log.read_text() for log in logs):
+            time.sleep(0.05)
+        process.terminate()
+        out, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert [line.split()[:2] for line in out.splitlines()] == [["a", "ended"], ["b", "ended"]]
+    assert [(tmp_path / f"saved-{name}").read_text() for name in "ab"] == ["saved\n"] * 2
+
+
+def test_gpus_are_counted_without_their_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = "GPU 0: NVIDIA H200 (UUID: GPU-1)\n  MIG 1g.18gb Device 0: (UUID: MIG-1)\nGPU 1: NVIDIA H200 (UUID: GPU-2)"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    file = write(
+        tmp_path / "jobs.yaml",
+        *({"name": name, "command": f"echo $CUDA_VISIBLE_DEVICES >>{tmp_path}/log; sleep 0.3"} for name in "abc"),
+    )
+    assert main([file, str(tmp_path / "out")]) == 0
+    assert set((tmp_path / "log").read_text().split()) == {"0", "1"}
+
+
+def test_without_a_gpu_it_is_said_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    beside = {"name": "beside", "command": "true", "device": False}
+    file = write(tmp_path / "jobs.yaml", beside, {"name": "a", "command": "true"})
+    with pytest.raises(SystemExit):
+        main([file, str(tmp_path / "out")])
+    assert "no GPU is there; accepted: --devices" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([file, str(tmp_path / "out"), "--only", "beside"]) == 0
+
+
 def test_some_of_the_jobs_with_what_they_need(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(
         tmp_path / "jobs.yaml",
@@ -103,18 +166,28 @@ def test_some_of_the_jobs_with_what_they_need(tmp_path: Path, capsys: pytest.Cap
         ([{"name": "a", "command": "{{b}}"}], {"c": "d"}, "variable b: there are c"),
         ([{"name": "a", "command": "{{b}}"}], {"b": "{{b}}"}, "a variable is part of itself: {{b}}"),
         (["a"], {}, "expected `jobs`, a list of mappings"),
+        (3, {}, "expected `jobs`, a list of mappings"),
+        ([{"name": "a", "command": "b"}], ["c"], "expected `variables`, a mapping of names to texts"),
+        ([{"name": "a", "command": "b"}], {"c": 3}, "expected `variables`, a mapping of names to texts"),
+        ([{"name": 3, "command": "b"}], {}, "job 3: name 3 found; accepted: a text without /"),
+        ([{"name": "a/b", "command": "c"}], {}, "job a/b: name 'a/b' found; accepted: a text without /"),
+        ([{"name": "a", "command": 3}], {}, "job a: command 3 found; accepted: a text"),
+        ([{"name": "a", "command": "b", "needs": "c"}], {}, "job a: needs 'c' found; accepted: a list of names"),
+        ([{"name": "a", "command": "b", "seconds": "c"}], {}, "job a: seconds 'c' found; accepted: a number"),
+        ([{"name": "a", "command": "b", "device": 1}], {}, "job a: device 1 found; accepted: true or false"),
     ],
 )
 def test_mistakes_are_named(
-    jobs: list[dict[str, object]],
-    variables: dict[str, str],
+    jobs: object,
+    variables: object,
     message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = write(tmp_path / "jobs.yaml", *jobs, **variables)
+    file = tmp_path / "jobs.yaml"
+    file.write_text(yaml.safe_dump({"variables": variables, "jobs": jobs}))
     with pytest.raises(SystemExit) as ended:
-        main([file, str(tmp_path / "out"), "--devices", "0"])
+        main([str(file), str(tmp_path / "out"), "--devices", "0"])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -48,3 +48,31 @@ def test_a_folder_without_event_files_is_named(tmp_path: Path, capsys: pytest.Ca
         main([str(tmp_path), str(tmp_path / "out")])
     assert ended.value.code == 2
     assert "has no event files" in capsys.readouterr().err
+
+
+def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not what is read, and not one version of a run by another."""
+    runs = [tmp_path / "mine" / f"version_{number}" for number in range(2)]
+    for run in runs:
+        with SummaryWriter(str(run)) as writer:
+            writer.add_scalar("train/loss", 3.0, 1)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main([*map(str, runs), str(out)])
+    assert f"{runs[1]}: would be written to {out}/mine, which another has" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([str(runs[0]), str(out)]) == 0
+    kept = read(out / "mine")
+    with pytest.raises(SystemExit):
+        main([str(out / "mine"), str(out)])
+    assert f"{out}/mine: would be written to {out}/mine, which exists" in capsys.readouterr().err
+    assert read(out / "mine") == kept
+    assert len(kept[0]["train/loss"]) == 1
+
+
+def test_a_run_is_named_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SummaryWriter(str(tmp_path / "mine" / "version_0")) as writer:
+        writer.add_scalar("train/loss", 3.0, 1)
+    monkeypatch.chdir(tmp_path / "mine" / "version_0")
+    assert main([".", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "mine").is_dir()
