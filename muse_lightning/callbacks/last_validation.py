@@ -6,6 +6,9 @@ import lightning as L
 
 from muse_lightning.callbacks.stop_after import StopAfter
 
+FARTHEST = 5
+"""How many times as long, or as short, an interval may be that is advised in place of another one."""
+
 
 def unvalidated_end(trainer: L.Trainer) -> str | None:
     """What a training that is about to begin leaves without validation, in one line; None if nothing, or if unknown.
@@ -33,6 +36,8 @@ def unvalidated_end(trainer: L.Trainer) -> str | None:
     else:
         found = f"none from step {trainer.global_step:,} to {last:,}"
     advised = nearest_divisor(end, interval, unit=trainer.accumulate_grad_batches)
+    if max(advised / interval, interval / advised) > FARTHEST:
+        return f"validation: {found}; no trainer.val_check_interval near {interval:,} divides its {end:,} batches"
     return f"validation: {found}; a trainer.val_check_interval of {advised:,} batches has one at the end"
 
 

@@ -88,6 +88,12 @@ def test_it_is_said_where_the_end_is_not_validated(
         assert (seen.said, seen.is_end_validated) == (None, True)
 
 
+def test_without_a_divisor_near_what_was_asked_none_is_advised(tmp_path: Path) -> None:
+    seen = fit(tmp_path, max_steps=31, val_check_interval=6, **OVER_EPOCHS)
+    found = "the last one is after step 30 of 31"
+    assert seen.said == f"validation: {found}; no trainer.val_check_interval near 6 divides its 31 batches"
+
+
 @pytest.mark.parametrize(
     ("options", "said", "steps"),
     [
