@@ -34,6 +34,7 @@ import yaml
 
 GRACE_SECONDS = 30.0
 """Between SIGTERM and SIGKILL."""
+_VARIABLE = re.compile(r"{{ *(\w+) *}}")
 ACCEPTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "name": (str, "a text without /"),
     "command": (str, "a text"),
@@ -86,7 +87,7 @@ def read_jobs(path: Path) -> list[Job]:
         absent = [need for need in entry.get("needs", []) if need not in jobs]
         if absent or name in jobs:
             raise ValueError(f"job {name}: " + (f"needs {absent[0]}, no job above it" if absent else "is there twice"))
-        command = " ".join(filled(entry["command"], variables).split())
+        command = filled(entry["command"], variables).strip()
         jobs[name] = Job(**entry | {"command": command, "needs": tuple(entry.get("needs", []))})
     return list(jobs.values())
 
@@ -97,12 +98,12 @@ def filled(text: str, variables: dict[str, str]) -> str:
     Raises ValueError for one that does not exist, or that is part of itself.
     """
     for _ in range(len(variables) + 1):
-        names = re.findall(r"{{(\w+)}}", text)
+        names = _VARIABLE.findall(text)
         if not names:
             return text
         if absent := set(names) - variables.keys():
-            raise ValueError(f"variable {min(absent)}: there are {', '.join(variables)}")
-        text = re.sub(r"{{(\w+)}}", lambda match: variables[match[1]], text)
+            raise ValueError(f"variable {min(absent)}: there are {', '.join(variables) or 'none'}")
+        text = _VARIABLE.sub(lambda match: variables[match[1]], text)
     raise ValueError(f"a variable is part of itself: {text[:60]}")
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tools import run_jobs
-from tools.run_jobs import main, read_jobs
+from tools.run_jobs import main
 
 
 def write(path: Path, *jobs: dict[str, object], **variables: str) -> str:
@@ -199,6 +199,9 @@ def test_an_unknown_name_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "job x: there are a" in capsys.readouterr().err
 
 
-def test_read_jobs_joins_lines(tmp_path: Path) -> None:
-    file = write(tmp_path / "jobs.yaml", {"name": "a", "command": "muse fit\n  --config x\n"})
-    assert read_jobs(Path(file))[0].command == "muse fit --config x"
+def test_a_command_may_have_lines(tmp_path: Path) -> None:
+    (tmp_path / "jobs.yaml").write_text(
+        "jobs:\n- name: a\n  command: |\n    echo 1  # one\n    echo {{ x }}\nvariables: {x: '2'}\n"
+    )
+    assert main([str(tmp_path / "jobs.yaml"), str(tmp_path / "out"), "--devices", "0"]) == 0
+    assert (tmp_path / "out" / "a.log").read_text() == "1\n2\n"
