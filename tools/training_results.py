@@ -232,6 +232,7 @@ def main(args: Sequence[str] | None = None) -> int:
             if not points:
                 raise SystemExit(f"{run.name}: has no {tag}; give a fit here, validations after --evaluated")
     check_comparable(trained)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_raw(read, options.out.with_name(options.out.name + ".jsonl"))
     draw(trained, options.out.with_name(options.out.name + ".png"))
     print(table(trained))

@@ -33,7 +33,7 @@ class FutureGain(L.Callback):
 
     Args:
         batches: first batches of each rank to do it on.
-        tokens: of each row; each takes one forward pass of the batch.
+        tokens: of each row, no more than every row of the batch has; each takes one forward pass of the batch.
         seed: of the sample, which is the same on any number of ranks.
     Raises:
         UserError: a value below 1.
@@ -75,7 +75,8 @@ class FutureGain(L.Callback):
         if batch_idx >= self.batches or not len(rows):
             return
         generator = torch.Generator().manual_seed(self.seed + _number_over_ranks(trainer, batch_idx))
-        drawn = is_candidate[rows].float().multinomial(self.tokens, replacement=True, generator=generator)
+        tokens = min(self.tokens, int(is_candidate[rows].sum(1).min()))
+        drawn = is_candidate[rows].float().multinomial(tokens, generator=generator)
         rows, drawn = rows.to(labels.device), drawn.to(labels.device)
         head = pl_module.llama.lm_head.weight
         # Callbacks run outside the precision that the step ran in.

@@ -51,8 +51,9 @@ def test_it_measures_in_the_precision_of_training(tmp_path: Path, precision: str
         (partial(SlidingWindow, window=9), 9, True),
         (partial(SlidingWindow, window=8), 9, False),
         (Dense, 9, False),
+        (type("Derived", (Dense,), {}), None, False),
     ],
-    ids=["dense", "window", "other-window", "dense-for-a-window"],
+    ids=["dense", "window", "other-window", "dense-for-a-window", "derived"],
 )
 def test_it_is_silent_for_exact_attention(tmp_path: Path, attention: Any, window: int | None, is_silent: bool) -> None:
     trainer = tiny_trainer(tmp_path, callbacks=[AttentionError()])

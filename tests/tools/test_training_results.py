@@ -42,7 +42,7 @@ def muse(tmp_path: Path, **changes: Any) -> str:
 
 
 def test_the_table(tmp_path: Path, dense: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert under_test.main([str(tmp_path / "out"), dense, muse(tmp_path)]) == 0
+    assert under_test.main([str(tmp_path / "new" / "out"), dense, muse(tmp_path)]) == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert rows[2] == ["Dense", "1", "3.0000", "+0.00%", "-", "3.1000", "-", "-", "-", "20,000", "20", "3.0000", "20"]
     # It is as good as the first's end at its third validation, after 20 seconds.
