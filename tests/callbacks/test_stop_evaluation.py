@@ -23,7 +23,7 @@ import lightning as L
 
 class Told(L.Callback):
     def on_validation_batch_end(self, trainer, model, outputs, batch, batch_idx):
-        if batch_idx == 0 and trainer.is_global_zero:
+        if batch_idx == 0 and trainer.global_rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             print("the batch in hand goes on", flush=True)
 """
@@ -50,6 +50,7 @@ def said(verb: str) -> str:
 @pytest.mark.parametrize(
     ("verb", "step"),
     [
+        ("validate", "configure_model"),
         ("validate", "on_validation_start"),
         ("validate", "validation_step"),
         ("validate", "on_validation_epoch_end"),
@@ -125,8 +126,8 @@ def test_the_next_evaluation_of_the_same_callback_listens_again(tmp_path: Path) 
 
 
 @pytest.mark.multi_process
-def test_two_processes_of_which_the_first_is_told(muse: Muse) -> None:
-    """Both end behind the batch in hand; neither waits for the other."""
+def test_two_processes_of_which_the_second_is_told(muse: Muse) -> None:
+    """Both end behind the batch in hand, and neither waits for the other."""
     Path("told.py").write_text(TOLD)
     ranks = ("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1")
     command = ["validate", "--config=recipe.yaml", *ranks, "--trainer.enable_progress_bar=false"]
