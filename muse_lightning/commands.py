@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from muse_lightning.checkpoints.choice import stored
 from muse_lightning.checkpoints.manifest import manifest_path
-from muse_lightning.checkpoints.preemption import preemption_as_retry, stoppable
+from muse_lightning.checkpoints.preemption import NOTHING_SAVED, preemption_as_retry, stoppable
 from muse_lightning.configuration.taken_flags import take_flag
 from muse_lightning.data.workers import DataWorkerError, death_of_worker
 from muse_lightning.endings import as_ending, early_stop
@@ -40,7 +39,7 @@ def run_trainer(verb: str, description: str, args: Sequence[str], allowed: Seque
         if files:
             replay(Path(files[-1]), description, args, allowed)
             return
-    with stoppable() if verb == "fit" else nullcontext():
+    with stoppable(preempted(verb)):
         run_in_folder(verb, MuseCLI(verb, description, args, allowed, builds="trainer"))
 
 
@@ -53,7 +52,7 @@ def run_in_folder(verb: str, cli: MuseCLI) -> None:
     with cli.run_folder as folder:
         try:
             # Here already, for what is to be done with the folder.
-            with preemption_as_retry():
+            with preemption_as_retry(preempted(verb)):
                 _run(verb, cli)
             if cli.trainer.is_global_zero:
                 stop = early_stop(cli.trainer)
@@ -77,6 +76,13 @@ def run_in_folder(verb: str, cli: MuseCLI) -> None:
                 elif cli.trainer.is_global_zero:
                     print(interrupted(cli.trainer.global_step, folder.checkpoints), file=sys.stderr)
             raise
+
+
+def preempted(verb: str) -> str:
+    """What SIGTERM has left of what no `DurableCheckpoint` saves, in one line."""
+    if verb == "fit":
+        return NOTHING_SAVED
+    return f"preempted: muse {verb} is not complete, and its run folder is removed; start it again"
 
 
 def interrupted(step: int, checkpoints: Path) -> str:

@@ -17,6 +17,7 @@ from muse_lightning.callbacks.prediction_files import PredictionFiles
 from muse_lightning.callbacks.progress import progress_bar
 from muse_lightning.callbacks.run_text import RunText
 from muse_lightning.callbacks.scalar_layout import ScalarLayout
+from muse_lightning.callbacks.stop_evaluation import StopEvaluation
 from muse_lightning.checkpoints.choice import step_of
 from muse_lightning.checkpoints.durable_checkpoint import DurableCheckpoint
 from muse_lightning.checkpoints.durable_io import DurableCheckpointIO
@@ -76,6 +77,8 @@ def run_callbacks(
         (verb == "predict", PredictionFiles, lambda: PredictionFiles(folder.path / "predictions")),
         *((verb in ("fit", "validate"), kind, kind) for kind in DEFAULT_CALLBACKS),
         *((verb == "validate", kind, kind) for kind in LONG_CONTEXT_CALLBACKS),
+        # Behind all others: with its last hook the evaluation is complete.
+        (verb != "fit", StopEvaluation, StopEvaluation),
     ]
     for is_wanted, kind, make in kinds:
         if is_wanted and not any(isinstance(callback, kind) for callback in callbacks):
