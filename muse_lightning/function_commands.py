@@ -73,7 +73,7 @@ def parse_flags(
             check.add(layer)
     config = parse(parser, args, check)
     try:
-        values: dict[str, Any] = parser.instantiate(config).as_dict()
+        values: dict[str, Any] = parser.instantiate(config, instantiators=check.instantiators()).as_dict()
     except ValueError as error:  # A record of options checks its own values.
         raise UserError(str(error)) from error
     values.pop("config", None)

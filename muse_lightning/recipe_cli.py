@@ -201,7 +201,7 @@ class MuseCLI(LightningCLI):
             UserError: any mistake in them, in one line.
         """
         use_loader()
-        check = ConfigCheck(parser, LINKS, self.allowed)
+        self.check = check = ConfigCheck(parser, LINKS, self.allowed)
         if not {"-h", "--help"} & set(args):
             _check_encoding(args)
             for layer in read_layers(args):
@@ -237,7 +237,7 @@ class MuseCLI(LightningCLI):
             if self.builds == "model":
                 self.model = self.instantiate_model(self.config.model)
                 return
-            self.config_init = self.parser.instantiate(self.config)
+            self.config_init = self.parser.instantiate(self.config, instantiators=self.check.instantiators())
         except Exception as error:
             mistake = refused_by_constructor(error)
             if mistake is None:
@@ -251,7 +251,7 @@ class MuseCLI(LightningCLI):
         """A model alone, from `model` of a configuration: it does not depend on data, which may not exist yet."""
         parser = ArgumentParser()
         parser.add_class_arguments(LanguageModel, "model")
-        return parser.instantiate(Namespace(model=config)).model
+        return parser.instantiate(Namespace(model=config), instantiators=self.check.instantiators()).model
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Create the run's folder, or go on in one, and a trainer that writes to it."""

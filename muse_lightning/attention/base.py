@@ -7,6 +7,14 @@ from torch import Tensor, nn
 
 from muse_lightning.errors import UserError
 
+_TO_WRITE = {
+    "forward": "write forward(self, q, k, v, *, softmax_scale, cu_seqlens=None), which returns a tensor of the shape "
+    "of q",
+    "pairs": "write pairs(self, lengths, *, has_documents=False), which returns the query-key pairs per head for "
+    "documents of these lengths, sum(n * (n + 1) / 2 for n in lengths) for exact attention",
+}
+"""What a strategy cannot do without."""
+
 
 class AttentionStrategy(nn.Module):
     """How a layer attends. No parameters and no buffers, so that every strategy has the same state dict.
@@ -34,7 +42,7 @@ class AttentionStrategy(nn.Module):
         Returns:
             [B, H, N, D].
         """
-        raise NotImplementedError
+        raise _unwritten(self, "forward")
 
     def check(self, *, seq_len: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """Called at set-up with the sizes that will be used.
@@ -57,9 +65,25 @@ class AttentionStrategy(nn.Module):
         Args:
             has_documents: the documents are packed, `cu_seqlens` is given; else each is a row.
         """
-        raise NotImplementedError
+        raise _unwritten(self, "pairs")
 
     def extra_repr(self) -> str:
         """The arguments kept under their own names, for `print` and `muse info`. Override it to show others."""
         names = inspect.signature(type(self)).parameters
         return ", ".join(f"{name}={vars(self)[name]}" for name in names if name != "layer_idx" and name in vars(self))
+
+
+def check_is_whole(strategy: AttentionStrategy) -> None:
+    """Refuse a strategy without a method that every strategy has of its own: before anything is prepared for it.
+
+    Raises:
+        UserError: says what to write.
+    """
+    for method in _TO_WRITE:
+        if getattr(getattr(strategy, method), "__func__", None) is getattr(AttentionStrategy, method):
+            raise _unwritten(strategy, method)
+
+
+def _unwritten(strategy: AttentionStrategy, method: str) -> UserError:
+    cls = type(strategy)
+    return UserError(f"{cls.__module__}.{cls.__qualname__} has no {method}(): {_TO_WRITE[method]}")

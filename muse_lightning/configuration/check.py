@@ -7,11 +7,10 @@ same order. The three it refuses at once; what jsonargparse refuses it names by 
 """
 
 import dataclasses
-import importlib
 import inspect
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from functools import cache
 from typing import Any, get_args
@@ -19,10 +18,11 @@ from typing import Any, get_args
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from muse_lightning.configuration.allow_list import ALLOWED_MODULES, is_allowed
+from muse_lightning.configuration.imports import NotFoundError, find_object, making, public_path
 from muse_lightning.configuration.layers import COMMAND_LINE, Layer, is_file, load_yaml
 from muse_lightning.configuration.packaged import resolve
 from muse_lightning.configuration.types import Accepted, accepted_by, describe
-from muse_lightning.errors import UserError, alike, reason_of, suggestion
+from muse_lightning.errors import UserError, reason_of, suggestion
 
 UNREADABLE = "the configuration cannot be read"
 SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -73,13 +73,21 @@ class ConfigCheck:
 
         Raises:
             UserError: it sets a link's target, drops arguments by changing a class, names a module that is not
-                allowed, a file that does not exist, or a group that does not exist.
+                allowed or cannot be imported, a file that does not exist, or a group that does not exist.
         """
         self._merge_args(self.parser, "", "", self.merged, layer.values, layer, owner=None)
 
     def first_problem(self) -> str | None:
         """The first mistake found in the layers, as one line; None if they look right."""
         return next(self._all_problems(), None)
+
+    def instantiators(self) -> list[tuple[Callable[..., Any], type, bool]]:
+        """For `ArgumentParser.instantiate`: how to make objects of the classes of the user's own."""
+        keys: dict[type, list[str]] = {}
+        for path, spec in self.specs.items():
+            if not is_allowed(spec.cls.__module__, ()):
+                keys.setdefault(spec.cls, []).append(path)
+        return [(making(", ".join(paths)), cls, False) for cls, paths in keys.items()]
 
     def _all_problems(self) -> Iterator[str]:
         yield from self.problems
@@ -179,6 +187,8 @@ class ConfigCheck:
             return self._merge_spec(accepted, old, new, path, layer)
         if isinstance(new, str) and accepted.importable and "." in new:
             self._require_allowed(new, path, layer)
+            if not accepted.text:
+                self._find_object(new, accepted, {}, path, layer)
         self.leaves.pop(path, None)
         self.leaves[path] = Leaf(hint, new, layer.source)
         return new
@@ -213,7 +223,8 @@ class ConfigCheck:
     def _default_spec(self, action: Any, path: str) -> Spec | None:
         """The class that holds as long as no layer names one."""
         if isinstance(action.default, Mapping) and "class_path" in action.default:
-            return Spec(_import(action.default["class_path"]), path, accepted_by(action._typehint).positional)
+            accepted = accepted_by(action._typehint)
+            return Spec(find_object(action.default["class_path"], accepted.classes, {}), path, accepted.positional)
         return None
 
     def _keep_arguments(self, old: Spec, new: Spec, layer: Layer, given: Any) -> None:
@@ -250,13 +261,35 @@ class ConfigCheck:
                 self.problems.append(f"{path}: {name!r} is no known {base}{suggestion(name, choices)} ({layer.source})")
             return known.get(name)
         self._require_allowed(name, path, layer)
-        found = _import(name)
-        if found is None:
-            self.problems.append(f"{path}: there is no {name}{_suggested_path(name, choices)} ({layer.source})")
-        elif isinstance(found, type) and not issubclass(found, accepted.classes):
-            self.problems.append(f"{path}: {name} is no {base}{suggestion(name, choices)} ({layer.source})")
+        found = self._find_object(name, accepted, choices, path, layer)
+        if not isinstance(found, type):
             return None
-        return found if isinstance(found, type) else None
+        if not issubclass(found, accepted.classes):
+            wanted = suggestion(name, choices)
+            if not is_allowed(name, ()):
+                wanted = f"; derive it from {' or '.join(map(public_path, accepted.classes))}"
+            self.problems.append(f"{path}: {name} is no {base}{wanted} ({layer.source})")
+            return None
+        abstract: frozenset[str] = getattr(found, "__abstractmethods__", frozenset())
+        if abstract:
+            lacking = " and ".join(f"{method}()" for method in sorted(abstract))
+            self.problems.append(f"{path}: {name} has no {lacking}, which every {base} needs ({layer.source})")
+            return None
+        return found
+
+    def _find_object(self, name: str, accepted: Accepted, known: Mapping[str, type], path: str, layer: Layer) -> Any:
+        """The object that a configuration names; None if there is none.
+
+        Raises:
+            UserError: its module is there, and cannot be imported.
+        """
+        try:
+            return find_object(name, accepted.classes, known)
+        except NotFoundError as problem:
+            self.problems.append(f"{path}: {problem} ({layer.source})")
+            return None
+        except UserError as error:
+            raise UserError(f"{path}: {error} ({layer.source})") from error.__cause__
 
     def _require_allowed(self, name: str, path: str, layer: Layer) -> None:
         if not is_allowed(name, self.allowed):
@@ -323,21 +356,6 @@ def _subclasses(cls: type) -> list[type]:
     for sub in cls.__subclasses__():
         found += [c for c in _subclasses(sub) if not c.__name__.startswith("_")]
     return found
-
-
-def _import(name: str) -> Any:
-    """The object at a dotted path, or None. Only called for allowed names."""
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute, None)
-    except ImportError:
-        return None
-
-
-def _suggested_path(name: str, known: Mapping[str, type]) -> str:
-    """Known classes with names like the last part of `name`, by their whole paths; else `suggestion`."""
-    close = [f"{known[key].__module__}.{key}" for key in alike(name.rpartition(".")[2], known)]
-    return f"; nearest: {', '.join(close)}" if close else suggestion(name, known)
 
 
 @cache

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 from lightning.pytorch.callbacks import Timer
 
+from muse_lightning.attention.base import check_is_whole
 from muse_lightning.errors import UserError
 from muse_lightning.training.optim import check_max_steps
 
@@ -71,6 +72,7 @@ def check_sizes(model: "LanguageModel") -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for block in model.llama.blocks:
+            check_is_whole(block.self_attn.attention)
             block.self_attn.attention.check(
                 seq_len=model.seq_len,
                 num_heads=config.num_attention_heads,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from muse_lightning.attention import Dense, Muse, SlidingWindow, SpatialBlocks
+from muse_lightning.attention import AttentionStrategy, Dense, Muse, SlidingWindow, SpatialBlocks
 from muse_lightning.errors import UserError
 
 
@@ -18,6 +18,14 @@ from muse_lightning.errors import UserError
         (
             lambda: Dense(0).check(seq_len=8, num_heads=3, num_kv_heads=2, head_dim=8),
             "num_attention_heads must be a multiple of num_key_value_heads, got 3 and 2",
+        ),
+        (
+            lambda: AttentionStrategy(0).pairs([8]),
+            r"base\.AttentionStrategy has no pairs\(\): write pairs\(self, lengths, \*, has_documents=False\), which",
+        ),
+        (
+            lambda: AttentionStrategy(0)(None, None, None, softmax_scale=1.0),
+            r"base\.AttentionStrategy has no forward\(\): write forward\(self, q, k, v, \*, softmax_scale, cu_seqlens=",
         ),
     ],
 )

@@ -5,7 +5,7 @@ import warnings
 import pytest
 from lightning.pytorch.callbacks import Timer
 
-from muse_lightning.attention import Dense, Muse
+from muse_lightning.attention import AttentionStrategy, Dense, Muse
 from muse_lightning.errors import UserError
 from muse_lightning.training.checks import check_trainer
 from tests.tiny import tiny_model, tiny_trainer
@@ -52,6 +52,14 @@ def test_the_strategy_is_asked_about_the_sizes():
     with pytest.raises(UserError, match=r"not {'seq_len': 48, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 4}"):
         tiny_model(attention=Picky)
     tiny_model(attention=Picky, seq_len=None)
+
+
+@pytest.mark.parametrize(("lacks", "has"), [("forward", "pairs"), ("pairs", "forward")])
+def test_a_strategy_must_be_whole(lacks: str, has: str) -> None:
+    half = type("Half", (AttentionStrategy,), {has: getattr(Dense, has)})
+    with pytest.raises(UserError, match=rf"\.Half has no {lacks}\(\): write {lacks}\(self, "):
+        tiny_model(attention=half)
+    tiny_model(attention=type("Whole", (half,), {lacks: getattr(Dense, lacks)}))
 
 
 def test_a_warning_keeps_its_category():
