@@ -30,6 +30,9 @@ class Mixed(AttentionStrategy):
         halves = zip(self.parts, *(x.chunk(2, dim=1) for x in (q, k, v)), strict=True)
         return torch.cat([part(*qkv, **options) for part, *qkv in halves], dim=1)
 
+    def pairs(self, *lengths: Any, **options: Any) -> float:
+        return self.parts[0].pairs(*lengths, **options)
+
 
 def test_relative_squared_error() -> None:
     exact = torch.tensor([3.0, 4.0])
