@@ -6,15 +6,15 @@ JOBS.yaml has `variables`, texts that are put in place of {{name}}, in each othe
 important first:
 
     jobs:
-      - name: dense                   # FOLDER/dense.log has its output, FOLDER/dense.done its command once it has ended
-        command: muse fit ...         # for bash, in the working directory; line breaks and spaces become one space
+      - name: dense                   # FOLDER/dense.log has its output; FOLDER/dense.done is there once it has ended
+        command: muse fit ...         # for bash, in the working directory
         needs: [prepare]              # jobs above that must be done
         seconds: 300                  # it is not begun when less is left of --seconds
         device: false                 # beside the others, without a GPU; true, the default: with one for itself
 
-A job whose .done file has its very command is not run again. After --seconds, or when this gets SIGTERM, what still
-runs is told to end (SIGTERM), and has 30 seconds for it. Exit code 0 if all is done, 1 if something failed, was ended
-or was not reached, 2 for a mistake.
+A job is not run again while its command, and those of what it needs, are as they were. After --seconds, or when this
+gets SIGTERM, what still runs is told to end (SIGTERM), and has 30 seconds for it. Exit code 0 if all is done, 1 if
+something failed, was ended or was not reached, 2 for a mistake.
 """
 
 import argparse
@@ -122,7 +122,8 @@ def run(jobs: Sequence[Job], folder: Path, devices: Sequence[str], seconds: floa
     """What became of each job: "done", "was done", "failed N", "ended" or "not reached", with its seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
-    became = {job.name: "was done" for job in jobs if _is_done(job, folder)}
+    recipes = {job.name: "\n".join(each.command for each in with_needs(jobs, [job.name])) for job in jobs}
+    became = {job.name: "was done" for job in jobs if _is_done(folder / f"{job.name}.done", recipes[job.name])}
     waiting = [job for job in jobs if job.name not in became]
     free, running = list(devices), dict[str, Running]()
     stop = threading.Event()
@@ -135,9 +136,8 @@ def run(jobs: Sequence[Job], folder: Path, devices: Sequence[str], seconds: floa
                     free += [it.device] if it.device is not None else []
                     took = f"{time.monotonic() - it.began:.0f} s"
                     became[name] = f"done {took}" if code == 0 else f"failed {code} {took}"
-                    job = next(job for job in jobs if job.name == name)
                     if code == 0:
-                        (folder / f"{name}.done").write_text(job.command)
+                        (folder / f"{name}.done").write_text(recipes[name])
                     print(f"{name}: {became[name]}", flush=True)
             left = 0.0 if stop.is_set() else end - time.monotonic()
             for job in list(waiting):
@@ -155,9 +155,8 @@ def run(jobs: Sequence[Job], folder: Path, devices: Sequence[str], seconds: floa
     return {job.name: became.get(job.name, "not reached") for job in jobs}
 
 
-def _is_done(job: Job, folder: Path) -> bool:
-    done = folder / f"{job.name}.done"
-    return done.is_file() and done.read_text() == job.command
+def _is_done(done: Path, recipe: str) -> bool:
+    return done.is_file() and done.read_text() == recipe
 
 
 def _start(job: Job, folder: Path, device: str | None) -> Running:

@@ -4,7 +4,7 @@ import math
 
 import lightning as L
 
-from muse_lightning.callbacks.stop_after import StopAfter
+from muse_lightning.callbacks.stop_after import stops
 
 FARTHEST = 5
 """How many times as long, or as short, an interval may be that is advised in place of another one."""
@@ -79,9 +79,6 @@ class _Batches:
 
 def _validates(trainer: L.Trainer) -> bool:
     """Whether there is something to validate with, and no `StopAfter`, whose stop is validated."""
-    is_stopped = any(
-        isinstance(callback, StopAfter) and callback.step <= trainer.max_steps
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-    )
+    is_stopped = any(step <= trainer.max_steps for step in stops(trainer))
     has_data = trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0
     return trainer.enable_validation and has_data and not is_stopped

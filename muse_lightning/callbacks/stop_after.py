@@ -36,5 +36,9 @@ class StopAfter(L.Callback):
 
 def last_step(trainer: L.Trainer) -> int:
     """The optimizer step that a training ends at: `max_steps`, -1 if there is none, or that of a `StopAfter` before."""
-    stops = [callback.step for callback in trainer.callbacks if isinstance(callback, StopAfter)]  # type: ignore[attr-defined]
-    return min([trainer.max_steps, *stops])
+    return min([trainer.max_steps, *stops(trainer)])
+
+
+def stops(trainer: L.Trainer) -> list[int]:
+    """The steps of its `StopAfter` callbacks."""
+    return [callback.step for callback in trainer.callbacks if isinstance(callback, StopAfter)]  # type: ignore[attr-defined]

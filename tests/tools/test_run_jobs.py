@@ -205,3 +205,22 @@ def test_a_command_may_have_lines(tmp_path: Path) -> None:
     )
     assert main([str(tmp_path / "jobs.yaml"), str(tmp_path / "out"), "--devices", "0"]) == 0
     assert (tmp_path / "out" / "a.log").read_text() == "1\n2\n"
+
+
+def test_what_needs_a_changed_job_runs_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def call(said: str, *only: str) -> list[str]:
+        log.write_text("")
+        a = {"name": "a", "command": f"echo {said} >>{log}"}
+        b = {"name": "b", "command": f"echo b >>{log}", "needs": ["a"]}
+        file = write(tmp_path / "jobs.yaml", a, b, {"name": "c", "command": f"echo c >>{log}"})
+        assert main([file, str(tmp_path / "out"), "--devices", "0", *only]) == 0
+        return log.read_text().split()
+
+    assert sorted(call("a")) == ["a", "b", "c"]
+    assert call("a") == []
+    assert call("other", "--only", "a") == ["other"]
+    # Later too, when the changed one is done.
+    assert call("other") == ["b"]
+    assert call("other") == []
