@@ -74,12 +74,12 @@ ANY_SEQ_LEN = 1
 """Likewise for a context: `muse prepare` checks only one that the recipe names."""
 
 EPILOG = """
---config takes a file or recipe:NAME (a packaged recipe) and may be repeated: later files and flags win. Any key of a
-file is also a flag: --model.attention=Muse --model.attention.top_k=8 --model.config=presets/75m.yaml
---trainer.callbacks+=Name. A class path may name torch, lightning, litdata and muse_lightning; --allow_module NAME
-(repeatable, as a flag only) trusts one more module, also one in the working directory. muse fit --replay FILE (as a
-flag only) repeats the step that a run has ended at with exit code 76, with the settings in the file; flags win.
-MUSE_TRACEBACK=1 shows the traceback of an error.
+--config takes a file or recipe:NAME (a packaged recipe) and may be repeated. Any key of a file is also a flag:
+--model.attention=Muse --model.attention.top_k=8 --model.config=presets/75m.yaml --trainer.callbacks+=Name. What comes
+later wins, file or flag; a flag before a file that sets the same otherwise is refused. A class path may name torch,
+lightning, litdata and muse_lightning; --allow_module NAME (repeatable, as a flag only) trusts one more module, also one
+in the working directory. muse fit --replay FILE (as a flag only) repeats the step that a run has ended at with exit
+code 76, with the settings in the file; flags win. MUSE_TRACEBACK=1 shows the traceback of an error.
 """
 
 

@@ -104,8 +104,20 @@ class TestPrecedence:
         Path("other.yaml").write_text("model: {learning_rate: 0.5, weight_decay: 0.25}\n")
         cli = build("--config=other.yaml", "--model.weight_decay=0.125")
         assert (cli.model.learning_rate, cli.model.weight_decay) == (0.5, 0.125)
-        cli = build("--model.weight_decay=0.125", "--config=other.yaml")
-        assert cli.model.weight_decay == 0.25
+        cli = build("--model.momentum=0.125", "--config=other.yaml")
+        assert (cli.model.momentum, cli.model.weight_decay) == (0.125, 0.25)
+
+    @pytest.mark.parametrize(
+        "verb", ["fit", "validate", "test", "predict", "prepare", "bench training", "profile", "info"]
+    )
+    def test_a_flag_before_a_file_that_sets_the_same_is_refused(self, muse: Muse, verb: str) -> None:
+        line = "--trainer.max_steps=1 stands before --config recipe.yaml, which sets it to 2; put it behind"
+        assert muse.error(*verb.split(), "--trainer.max_steps=1", "--config=recipe.yaml") == line
+
+    def test_also_of_a_verb_without_a_recipe(self, muse: Muse) -> None:
+        Path("bench.yaml").write_text("seq_len: 8\n")
+        line = "--seq_len=1 stands before --config bench.yaml, which sets it to 8; put it behind"
+        assert muse.error("bench", "data", "--seq_len=1", "--config=bench.yaml") == line
 
     def test_attention_by_name_and_argument(self, muse: Muse) -> None:
         cli = build("--model.attention=Muse", "--model.attention.top_k=8")

@@ -3,7 +3,8 @@
 jsonargparse merges --config files and flags, checks types and builds objects. About a mistake below a class it tells
 everything that it tried; about three mistakes it tells nothing: arguments dropped because the class changed, values
 that a link overwrites, unknown groups without content. `ConfigCheck` therefore reads the same files and flags in the
-same order. The three it refuses at once; what jsonargparse refuses it names by key, value found and values accepted.
+same order. The three it refuses at once; what jsonargparse refuses it names by key, value found and values accepted. It
+also notes what each sets, for `Order`.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from muse_lightning.configuration.allow_list import ALLOWED_MODULES, is_allowed
 from muse_lightning.configuration.imports import NotFoundError, find_object, making, public_path
 from muse_lightning.configuration.layers import COMMAND_LINE, Layer, is_file, load_yaml
+from muse_lightning.configuration.order import Order
 from muse_lightning.configuration.packaged import resolve
 from muse_lightning.configuration.types import Accepted, accepted_by, describe
 from muse_lightning.errors import UserError, reason_of, suggestion
@@ -67,6 +69,7 @@ class ConfigCheck:
         self.problems: list[str] = []
         self.specs: dict[str, Spec] = {}
         self.leaves: dict[str, Leaf] = {}
+        self.order = Order()
 
     def add(self, layer: Layer) -> None:
         """Merge one more layer.
@@ -75,6 +78,7 @@ class ConfigCheck:
             UserError: it sets a link's target, drops arguments by changing a class, names a module that is not
                 allowed or cannot be imported, a file that does not exist, or a group that does not exist.
         """
+        self.order.begin(layer)
         self._merge_args(self.parser, "", "", self.merged, layer.values, layer, owner=None)
 
     def first_problem(self) -> str | None:
@@ -177,10 +181,13 @@ class ConfigCheck:
                 items.append(self._merge_value(accepted.item, None, value, f"{path}[{len(items)}]", layer))
             return items
         if isinstance(new, list) and accepted.item is not None:
+            self.order.set(path, new)
             for stale in [known for known in self.specs if known.startswith(f"{path}[")]:
                 del self.specs[stale]
             return [self._merge_value(accepted.item, None, v, f"{path}[{i}]", layer) for i, v in enumerate(new)]
         if isinstance(new, dict) and isinstance(old, list) and old:
+            if "class_path" in new:
+                self.order.set(path, new)
             old[-1] = self._merge_value(accepted.item, old[-1], new, f"{path}[{len(old) - 1}]", layer)
             return old
         if accepted.classes and (isinstance(new, dict) or (isinstance(new, str) and not accepted.text)):
@@ -189,6 +196,7 @@ class ConfigCheck:
             self._require_allowed(new, path, layer)
             if not accepted.text:
                 self._find_object(new, accepted, {}, path, layer)
+        self.order.set(path, new)
         self.leaves.pop(path, None)
         self.leaves[path] = Leaf(hint, new, layer.source)
         return new
@@ -209,6 +217,8 @@ class ConfigCheck:
         if cls is None and ("class_path" in spec or (old is None and len(accepted.classes) != 1)):
             return None
         merged = Spec(cls or (old.cls if old else accepted.classes[0]), path, accepted.positional)
+        if cls is not None:
+            self.order.set(path, cls, with_children=False)
         if old is not None:
             self._keep_arguments(old, merged, layer, given=spec.get("init_args"))
         shown = path if dataclasses.is_dataclass(merged.cls) else f"{path}.init_args"
@@ -238,6 +248,8 @@ class ConfigCheck:
             if name in hints and _refusal(hints[name], value) is None:
                 new.args[name], new.sources[name] = value, old.sources.get(name, "")
         dropped = [name for name in old.args if name not in new.args]
+        for name in dropped:
+            self.order.set(new.path, new.cls, covers=f"{new.path}.init_args.{name}")
         if dropped and given != {}:
             names = " and ".join(f"{name}={old.args[name]!r}" for name in dropped)
             source = old.sources.get(dropped[0], "earlier")
@@ -304,8 +316,11 @@ def parse(parser: ArgumentParser, args: Sequence[str], check: ConfigCheck) -> Na
     """The configuration of a command line.
 
     Raises:
-        UserError: it is refused, in one line.
+        UserError: it is refused, in one line; or one of its flags counts for nothing, where it stands.
     """
+    lost = check.order.lost_flag()
+    if lost is not None:
+        raise UserError(lost)
     said = io.StringIO()
     # A parser of its own prints the help of a class, and what follows on the line it would refuse at length.
     quiet = redirect_stderr(said) if any(arg.endswith(".help") for arg in args) else nullcontext()

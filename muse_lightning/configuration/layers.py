@@ -20,12 +20,14 @@ _load = get_loader("yaml")
 class Layer:
     """One --config file, or one flag: later layers win.
 
-    `source` is the file's name or "command line"; paths inside `values` are relative to `folder`.
+    `source` is the file's name or "command line"; paths inside `values` are relative to `folder`; `given` are the
+    arguments that say so, none of a file that another layer names.
     """
 
     source: str
     values: dict[str, Any]
     folder: Path
+    given: tuple[str, ...] = ()
 
 
 def read_layers(args: Sequence[str], positional: Sequence[str] = ()) -> list[Layer]:
@@ -43,18 +45,23 @@ def read_layers(args: Sequence[str], positional: Sequence[str] = ()) -> list[Lay
         if token.startswith("-c") and not token.startswith("--"):
             name, has_value, value = "--config", token[2:], token[2:].removeprefix("=")
         if not name.startswith("--"):
-            layers.append(Layer(COMMAND_LINE, {unnamed.pop(0) if unnamed else token: token}, here))
+            layers.append(Layer(COMMAND_LINE, {unnamed.pop(0) if unnamed else token: token}, here, (token,)))
             continue
         if name == "--print_config" or name.endswith((".help", "--help")):
             continue
+        given: tuple[str, ...] = (token,)
         if not has_value:
-            value = tokens.pop(0) if tokens and not tokens[0].startswith("--") else "null"
+            value = "null"
+            if tokens and not tokens[0].startswith("--"):
+                value = tokens.pop(0)
+                given = (token, value)
         if name == "--config" and value == "null":
             raise UserError("--config: a file or recipe:NAME must follow")
         if name == "--config":
-            layers.append(Layer(value, load_yaml(value, "--config", here), Path(value).resolve().parent))
+            folder = Path(value).resolve().parent
+            layers.append(Layer(value, load_yaml(value, "--config", here), folder, (name, value)))
         else:
-            layers.append(Layer(COMMAND_LINE, _nested(name[2:].split("."), _parse(value, name)), here))
+            layers.append(Layer(COMMAND_LINE, _nested(name[2:].split("."), _parse(value, name)), here, given))
     return layers
 
 
