@@ -2,9 +2,10 @@
 
 from muse_lightning.attention.base import AttentionStrategy
 from muse_lightning.attention.dense import Dense
-from muse_lightning.attention.description import describe_layers
+from muse_lightning.attention.description import describe_layers, kind_of
 from muse_lightning.attention.exact import exact_attention, exact_in, layer_numbers
 from muse_lightning.attention.muse import Muse
+from muse_lightning.attention.partly_exact import PartlyExact, partly_exact_in
 from muse_lightning.attention.sliding_window import SlidingWindow
 from muse_lightning.attention.spatial_blocks import SpatialBlocks
 
@@ -12,10 +13,13 @@ __all__ = [
     "AttentionStrategy",
     "Dense",
     "Muse",
+    "PartlyExact",
     "SlidingWindow",
     "SpatialBlocks",
     "describe_layers",
     "exact_attention",
     "exact_in",
+    "kind_of",
     "layer_numbers",
+    "partly_exact_in",
 ]

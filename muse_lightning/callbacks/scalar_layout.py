@@ -34,6 +34,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "attention": {
         "relative squared error": ("muse/relative_error*",),
+        "exact key-value heads": ("muse/exact_heads_layer_*",),
         "gain from sight of the future, nats per token": ("val/future_gain*",),
     },
     "far context": {
