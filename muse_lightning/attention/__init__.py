@@ -5,7 +5,6 @@ from muse_lightning.attention.dense import Dense
 from muse_lightning.attention.description import describe_layers, kind_of
 from muse_lightning.attention.exact import exact_attention, exact_in, layer_numbers
 from muse_lightning.attention.muse import Muse
-from muse_lightning.attention.partly_exact import PartlyExact, partly_exact_in
 from muse_lightning.attention.sliding_window import SlidingWindow
 from muse_lightning.attention.spatial_blocks import SpatialBlocks
 
@@ -13,7 +12,6 @@ __all__ = [
     "AttentionStrategy",
     "Dense",
     "Muse",
-    "PartlyExact",
     "SlidingWindow",
     "SpatialBlocks",
     "describe_layers",
@@ -21,5 +19,4 @@ __all__ = [
     "exact_in",
     "kind_of",
     "layer_numbers",
-    "partly_exact_in",
 ]

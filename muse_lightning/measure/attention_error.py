@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muse_lightning.attention import PartlyExact, exact_attention
+from muse_lightning.attention import exact_attention
+from muse_lightning.attention.partly_exact import PartlyExact
 from muse_lightning.model.llama import Llama
 
 

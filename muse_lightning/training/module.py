@@ -15,15 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from muse_lightning.attention import (
-    AttentionStrategy,
-    Dense,
-    PartlyExact,
-    exact_attention,
-    exact_in,
-    layer_numbers,
-    partly_exact_in,
-)
+from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in, layer_numbers
+from muse_lightning.attention.partly_exact import PartlyExact, partly_exact_in
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig

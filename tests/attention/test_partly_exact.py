@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from muse_lightning.attention import Dense, Muse, PartlyExact, SlidingWindow, describe_layers, kind_of, partly_exact_in
+from muse_lightning.attention import Dense, Muse, SlidingWindow, describe_layers, kind_of
 from muse_lightning.attention.base import AttentionStrategy
+from muse_lightning.attention.partly_exact import PartlyExact, partly_exact_in
 from muse_lightning.errors import UserError
 from muse_lightning.measure.flops import attention_flops_per_token
 from tests.tiny import SEQ_LEN, batches, tiny_model, tiny_muse
