@@ -2,7 +2,7 @@
 
 from muse_lightning.attention.base import AttentionStrategy
 from muse_lightning.attention.dense import Dense
-from muse_lightning.attention.description import describe_layers
+from muse_lightning.attention.description import describe_layers, kind_of
 from muse_lightning.attention.exact import exact_attention, exact_in, layer_numbers
 from muse_lightning.attention.muse import Muse
 from muse_lightning.attention.sliding_window import SlidingWindow
@@ -17,5 +17,6 @@ __all__ = [
     "describe_layers",
     "exact_attention",
     "exact_in",
+    "kind_of",
     "layer_numbers",
 ]

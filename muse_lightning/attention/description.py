@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from muse_lightning.attention.base import AttentionStrategy
+from muse_lightning.attention.partly_exact import PartlyExact
 
 
 def describe_layers(strategies: Sequence[AttentionStrategy]) -> str:
@@ -11,14 +12,29 @@ def describe_layers(strategies: Sequence[AttentionStrategy]) -> str:
     Args:
         strategies: one per layer, in order.
     Returns:
-        For instance "Muse(chunk=2048, top_k=12), Dense in layers 0 and 15".
+        For instance "Muse(chunk=2048, top_k=12), Dense in layers 0 and 15", or "Muse(chunk=2048, top_k=12), 8 of 32
+        key-value heads exact".
     """
     layers: dict[str, list[int]] = {}
+    partly = [strategy for strategy in strategies if isinstance(strategy, PartlyExact)]
     for layer, strategy in enumerate(strategies):
+        strategy = strategy.others if isinstance(strategy, PartlyExact) else strategy
         arguments = " ".join(strategy.extra_repr().split())
         layers.setdefault(type(strategy).__name__ + (f"({arguments})" if arguments else ""), []).append(layer)
     (most, _), *others = sorted(layers.items(), key=lambda item: -len(item[1]))
-    return ", ".join([most, *(f"{name} in {_numbers(found)}" for name, found in others)])
+    said = [most, *(f"{name} in {_numbers(found)}" for name, found in others)]
+    if partly:
+        exact, heads = (sum(numbers) for numbers in zip(*((len(s.heads), s.num_kv_heads) for s in partly), strict=True))
+        said.append(f"{exact} of {heads} key-value heads exact")
+    return ", ".join(said)
+
+
+def kind_of(strategy: AttentionStrategy) -> str:
+    """A name under which equal strategies come together: the class, and how many heads are exact beside it."""
+    if not isinstance(strategy, PartlyExact):
+        return type(strategy).__name__
+    count = len(strategy.heads)
+    return f"{type(strategy.others).__name__} beside {count} exact key-value {'head' if count == 1 else 'heads'}"
 
 
 def _numbers(layers: Sequence[int]) -> str:

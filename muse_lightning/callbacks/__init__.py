@@ -5,6 +5,7 @@ from muse_lightning.callbacks.banner import Banner
 from muse_lightning.callbacks.context_gain import ContextGain
 from muse_lightning.callbacks.context_warmup import ContextWarmup
 from muse_lightning.callbacks.environment_file import EnvironmentFile
+from muse_lightning.callbacks.exact_heads import ExactHeads
 from muse_lightning.callbacks.exact_tail import ExactTail
 from muse_lightning.callbacks.future_gain import FutureGain
 from muse_lightning.callbacks.gradient_norm import GradientNorm
@@ -22,7 +23,7 @@ from muse_lightning.callbacks.step_time import StepTime
 from muse_lightning.callbacks.stop_after import StopAfter
 from muse_lightning.callbacks.throughput import DeviceThroughput
 
-DEFAULT_CALLBACKS = (DeviceThroughput, StepTime, MemoryUse, GradientNorm, LossByPosition, AttentionError)
+DEFAULT_CALLBACKS = (DeviceThroughput, StepTime, MemoryUse, GradientNorm, LossByPosition, AttentionError, ExactHeads)
 """What every fit and `muse validate` have: the tags in docs/training.md."""
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ContextWarmup",
     "DeviceThroughput",
     "EnvironmentFile",
+    "ExactHeads",
     "ExactTail",
     "FutureGain",
     "GradientNorm",

@@ -34,6 +34,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "attention": {
         "relative squared error": ("muse/relative_error*",),
+        "exact key-value heads": ("muse/exact_heads_layer_*",),
         "gain from sight of the future, nats per token": ("val/future_gain*",),
     },
     "far context": {
@@ -88,6 +89,8 @@ def _layout(trainer: L.Trainer) -> dict[str, dict[str, tuple[str, list[str]]]]:
         left_out.add("gain from sight of the future, nats per token")
     if not any(isinstance(callback, ContextWarmup) for callback in callbacks):
         left_out.add("tokens in a piece")
+    if not trainer.training or not getattr(trainer.lightning_module, "exact_heads", 0):
+        left_out.add("exact key-value heads")
     if trainer.strategy.root_device.type != "cuda":
         left_out.add("model FLOPs utilisation")
     if not trainer.training:

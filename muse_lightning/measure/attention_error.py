@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from muse_lightning.attention import exact_attention
+from muse_lightning.attention.partly_exact import PartlyExact
 from muse_lightning.model.llama import Llama
 
 
@@ -36,6 +37,37 @@ def attention_errors(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None 
 
     # Not every strategy among the modules: one may be made of others.
     hooks = [block.self_attn.attention.register_forward_hook(compare, with_kwargs=True) for block in model.blocks]
+    try:
+        model.hidden_states(input_ids, cu_seqlens=cu_seqlens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(errors)
+
+
+@torch.no_grad()
+def errors_by_head(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Relative squared error by key-value head that layers of which some heads are exact would have without these.
+
+    Args:
+        model, input_ids, cu_seqlens: as for `attention_errors`.
+    Returns:
+        [layers, num_kv_heads] of those whose attention is a `PartlyExact`, in order. A head's outputs are those of all
+        query heads that share it; where these are 0, so is the error.
+    """
+    errors: list[Tensor] = []
+
+    def compare(strategy: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        assert isinstance(strategy, PartlyExact)
+        outs = (
+            attend(*inputs, **options).chunk(strategy.num_kv_heads, 1) for attend in (strategy.others, strategy.exact)
+        )
+        # One head after the other: they are compared in float32.
+        errors.append(torch.stack([relative_squared_error(*pair) for pair in zip(*outs, strict=True)]).nan_to_num())
+
+    found = [block.self_attn.attention for block in model.blocks]
+    partly = [strategy for strategy in found if isinstance(strategy, PartlyExact)]
+    hooks = [strategy.register_forward_pre_hook(compare, with_kwargs=True) for strategy in partly]
     try:
         model.hidden_states(input_ids, cu_seqlens=cu_seqlens)
     finally:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from muse_lightning.attention import kind_of
 from muse_lightning.data.batches import Batch, document_lengths
 from muse_lightning.measure.bench.timing import Ceilings, Instruments, Timing
 from muse_lightning.model.rope import rotation
@@ -109,7 +110,7 @@ def _attention_layers(model: LanguageModel) -> dict[str, list[int]]:
     """The layers of each kind of attention, by the name of its part."""
     kinds: dict[str, list[int]] = {}
     for layer, block in enumerate(model.llama.blocks):
-        kinds.setdefault(type(block.self_attn.attention).__name__, []).append(layer)
+        kinds.setdefault(kind_of(block.self_attn.attention), []).append(layer)
     return {ATTENTION if len(kinds) == 1 else f"{ATTENTION}, {kind}": layers for kind, layers in kinds.items()}
 
 

@@ -174,7 +174,7 @@ def make_variant(cli: MuseCLI, attention: str, recompute: Recompute) -> Language
     config.weights = None
     if attention == "dense":
         config.attention = Namespace(class_path="muse_lightning.attention.Dense")
-        config.exact_layers = ()
+        config.exact_layers, config.exact_heads = (), 0
     return cli.instantiate_model(config)
 
 

@@ -104,8 +104,8 @@ def longest_contexts(setting: Setting, memory: int) -> Iterator[tuple[str, int]]
     Returns:
         The lever, as flags, and tokens; 0 if not even the shortest fits.
     """
-    strategies = [block.self_attn.attention for block in setting.model.llama.blocks]
-    unit = max((s.options["chunk"] for s in strategies if isinstance(s, Muse)), default=TOKENS)
+    modules = setting.model.llama.modules()
+    unit = max((module.options["chunk"] for module in modules if isinstance(module, Muse)), default=TOKENS)
     current: Setting | None = setting
     while current is not None:
         longest = _longest(current, int(USABLE * memory), unit)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from muse_kernels.attention.checks import HAS_TRITON
 from muse_kernels.attention.chunks import num_rows
 from muse_kernels.attention.options import ResolvedOptions
-from muse_lightning.attention import Muse
+from muse_lightning.attention import Muse, kind_of
 from muse_lightning.data.batches import Batch
 from muse_lightning.errors import UserError, reason_of
 from muse_lightning.measure.info import MIB, MIXED_DTYPES, TRUE_DTYPES
@@ -101,9 +101,9 @@ def step_memory(
     live = LiveMemory("cpu", _workspace_of_attention if on_gpu else lambda *_: 0)
     dtype = TRUE_DTYPES.get(str(precision), torch.float32)
     twin = model.twin(compiled=False, weights=None, seq_len=None, tokenizer_size=None)
-    for block in twin.llama.blocks:
-        if isinstance(block.self_attn.attention, Muse):
-            block.self_attn.attention.options["implementation"] = "auto"  # a kernel that is asked for wants a GPU
+    for module in twin.llama.modules():
+        if isinstance(module, Muse):
+            module.options["implementation"] = "auto"  # a kernel that is asked for wants a GPU
     if on_gpu and model.compiled and (model.recompute == "none" or model.recompute_every > 1):
         _as_compiled(twin)
     try:
@@ -116,7 +116,7 @@ def step_memory(
             _take_step(twin, live, batch_size, seq_len, accumulate, autocast, on_gpu)
     except RuntimeError as error:
         # It reads values, or has an operation that does not say what it returns: with content it may train.
-        name = ", ".join({type(block.self_attn.attention).__name__: None for block in twin.llama.blocks})
+        name = ", ".join({kind_of(block.self_attn.attention): None for block in twin.llama.blocks})
         raise UserError(
             f"memory cannot be predicted, for {name} does not run on tensors without content: {reason_of(error)}"
         ) from error

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in
+from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in, layer_numbers
+from muse_lightning.attention.partly_exact import PartlyExact, partly_exact_in
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
 from muse_lightning.model.config import LlamaConfig
@@ -57,6 +58,8 @@ class LanguageModel(L.LightningModule):
         config: the architecture.
         attention: what each layer does with queries, keys and values, made from the number of the layer.
         exact_layers: numbers of layers that attend exactly instead, from 0; negative ones count from the last, -1.
+        exact_heads: key-value heads of the other layers, counted over all of them, that attend exactly instead, each
+            with the query heads that share it; the callback `ExactHeads` chooses where the approximation errs most.
         recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: far less
             memory for about a third more work; "keep_attention" also keeps what goes into and comes out of attention,
             its dearest part on long contexts; "none" keeps everything.
@@ -101,6 +104,7 @@ class LanguageModel(L.LightningModule):
         config: LlamaConfig,
         attention: Callable[[int], AttentionStrategy] = Dense,
         exact_layers: tuple[int, ...] = (),
+        exact_heads: int = 0,
         recompute: Recompute = "none",
         recompute_every: int = 1,
         offload: bool = False,
@@ -128,6 +132,7 @@ class LanguageModel(L.LightningModule):
         self._arguments = arguments
         self.config = config
         self.exact_layers = exact_layers
+        self.exact_heads = exact_heads
         self.recompute: Recompute = recompute
         self.recompute_every = recompute_every
         self.offload = offload
@@ -152,11 +157,18 @@ class LanguageModel(L.LightningModule):
         self.tokenizer_size = tokenizer_size
         check_ranges(self)
         # On the meta device a model of any size is free; `configure_model` makes it real on the device it will live on.
+        layers, window = config.num_hidden_layers, config.sliding_window
+        attention = exact_in(exact_layers, attention, num_layers=layers, window=window)
+        attention = partly_exact_in(
+            exact_heads,
+            attention,
+            exact_layers=layer_numbers(exact_layers, layers, "model.exact_layers"),
+            num_layers=layers,
+            num_kv_heads=config.num_key_value_heads,
+            window=window,
+        )
         with torch.device("meta"):
-            self.llama = Llama(
-                config,
-                exact_in(exact_layers, attention, num_layers=config.num_hidden_layers, window=config.sliding_window),
-            )
+            self.llama = Llama(config, attention)
         self.offloading = arrange(
             self.llama,
             recompute=recompute,
@@ -178,6 +190,12 @@ class LanguageModel(L.LightningModule):
         self._exact_totals = Totals()
         self._token_bytes: Tensor | None = None
         self._until_teardown = ExitStack()
+
+    @property
+    def partly_exact(self) -> list[PartlyExact]:
+        """What attends in layers of which some heads are exact, in order."""
+        strategies = (block.self_attn.attention for block in self.llama.blocks)
+        return [strategy for strategy in strategies if isinstance(strategy, PartlyExact)]
 
     def twin(self, **changes: Any) -> Self:
         """A model of the same options but for some, with no weights yet.
@@ -350,6 +368,7 @@ class LanguageModel(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["exact_heads"] = [list(strategy.heads) for strategy in self.partly_exact]
         states = checkpoint.get("optimizer_states")
         if states and self.device_mesh is None:  # of shards, Lightning numbers them so
             pairs = zip(states, self.trainer.optimizers, strict=True)
@@ -371,6 +390,10 @@ class LanguageModel(L.LightningModule):
         elif self._trainer is not None:
             self._until_teardown.enter_context(counting_as_after(self.trainer, checkpoint.get("global_step", 0)))
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        heads = checkpoint.get("exact_heads", [])
+        if sum(map(len, heads)) == self.exact_heads and len(heads) == len(self.partly_exact):
+            for strategy, chosen in zip(self.partly_exact, heads, strict=True):
+                strategy.heads = tuple(chosen)
         self._are_weights_due = False
 
 

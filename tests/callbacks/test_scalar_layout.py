@@ -15,7 +15,7 @@ from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
 from muse_lightning.callbacks import ContextGain, ContextWarmup, FutureGain
 from muse_lightning.callbacks.scalar_layout import CHARTS, ScalarLayout
-from tests.tiny import TinyData, batches, tiny_model, tiny_trainer
+from tests.tiny import TinyData, batches, tiny_model, tiny_muse, tiny_trainer
 
 DOCS = Path(__file__).parents[2] / "docs"
 FIGURES = {"val/loss_by_position", "val/needle_accuracy", "val/identifier_recall"}
@@ -68,7 +68,7 @@ def written(tmp_path: Path) -> Page:
     """A fit's layout, beside a value of every tag."""
     callbacks = [ScalarLayout(), ContextGain(), FutureGain(), ContextWarmup(1, 8)]
     trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=callbacks)
-    trainer.fit(tiny_model(), TinyData(batches(1)))
+    trainer.fit(tiny_model(attention=tiny_muse, exact_heads=1), TinyData(batches(1)))
     for tag in documented_tags() | ELSEWHERE:
         trainer.logger.log_metrics({tag: 1.0}, step=1)
     trainer.logger.finalize("success")

@@ -80,6 +80,27 @@ def test_the_step_comes_again(muse: Muse, stopped: Path) -> None:
     assert error.endswith(f" (settings in {stopped}); to trust it, add --allow_module evil")
 
 
+def test_heads_that_were_exact_are_exact_again(muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = muse.with_recipe("fit", *DIVERGES, "--model.attention=Muse", "--model.exact_heads=1")
+    path = Path("runs/tiny/version_0/numerics/step=2.replay.ckpt")
+    assert code == 76, err
+    checkpoint = torch.load(path, weights_only=True)
+    assert sum(map(len, checkpoint["exact_heads"])) == 1
+    checkpoint["exact_heads"] = [[], *[[]] * (len(checkpoint["exact_heads"]) - 2), [0]]
+    torch.save(checkpoint, path)
+    Manifest(2, path.stat().st_size, sha256_file(path)).write(path)
+    seen = []
+    nats = LanguageModel.total_nats
+
+    def watched(model: LanguageModel, batch: Any) -> torch.Tensor:
+        seen.append([list(strategy.heads) for strategy in model.partly_exact])
+        return nats(model, batch)
+
+    monkeypatch.setattr(LanguageModel, "total_nats", watched)
+    assert muse("fit", "--replay", str(path))[0] == 0
+    assert seen == [checkpoint["exact_heads"]] * 2
+
+
 def test_flags_win_over_the_settings_in_the_file(muse: Muse, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as it sets it; here, to be taken back
     modes, total_nats = [], LanguageModel.total_nats

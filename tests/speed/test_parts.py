@@ -58,6 +58,17 @@ def test_layers_of_each_kind_are_timed_apart() -> None:
         assert found[f"attention, {name}"].flops == pytest.approx(flops * layers / 5 * 4 / 3)
 
 
+def test_layers_with_as_many_exact_heads_are_timed_together() -> None:
+    model = tiny_model(attention=tiny_muse, exact_heads=4, config={"num_hidden_layers": 3})
+    model.configure_model()
+    batch = random_batch(VOCAB, 2, SEQ_LEN, None)
+    found = {part.name: part for part in time_parts(model, batch, "none", Milliseconds(), CEILINGS, torch.bfloat16)}
+    names = ["attention, Muse beside 1 exact key-value head", "attention, Muse beside 2 exact key-value heads"]
+    assert [found[name].ms for name in names] == [2 * 3.0, 3.0]
+    flops = attention_flops_per_token(model.llama, [SEQ_LEN] * 2) * 2 * SEQ_LEN
+    assert sum(found[name].flops for name in names) == pytest.approx(flops)
+
+
 @pytest.mark.parametrize("documents", [None, (30, 18)], ids=["rows", "documents"])
 def test_their_work_is_that_of_the_step(documents: tuple[int, ...] | None) -> None:
     found = parts("none", documents)

@@ -32,6 +32,7 @@ LEVERS: list[dict[str, Any]] = [
     {"recompute": "block", "mlp_tiles": 4},
     {"recompute": "keep_attention", "offload": True},
     {"mlp_tiles": 4, "loss_chunk": 64},
+    {"exact_heads": 2, "recompute": "keep_attention"},
 ]
 COMPILED: list[dict[str, Any]] = [
     {"compiled": True},

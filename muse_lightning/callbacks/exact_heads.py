@@ -1,0 +1,83 @@
+"""Which heads attend exactly, where a model has some that do."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from muse_lightning.errors import UserError
+from muse_lightning.measure.attention_error import errors_by_head
+from muse_lightning.training.log_step import ends_step, is_log_step
+from muse_lightning.training.module import LanguageModel
+
+
+class ExactHeads(L.Callback):
+    """Chooses the `model.exact_heads` key-value heads that attend exactly: those on which the approximation errs most.
+
+    Heads that look for single far tokens, or evenly at all of them, are few, and where they are differs from model to
+    model and changes while it learns. Every so many steps the model is run once more, without gradients, on the batch
+    of the step that follows, and its attention compared with exact attention, head by head: the relative squared error
+    of docs/attention.md, "Error measured", over all ranks. Of equal errors those stay that are exact already. A
+    checkpoint has the choice. Logs `muse/exact_heads_layer_*`, the number in each layer. Does nothing where
+    `model.exact_heads` is 0.
+
+    Args:
+        every_n_steps: optimizer steps between two choices, the first before the first step.
+    Raises:
+        UserError: every_n_steps is below 1.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[ExactHeads(every_n_steps=100)])
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"ExactHeads: every_n_steps is {every_n_steps}; accepted: at least 1")
+        self.every_n_steps = every_n_steps
+        self._last_step = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A new training: its first step may have the number of one before."""
+        self._last_step = -1
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        """Choose, before the first micro-batch of a step whose turn it is."""
+        assert isinstance(pl_module, LanguageModel)
+        step = trainer.global_step
+        if step == self._last_step or step % self.every_n_steps or not pl_module.partly_exact:
+            return
+        self._last_step = step
+        # Callbacks run outside the precision that the step runs in.
+        with trainer.precision_plugin.forward_context():
+            errors = errors_by_head(pl_module.llama, batch["input_ids"], batch.get("cu_seqlens"))
+        choose(pl_module, trainer.strategy.reduce(errors, reduce_op="mean"))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        """Log how many heads of each layer the step had exact that has just ended."""
+        assert isinstance(pl_module, LanguageModel)
+        if ends_step(trainer) and is_log_step(trainer, trainer.global_step):
+            for strategy in pl_module.partly_exact:
+                pl_module.log(f"muse/exact_heads_layer_{strategy.layer_idx}", float(len(strategy.heads)))
+
+
+def choose(model: LanguageModel, errors: Tensor) -> None:
+    """Make as many heads exact as are exact now: those with the largest errors.
+
+    Args:
+        errors: [layers, num_kv_heads], of `model.partly_exact`.
+    """
+    is_exact = torch.zeros_like(errors, dtype=torch.bool)
+    for layer, strategy in enumerate(model.partly_exact):
+        is_exact[layer, list(strategy.heads)] = True
+    # Stable sorts: by error, of equal ones those that are exact already, of these the first.
+    order = is_exact.flatten().sort(descending=True, stable=True).indices
+    order = order[errors.flatten()[order].sort(descending=True, stable=True).indices]
+    chosen = torch.zeros_like(is_exact.flatten())
+    chosen[order[: int(is_exact.sum())]] = True
+    for strategy, heads in zip(model.partly_exact, chosen.view_as(is_exact).tolist(), strict=True):
+        strategy.heads = tuple(head for head, is_chosen in enumerate(heads) if is_chosen)
