@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -414,4 +415,6 @@ def _value_parser(hint: Any) -> ArgumentParser:
 
 def _denied_import(error: Exception) -> str | None:
     found = re.search(r"Importing '([^']+)' is not allowed", str(error))
+    if found and Path(found[1]).is_file():  # to jsonargparse a name with a dot, and nothing else that it accepts
+        return f"{found[1]} is read as a class path; a file of the working directory is given as ./{found[1]}"
     return found and f"{found[1]} is outside the modules a configuration may name, {', '.join(ALLOWED_MODULES)}"

@@ -208,6 +208,12 @@ def test_a_mistake_in_flags(parse: Callable[..., str | None], flags: str, line: 
     assert parse(["--model.sizes.hidden=3", *flags.split()]) == line
 
 
+def test_a_file_of_the_working_directory_needs_a_slash(parse: Callable[..., str | None]) -> None:
+    line = parse(["--model.sizes=mine.yaml"], mine="hidden: 3")
+    assert line == "mine.yaml is read as a class path; a file of the working directory is given as ./mine.yaml"
+    assert parse(["--model.sizes=./mine.yaml"]) is None
+
+
 @pytest.mark.parametrize(
     "flags",
     [
