@@ -1,0 +1,172 @@
+"""What each head's approximation alone costs the loss, beside what could foretell it; and what choices of heads leave.
+
+Usage: python tools/head_rise.py MODEL DATA OUT.json [--seq_len N] [--blocks N] [--counts 4 8] [--muse '{top_k: 24}']
+
+MODEL is a run or a checkpoint, DATA a prepared dataset. MuSe takes the place of exact attention in one key-value head
+after the other, with the query heads that share it: the rise of the loss, in nats a token. What could foretell it is
+measured once, with every head exact:
+
+    relative    relative squared error of the head's outputs
+    of layer    squared norm of what the error adds to the residual stream, over that of all heads' outputs there
+    gradient    sum of (MuSe - exact) . gradient of the loss: the rise to first order
+
+The heads that are largest by each of them, or by the rise itself, are then left exact, as many as --counts names and
+all others approximated.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from muse_lightning.attention import Dense, Muse
+from muse_lightning.attention.partly_exact import PartlyExact
+from muse_lightning.compare.blocks import read_blocks
+from muse_lightning.data.batches import IGNORED_LABEL, Batch
+from muse_lightning.model.llama import Llama
+from muse_lightning.pretrained.reference import open_model
+from muse_lightning.training.loss import next_token_nats, total_nats
+
+LOSS_CHUNK = 4096
+
+
+class Heads:
+    """A model of which any heads may be exact, and the batches that it is evaluated on."""
+
+    def __init__(self, llama: Llama, batches: Sequence[Batch], muse: dict[str, object]) -> None:
+        self.llama, self.batches = llama, batches
+        self.shape = (llama.config.num_hidden_layers, llama.config.num_key_value_heads)
+        everything = tuple(range(self.shape[1]))
+        self.strategies = [
+            PartlyExact(Muse(layer, **muse), Dense(layer), self.shape[1], everything)  # type: ignore[arg-type]
+            for layer in range(self.shape[0])
+        ]
+        llama.set_attention(lambda layer: self.strategies[layer])
+
+    def nats(self, is_exact: Tensor) -> Tensor:
+        """Mean loss of each batch, float64, where `is_exact`, bool [layers, kv_heads], says which heads are."""
+        for strategy, heads in zip(self.strategies, is_exact.tolist(), strict=True):
+            strategy.heads = tuple(head for head, exact in enumerate(heads) if exact)
+        found = []
+        for batch in self.batches:
+            with torch.no_grad():
+                hidden = self.llama.hidden_states(batch["input_ids"])
+            nats = next_token_nats(hidden, self.llama.lm_head.weight, batch["labels"], chunk=LOSS_CHUNK)
+            found.append(nats.double().sum() / (batch["labels"] != IGNORED_LABEL).sum())
+        return torch.stack(found).cpu()
+
+    def foretold(self) -> dict[str, Tensor]:
+        """Each measure of the module's docstring, float64 [layers, kv_heads], mean over batches."""
+        found = {name: torch.zeros(self.shape, dtype=torch.float64) for name in ("relative", "of layer", "gradient")}
+        for strategy in self.strategies:
+            strategy.heads = tuple(range(self.shape[1]))
+        for batch in self.batches:
+            seen: list[tuple[PartlyExact, Tensor, Tensor]] = []
+
+            def keep(
+                strategy: PartlyExact, inputs: tuple[Tensor, ...], options: dict[str, object], out: Tensor
+            ) -> Tensor:
+                with torch.no_grad():
+                    error = strategy.others(*inputs, **options) - out
+                out.retain_grad()
+                seen.append((strategy, error, out))  # noqa: B023  read before the next batch
+                return out
+
+            hooks = [each.register_forward_hook(keep, with_kwargs=True) for each in self.strategies]
+            labels = batch["labels"]
+            hidden = self.llama.hidden_states(batch["input_ids"])
+            loss = total_nats(hidden, self.llama.lm_head.weight, labels, chunk=LOSS_CHUNK)
+            (loss / (labels != IGNORED_LABEL).sum()).backward()
+            for hook in hooks:
+                hook.remove()
+            for strategy, error, out in seen:
+                layer = strategy.layer_idx
+                weight = self.llama.blocks[layer].self_attn.o_proj.weight.detach()
+                per_head = [x.chunk(self.shape[1], 1) for x in (error, out.detach(), _gradient(out))]
+                added = (
+                    torch.nn.functional.linear(out.detach().transpose(1, 2).flatten(2), weight).float().square().sum()
+                )
+                for head, (wrong, right, gradient) in enumerate(zip(*per_head, strict=True)):
+                    lost = wrong.transpose(1, 2).flatten(2) @ weight.chunk(self.shape[1], 1)[head].T
+                    values = {
+                        "relative": wrong.float().square().sum() / right.float().square().sum(),
+                        "of layer": lost.float().square().sum() / added,
+                        "gradient": (wrong.float() * gradient.float()).sum(),
+                    }
+                    for name, value in values.items():
+                        found[name][layer, head] += value.double().cpu() / len(self.batches)
+            self.llama.zero_grad()
+        return found
+
+    def rises(self, base: Tensor) -> Tensor:
+        """By how much the loss is above `base` where one head alone is approximated, float64 [layers, kv_heads]."""
+        found = torch.zeros(self.shape, dtype=torch.float64)
+        for layer, head in torch.ones(self.shape).nonzero().tolist():
+            is_exact = torch.ones(self.shape, dtype=torch.bool)
+            is_exact[layer, head] = False
+            found[layer, head] = (self.nats(is_exact) - base).mean()
+        return found
+
+
+def _gradient(out: Tensor) -> Tensor:
+    assert out.grad is not None
+    return out.grad
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seq_len", type=int, default=32768)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--counts", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--muse", type=yaml.safe_load, default={}, help="its options, as YAML")
+    options = parser.parse_args(args)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reference = open_model(options.model)
+    llama = reference.load(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    read = read_blocks(options.data, "val", options.seq_len, options.blocks, False, reference.config.vocab_size)
+    batches: list[Batch] = [
+        {"input_ids": batch["input_ids"].to(device), "labels": batch["labels"].to(device)} for batch in read.batches
+    ]
+    heads = Heads(llama, batches, options.muse)
+    base = heads.nats(torch.ones(heads.shape, dtype=torch.bool))
+    measures = heads.foretold() | {"rise": heads.rises(base)}
+    choices = {"none": torch.zeros(heads.shape, dtype=torch.bool)}
+    ends = torch.zeros(heads.shape, dtype=torch.bool)
+    ends[0] = ends[-1] = True
+    choices["first and last layer"] = ends
+    for count in options.counts:
+        for name, values in measures.items():
+            chosen = torch.zeros(values.numel(), dtype=torch.bool)
+            chosen[values.flatten().topk(count).indices] = True
+            choices[f"{count} by {name}"] = chosen.view(heads.shape)
+    record: dict[str, object] = {
+        "model": str(options.model),
+        "seq_len": options.seq_len,
+        "blocks": list(read.indices),
+        "muse": options.muse,
+        "loss": base.mean().item(),
+        "heads": {name: values.tolist() for name, values in measures.items()},
+    }
+    left = {}
+    for name, is_exact in choices.items():
+        rise = heads.nats(is_exact) - base
+        error = rise.std().item() / len(rise) ** 0.5
+        left[name] = {"rise": rise.mean().item(), "standard_error": error, "exact": is_exact.int().tolist()}
+        print(f"{name:28s} {rise.mean():+.5f} ± {error:.5f}  {is_exact.sum(1).tolist()} exact", flush=True)
+    rise = measures["rise"].flatten()
+    for name, values in measures.items():
+        agreement = torch.corrcoef(torch.stack([values.flatten(), rise]))[0, 1].item()
+        print(f"{name}: correlation with the rise {agreement:.3f}\n{values.numpy().round(5)}")
+    options.out.write_text(json.dumps(record | {"choices": left}) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
