@@ -12,18 +12,21 @@ from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.module import LanguageModel
 
 
+ROUNDING = 1e-4
+"""An error up to which outputs may be equal: those of bfloat16 are rounded to 2^-9, whose square is 4e-6."""
+
+
 class ExactHeads(L.Callback):
     """Chooses the `model.exact_heads` key-value heads that attend exactly: those on which the approximation errs most.
 
-    Heads that look for single far tokens, or evenly at all of them, are few, and where they are differs from model to
-    model and changes while it learns. Every so many steps the model is run once more, without gradients, on the batch
-    of the step that follows, and its attention compared with exact attention, head by head: the relative squared error
-    of docs/attention.md, "Error measured", over all ranks. Of equal errors those stay that are exact already. A
-    checkpoint has the choice. Logs `muse/exact_heads_layer_*`, the number in each layer. Does nothing where
-    `model.exact_heads` is 0.
+    Much of the error is in few heads, in others from model to model (docs/training.md). Every so many steps the model
+    is run once more, without gradients, on the batch of the step that follows, and attention without exact heads is
+    compared with exact attention, head by head: the relative squared error of docs/attention.md, "Error measured", over
+    all ranks. Of equal errors, and of those that rounding may be, those stay that are exact already. A checkpoint has
+    the choice. Logs `muse/exact_heads_layer_*`, the number in each layer. Does nothing where `model.exact_heads` is 0.
 
     Args:
-        every_n_steps: optimizer steps between two choices, the first before the first step.
+        every_n_steps: optimizer steps between two choices, the first before the first step that has none.
     Raises:
         UserError: every_n_steps is below 1.
 
@@ -47,7 +50,8 @@ class ExactHeads(L.Callback):
         """Choose, before the first micro-batch of a step whose turn it is."""
         assert isinstance(pl_module, LanguageModel)
         step = trainer.global_step
-        if step == self._last_step or step % self.every_n_steps or not pl_module.partly_exact:
+        is_due = step % self.every_n_steps == 0 or not pl_module.are_heads_chosen
+        if step == self._last_step or not is_due or not _attends_partly_exact(pl_module):
             return
         self._last_step = step
         # Callbacks run outside the precision that the step runs in.
@@ -60,17 +64,25 @@ class ExactHeads(L.Callback):
     ) -> None:
         """Log how many heads of each layer the step had exact that has just ended."""
         assert isinstance(pl_module, LanguageModel)
-        if ends_step(trainer) and is_log_step(trainer, trainer.global_step):
-            for strategy in pl_module.partly_exact:
-                pl_module.log(f"muse/exact_heads_layer_{strategy.layer_idx}", float(len(strategy.heads)))
+        if ends_step(trainer) and is_log_step(trainer, trainer.global_step) and _attends_partly_exact(pl_module):
+            for layer, heads in pl_module.chosen_heads.items():
+                pl_module.log(f"muse/exact_heads_layer_{layer}", float(len(heads)))
+
+
+def _attends_partly_exact(model: LanguageModel) -> bool:
+    """Whether there are exact heads, and `ExactTail` has not replaced all of them."""
+    return any(block.self_attn.attention in model.partly_exact for block in model.llama.blocks)
 
 
 def choose(model: LanguageModel, errors: Tensor) -> None:
-    """Make as many heads exact as are exact now: those with the largest errors.
+    """Make as many heads exact as are exact now: those with the largest errors. None, where an error is not finite.
 
     Args:
         errors: [layers, num_kv_heads], of `model.partly_exact`.
     """
+    if not errors.isfinite().all():
+        return
+    errors = errors.where(errors > ROUNDING, 0.0)
     is_exact = torch.zeros_like(errors, dtype=torch.bool)
     for layer, strategy in enumerate(model.partly_exact):
         is_exact[layer, list(strategy.heads)] = True
@@ -79,5 +91,5 @@ def choose(model: LanguageModel, errors: Tensor) -> None:
     order = order[errors.flatten()[order].sort(descending=True, stable=True).indices]
     chosen = torch.zeros_like(is_exact.flatten())
     chosen[order[: int(is_exact.sum())]] = True
-    for strategy, heads in zip(model.partly_exact, chosen.view_as(is_exact).tolist(), strict=True):
-        strategy.heads = tuple(head for head, is_chosen in enumerate(heads) if is_chosen)
+    by_layer = zip(model.chosen_heads, chosen.view_as(is_exact).tolist(), strict=True)
+    model.choose_heads({layer: [head for head, is_in in enumerate(heads) if is_in] for layer, heads in by_layer})

@@ -53,7 +53,7 @@ def errors_by_head(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = 
         model, input_ids, cu_seqlens: as for `attention_errors`.
     Returns:
         [layers, num_kv_heads] of those whose attention is a `PartlyExact`, in order. A head's outputs are those of all
-        query heads that share it; where these are 0, so is the error.
+        query heads that share it; where these are 0, the error is 0.
     """
     errors: list[Tensor] = []
 
@@ -63,7 +63,8 @@ def errors_by_head(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = 
             attend(*inputs, **options).chunk(strategy.num_kv_heads, 1) for attend in (strategy.others, strategy.exact)
         )
         # One head after the other: they are compared in float32.
-        errors.append(torch.stack([relative_squared_error(*pair) for pair in zip(*outs, strict=True)]).nan_to_num())
+        found = torch.stack([relative_squared_error(*pair) for pair in zip(*outs, strict=True)])
+        errors.append(found)
 
     found = [block.self_attn.attention for block in model.blocks]
     partly = [strategy for strategy in found if isinstance(strategy, PartlyExact)]

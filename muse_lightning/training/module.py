@@ -1,7 +1,7 @@
 """LanguageModel: what a training, validation, test or prediction step does with a batch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -169,6 +169,11 @@ class LanguageModel(L.LightningModule):
         )
         with torch.device("meta"):
             self.llama = Llama(config, attention)
+        strategies = (block.self_attn.attention for block in self.llama.blocks)
+        self.partly_exact = [strategy for strategy in strategies if isinstance(strategy, PartlyExact)]
+        """What the recipe attends with in layers of which some heads are exact, also while others take its place."""
+        self.are_heads_chosen = False
+        """Whether the exact heads are those of a training, and not where they are before any was measured."""
         self.offloading = arrange(
             self.llama,
             recompute=recompute,
@@ -192,10 +197,15 @@ class LanguageModel(L.LightningModule):
         self._until_teardown = ExitStack()
 
     @property
-    def partly_exact(self) -> list[PartlyExact]:
-        """What attends in layers of which some heads are exact, in order."""
-        strategies = (block.self_attn.attention for block in self.llama.blocks)
-        return [strategy for strategy in strategies if isinstance(strategy, PartlyExact)]
+    def chosen_heads(self) -> dict[int, list[int]]:
+        """The key-value heads that are exact, by the number of a layer of which some may be."""
+        return {strategy.layer_idx: list(strategy.heads) for strategy in self.partly_exact}
+
+    def choose_heads(self, heads: Mapping[int, Sequence[int]]) -> None:
+        """Make others exact: `heads` as in `chosen_heads`."""
+        for strategy in self.partly_exact:
+            strategy.heads = tuple(heads[strategy.layer_idx])
+        self.are_heads_chosen = True
 
     def twin(self, **changes: Any) -> Self:
         """A model of the same options but for some, with no weights yet.
@@ -336,6 +346,11 @@ class LanguageModel(L.LightningModule):
 
     def _start_evaluation(self) -> None:
         self.load_weights_once()
+        if self.partly_exact and not self.are_heads_chosen and self.trainer.state.fn != TrainerFn.FITTING:
+            rank_zero_info(
+                f"model.exact_heads: {self.exact_heads} heads are exact, evenly spread, for no training has chosen them; "
+                "its choice comes with its checkpoint, by --ckpt_path"
+            )
         token_bytes = getattr(getattr(self.trainer, "datamodule", None), "token_bytes", None)
         self._token_bytes = None if token_bytes is None else token_bytes.to(self.device)
 
@@ -368,7 +383,7 @@ class LanguageModel(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
-        checkpoint["exact_heads"] = [list(strategy.heads) for strategy in self.partly_exact]
+        checkpoint["exact_heads"] = self.chosen_heads
         states = checkpoint.get("optimizer_states")
         if states and self.device_mesh is None:  # of shards, Lightning numbers them so
             pairs = zip(states, self.trainer.optimizers, strict=True)
@@ -390,10 +405,9 @@ class LanguageModel(L.LightningModule):
         elif self._trainer is not None:
             self._until_teardown.enter_context(counting_as_after(self.trainer, checkpoint.get("global_step", 0)))
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
-        heads = checkpoint.get("exact_heads", [])
-        if sum(map(len, heads)) == self.exact_heads and len(heads) == len(self.partly_exact):
-            for strategy, chosen in zip(self.partly_exact, heads, strict=True):
-                strategy.heads = tuple(chosen)
+        heads = checkpoint.get("exact_heads", {})
+        if heads.keys() == self.chosen_heads.keys() and sum(map(len, heads.values())) == self.exact_heads:
+            self.choose_heads(heads)
         self._are_weights_due = False
 
 
