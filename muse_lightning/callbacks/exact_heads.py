@@ -3,9 +3,9 @@
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
+from muse_lightning.attention.partly_exact import choose_heads
 from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
 from muse_lightning.training.log_step import ends_step, is_log_step
@@ -53,7 +53,7 @@ class ExactHeads(L.Callback):
         # Callbacks run outside the precision that the step runs in.
         with trainer.precision_plugin.forward_context():
             errors = errors_by_head(pl_module.llama, batch["input_ids"], batch.get("cu_seqlens"))
-        choose(pl_module, trainer.strategy.reduce(errors, reduce_op="mean"))
+        choose_heads(pl_module.partly_exact, trainer.strategy.reduce(errors, reduce_op="mean"))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -63,21 +63,3 @@ class ExactHeads(L.Callback):
         if ends_step(trainer) and is_log_step(trainer, trainer.global_step):
             for strategy in pl_module.partly_exact:
                 pl_module.log(f"muse/exact_heads_layer_{strategy.layer_idx}", float(len(strategy.heads)))
-
-
-def choose(model: LanguageModel, errors: Tensor) -> None:
-    """Make as many heads exact as are exact now: those with the largest errors.
-
-    Args:
-        errors: [layers, num_kv_heads], of `model.partly_exact`.
-    """
-    is_exact = torch.zeros_like(errors, dtype=torch.bool)
-    for layer, strategy in enumerate(model.partly_exact):
-        is_exact[layer, list(strategy.heads)] = True
-    # Stable sorts: by error, of equal ones those that are exact already, of these the first.
-    order = is_exact.flatten().sort(descending=True, stable=True).indices
-    order = order[errors.flatten()[order].sort(descending=True, stable=True).indices]
-    chosen = torch.zeros_like(is_exact.flatten())
-    chosen[order[: int(is_exact.sum())]] = True
-    for strategy, heads in zip(model.partly_exact, chosen.view_as(is_exact).tolist(), strict=True):
-        strategy.heads = tuple(head for head, is_chosen in enumerate(heads) if is_chosen)

@@ -19,6 +19,7 @@ from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, 
 from muse_lightning.attention.partly_exact import PartlyExact, partly_exact_in
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
+from muse_lightning.measure.attention_error import partly_exact
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
 from muse_lightning.parallelize import (
@@ -194,8 +195,7 @@ class LanguageModel(L.LightningModule):
     @property
     def partly_exact(self) -> list[PartlyExact]:
         """What attends in layers of which some heads are exact, in order."""
-        strategies = (block.self_attn.attention for block in self.llama.blocks)
-        return [strategy for strategy in strategies if isinstance(strategy, PartlyExact)]
+        return partly_exact(self.llama)
 
     def twin(self, **changes: Any) -> Self:
         """A model of the same options but for some, with no weights yet.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from muse_lightning.attention import Dense
 from muse_lightning.callbacks import AttentionError, ExactHeads, ExactTail
-from muse_lightning.callbacks.exact_heads import choose
 from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head, relative_squared_error
 from muse_lightning.training.module import LanguageModel
@@ -74,25 +73,6 @@ def test_no_error_of_outputs_that_are_nothing() -> None:
         block.self_attn.v_proj.weight.data.zero_()
     [batch] = batches(1)
     assert errors_by_head(model.llama, batch["input_ids"]).tolist() == [[0.0] * KV_HEADS] * 2
-
-
-@pytest.mark.parametrize(
-    ("errors", "before", "after"),
-    [
-        ([[0.1, 0.4], [0.3, 0.2]], [(0,), (0,)], [(1,), (0,)]),
-        ([[0.4, 0.3], [0.2, 0.1]], [(0,), (0,)], [(0, 1), ()]),
-        ([[0.1, 0.2], [0.3, 0.4]], [(0, 1), (0,)], [(1,), (0, 1)]),
-        ([[0.0, 0.0], [0.0, 0.0]], [(1,), (1,)], [(1,), (1,)]),
-        ([[0.5, 0.5], [0.5, 0.5]], [(), (0, 1)], [(), (0, 1)]),
-        ([[0.0, 0.0], [0.1, 0.0]], [(1,), (1,)], [(1,), (0,)]),
-    ],
-)
-def test_choice(errors: list[list[float]], before: list[tuple[int, ...]], after: list[tuple[int, ...]]) -> None:
-    model = tiny_model(attention=tiny_muse, exact_heads=sum(map(len, before)))
-    for strategy, heads in zip(model.partly_exact, before, strict=True):
-        strategy.heads = heads
-    choose(model, torch.tensor(errors))
-    assert heads_of(model) == after
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
