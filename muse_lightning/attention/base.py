@@ -35,7 +35,8 @@ class AttentionStrategy(nn.Module):
         """Causal attention.
 
         Args:
-            q: [B, H, N, D]. k, v: [B, H_kv, N, D], H a multiple of H_kv; any strides.
+            q: [B, H, N, D]. k, v: [B, H_kv, N, D], H a multiple of H_kv; any strides. Fewer heads than the model has,
+                where `model.exact_heads` has others attend exactly.
             softmax_scale: factor of q . k.
             cu_seqlens: int32 [S + 1] over the flattened B * N tokens, row starts included, padded by repeating the end:
                 tokens of different documents do not see each other. None: every row is one document.

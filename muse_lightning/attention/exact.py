@@ -18,6 +18,13 @@ def exact_attention(window: int | None) -> Callable[[int], AttentionStrategy]:
     return Dense if window is None else partial(SlidingWindow, window=window)
 
 
+def is_exact(strategy: AttentionStrategy, window: int | None) -> bool:
+    """Whether a strategy is what `exact_attention` makes. Not one that is derived from it, which need not be exact."""
+    return (
+        type(strategy) is (Dense if window is None else SlidingWindow) and getattr(strategy, "window", None) == window
+    )
+
+
 def exact_in(
     layers: Sequence[int],
     attention: Callable[[int], AttentionStrategy],

@@ -1,13 +1,16 @@
 """Exact attention of some heads beside another strategy for the others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from muse_lightning.attention.base import AttentionStrategy, check_is_whole
-from muse_lightning.attention.exact import exact_attention
+from muse_lightning.attention.exact import exact_attention, is_exact
 from muse_lightning.errors import UserError
+
+ROUNDING = 1e-4
+"""A relative squared error that equal outputs may have: in bfloat16 they are rounded to 2^-9, whose square is 4e-6."""
 
 
 class PartlyExact(AttentionStrategy):
@@ -53,9 +56,10 @@ class PartlyExact(AttentionStrategy):
         self.others.check(seq_len=seq_len, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
 
     def pairs(self, lengths: Sequence[int], *, has_documents: bool = False) -> float:
-        share = len(self.heads) / self.num_kv_heads
+        count, total = len(self.heads), self.num_kv_heads
         exact, others = (s.pairs(lengths, has_documents=has_documents) for s in (self.exact, self.others))
-        return share * exact + (1 - share) * others
+        # One division, the last: where both are equal, so is the result.
+        return (count * exact + (total - count) * others) / total
 
 
 def partly_exact_in(
@@ -70,9 +74,48 @@ def partly_exact_in(
     """`attention`, but `count` key-value heads of the model attend exactly, at first as evenly spread as may be.
 
     Args:
+        count, exact_layers, num_layers, num_kv_heads: as in `spread_heads`, which raises.
+        window: as in `exact_attention`.
+    """
+    heads = spread_heads(count, exact_layers=exact_layers, num_layers=num_layers, num_kv_heads=num_kv_heads)
+    return exact_heads_in(heads if count else {}, attention, num_kv_heads=num_kv_heads, window=window)
+
+
+def exact_heads_in(
+    heads: Mapping[int, Sequence[int]],
+    attention: Callable[[int], AttentionStrategy],
+    *,
+    num_kv_heads: int,
+    window: int | None,
+) -> Callable[[int], AttentionStrategy]:
+    """`attention`, but some heads attend exactly, in layers that a `PartlyExact` has even where none of its heads does.
+    Layers that are exact stay as they are.
+
+    Args:
+        heads: by the number of each such layer, its key-value heads that are exact, ascending.
+        num_kv_heads: of the model.
+        window: as in `exact_attention`.
+    """
+    exact = exact_attention(window)
+
+    def make(layer: int) -> AttentionStrategy:
+        strategy = attention(layer)
+        if layer not in heads or is_exact(strategy, window):
+            return strategy
+        return PartlyExact(strategy, exact(layer), num_kv_heads, heads[layer])
+
+    return make
+
+
+def spread_heads(
+    count: int, *, exact_layers: set[int], num_layers: int, num_kv_heads: int, option: str = "model.exact_heads"
+) -> dict[int, tuple[int, ...]]:
+    """`count` key-value heads of a model, as evenly spread as may be: those of each layer that is not exact.
+
+    Args:
         exact_layers: numbers of layers that are exact as they are, and are left so.
         num_layers, num_kv_heads: of the model.
-        window: as in `exact_attention`.
+        option: what a user calls `count`.
     Raises:
         UserError: there are not so many.
     """
@@ -80,17 +123,29 @@ def partly_exact_in(
     total = len(layers) * num_kv_heads
     if not 0 <= count <= total:
         raise UserError(
-            f"model.exact_heads is {count}; accepted: 0 to {total}, the key-value heads of layers that are not exact"
+            f"{option} is {count}; accepted: 0 to {total}, the key-value heads of layers that are not exact"
         )
     heads: dict[int, list[int]] = {layer: [] for layer in layers}
     for place in (number * total // count for number in range(count)):
         heads[layers[place // num_kv_heads]].append(place % num_kv_heads)
-    exact = exact_attention(window)
+    return {layer: tuple(each) for layer, each in heads.items()}
 
-    def make(layer: int) -> AttentionStrategy:
-        strategy = attention(layer)
-        if not count or layer in exact_layers:
-            return strategy
-        return PartlyExact(strategy, exact(layer), num_kv_heads, heads[layer])
 
-    return make
+def choose_heads(strategies: Sequence[PartlyExact], errors: Tensor) -> None:
+    """Make as many heads exact as are exact now: those with the largest errors; of equal ones those that are already.
+
+    Args:
+        strategies: of all layers of a model that have one.
+        errors: [layers, num_kv_heads], of `strategies`. Up to `ROUNDING` they count as none.
+    """
+    errors = errors.where(errors > ROUNDING, 0.0)
+    is_exact = torch.zeros_like(errors, dtype=torch.bool)
+    for layer, strategy in enumerate(strategies):
+        is_exact[layer, list(strategy.heads)] = True
+    # Stable sorts: by error, of equal ones those that are exact already, of these the first.
+    order = is_exact.flatten().sort(descending=True, stable=True).indices
+    order = order[errors.flatten()[order].sort(descending=True, stable=True).indices]
+    chosen = torch.zeros_like(is_exact.flatten())
+    chosen[order[: int(is_exact.sum())]] = True
+    for strategy, heads in zip(strategies, chosen.view_as(is_exact).tolist(), strict=True):
+        strategy.heads = tuple(head for head, is_chosen in enumerate(heads) if is_chosen)

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from muse_lightning.attention import Dense, SlidingWindow
+from muse_lightning.attention import is_exact
 from muse_lightning.measure.attention_error import attention_errors
 from muse_lightning.training.module import LanguageModel
 
@@ -32,10 +32,8 @@ class AttentionError(L.Callback):
         """Run the model once more on the first batch, and compare."""
         assert isinstance(pl_module, LanguageModel)
         window = pl_module.config.sliding_window
-        exact = Dense if window is None else SlidingWindow
-        # Not isinstance: what is derived from exact attention need not be exact.
         strategies = [block.self_attn.attention for block in pl_module.llama.blocks]
-        if batch_idx > 0 or all(type(s) is exact and getattr(s, "window", None) == window for s in strategies):
+        if batch_idx > 0 or all(is_exact(strategy, window) for strategy in strategies):
             return
         # Callbacks run outside the precision that the step ran in.
         with trainer.precision_plugin.forward_context():

@@ -3,17 +3,13 @@
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
+from muse_lightning.attention.partly_exact import choose_heads
 from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.module import LanguageModel
-
-
-ROUNDING = 1e-4
-"""An error up to which outputs may be equal: those of bfloat16 are rounded to 2^-9, whose square is 4e-6."""
 
 
 class ExactHeads(L.Callback):
@@ -57,7 +53,10 @@ class ExactHeads(L.Callback):
         # Callbacks run outside the precision that the step runs in.
         with trainer.precision_plugin.forward_context():
             errors = errors_by_head(pl_module.llama, batch["input_ids"], batch.get("cu_seqlens"))
-        choose(pl_module, trainer.strategy.reduce(errors, reduce_op="mean"))
+        errors = trainer.strategy.reduce(errors, reduce_op="mean")
+        if errors.isfinite().all():
+            choose_heads(pl_module.partly_exact, errors)
+            pl_module.are_heads_chosen = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -72,24 +71,3 @@ class ExactHeads(L.Callback):
 def _attends_partly_exact(model: LanguageModel) -> bool:
     """Whether there are exact heads, and `ExactTail` has not replaced all of them."""
     return any(block.self_attn.attention in model.partly_exact for block in model.llama.blocks)
-
-
-def choose(model: LanguageModel, errors: Tensor) -> None:
-    """Make as many heads exact as are exact now: those with the largest errors. None, where an error is not finite.
-
-    Args:
-        errors: [layers, num_kv_heads], of `model.partly_exact`.
-    """
-    if not errors.isfinite().all():
-        return
-    errors = errors.where(errors > ROUNDING, 0.0)
-    is_exact = torch.zeros_like(errors, dtype=torch.bool)
-    for layer, strategy in enumerate(model.partly_exact):
-        is_exact[layer, list(strategy.heads)] = True
-    # Stable sorts: by error, of equal ones those that are exact already, of these the first.
-    order = is_exact.flatten().sort(descending=True, stable=True).indices
-    order = order[errors.flatten()[order].sort(descending=True, stable=True).indices]
-    chosen = torch.zeros_like(is_exact.flatten())
-    chosen[order[: int(is_exact.sum())]] = True
-    by_layer = zip(model.chosen_heads, chosen.view_as(is_exact).tolist(), strict=True)
-    model.choose_heads({layer: [head for head, is_in in enumerate(heads) if is_in] for layer, heads in by_layer})

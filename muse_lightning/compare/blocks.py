@@ -30,12 +30,17 @@ class Blocks:
         card: Of the dataset.
         batches: On the host.
         indices: Number of each block in stored order.
+        other: A batch of one more row, to choose by what is then evaluated on the others: of a block that is not among
+            them, where the split has one, else the first of them.
+        other_index: Number of its block.
         token_bytes: int64 [ids]: bytes of text of each id.
     """
 
     card: DatasetCard
     batches: Sequence[Batch]
     indices: Sequence[int]
+    other: Batch
+    other_index: int
     token_bytes: Tensor
 
     def labels(self) -> list[int]:
@@ -81,8 +86,9 @@ def read_blocks(dataset: Path, split: str, seq_len: int, count: int, document_ma
     count = min(count, found)
     indices = [(2 * i + 1) * found // (2 * count) for i in range(count)]
     collate = Collate(document_mask)
-    batches = [collate([read_block(dataset / split, entry, card.dtype, seq_len, index)]) for index in indices]
-    return Blocks(card, batches, indices, torch.tensor(card.token_bytes))
+    other = next((index for index in range(found) if index not in indices), indices[0])
+    batches = [collate([read_block(dataset / split, entry, card.dtype, seq_len, index)]) for index in [*indices, other]]
+    return Blocks(card, batches[:-1], indices, batches[-1], other, torch.tensor(card.token_bytes))
 
 
 def check_tokenizer(dataset: Path, model: Tokenizer | None, source: str) -> None:

@@ -37,6 +37,7 @@ def compare(
     muse: MuseOptions = DEFAULT_MUSE,
     window: int | None = None,
     exact_layers: tuple[int, ...] = (0, -1),
+    exact_heads: int = 0,
     detailed_blocks: int = 1,
     gradients: bool = True,
     sweep: bool = False,
@@ -63,6 +64,9 @@ def compare(
         window: Tokens that the sliding window sees; null is MuSe's chunk.
         exact_layers: MuSe and its baselines are evaluated once more with these layers exact, as model.exact_layers of
             the recipes has them; not with [], nor where the model has no other layers.
+        exact_heads: MuSe and its baselines are evaluated once more with so many key-value heads exact, as
+            model.exact_heads of a recipe has them: for each of the three those on which it errs most, on a block that
+            is not evaluated, or on the first where the split has no other; not with 0, nor with all heads.
         detailed_blocks: Blocks on which the error of each head and the mass are measured, at least 1.
         gradients: Measure how the loss's gradient agrees with exact attention's, on one block.
         sweep: Try a grid of MuSe's options, and recommend the cheapest that keeps the loss.
@@ -95,7 +99,9 @@ def compare(
         config.sliding_window,
         grid if sweep else None,
         config.num_hidden_layers,
+        config.num_key_value_heads,
         exact_layers,
+        exact_heads,
     )
     place = _device(device)
     precision = _dtype(dtype, place)
@@ -105,6 +111,7 @@ def compare(
         "split": split,
         "fingerprint": read.card.fingerprint,
         "blocks": list(read.indices),
+        "exact_heads_chosen_on": read.other_index if any(each.exact_heads for each in settings) else None,
         "labels": sum(read.labels()),
         "seq_len": seq_len,
         "document_mask": document_mask,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from muse_lightning.attention.partly_exact import PartlyExact
 from muse_lightning.compare.activations import Activations
 from muse_lightning.compare.settings import Setting
 from muse_lightning.data.batches import Batch, document_lengths, to_device
@@ -25,20 +26,42 @@ def pairs(setting: Setting, batches: Sequence[Batch], num_layers: int) -> float:
 def attention_times(
     settings: Sequence[Setting], found: Activations, instruments: Instruments, num_layers: int
 ) -> dict[str, float]:
-    """Milliseconds of the forward and backward pass of one layer's attention on its q, k and v, by setting; where some
-    layers are exact, on average. Exact attention comes first."""
+    """Milliseconds of the forward and backward pass of one layer's attention on its q, k and v, by setting.
+
+    Where layers differ, that is the mean over all of them, each timed on these q, k and v with as many heads exact as
+    it has, the first ones. Exact attention comes first.
+    """
+    num_kv_heads = found.k.shape[1]
+    exact = settings[0]
+    by_layer = {each.name: _exact_heads_by_layer(each, num_layers, num_kv_heads) for each in settings}
     dout = torch.randn_like(found.out)
     leaves = [x.detach().requires_grad_() for x in (found.q, found.k, found.v)]
 
-    def run_of(setting: Setting) -> Callable[[], object]:
-        strategy = (setting.elsewhere or setting.attention)(found.layer)
+    def run_of(setting: Setting, count: int) -> Callable[[], object]:
+        others = (setting.elsewhere or setting.attention)(found.layer)
+        strategy = PartlyExact(others, exact.attention(found.layer), num_kv_heads, range(count))
         return lambda: torch.autograd.grad(strategy(*leaves, **found.options), leaves, dout)
 
+    def name_of(setting: Setting, count: int) -> str:
+        return f"{exact.name}, 0" if count == num_kv_heads else f"{setting.name}, {count}"
+
+    runs = {
+        name_of(setting, count): run_of(setting, count)
+        for setting in settings
+        for count in sorted(set(by_layer[setting.name]))
+        if count < num_kv_heads
+    }
     with torch.enable_grad():
-        times = instruments.time({setting.name: run_of(setting) for setting in settings})
-    exact = times[settings[0].name].median_ms
-    shares = {each.name: len({n % num_layers for n in each.exact_layers}) / num_layers for each in settings}
-    return {name: share * exact + (1 - share) * times[name].median_ms for name, share in shares.items()}
+        times = instruments.time(runs)
+    return {
+        each.name: sum(times[name_of(each, count)].median_ms for count in by_layer[each.name]) / num_layers
+        for each in settings
+    }
+
+
+def _exact_heads_by_layer(setting: Setting, num_layers: int, num_kv_heads: int) -> list[int]:
+    exact_layers = setting.exact_layer_numbers(num_layers)
+    return [num_kv_heads if layer in exact_layers else len(setting.heads.get(layer, ())) for layer in range(num_layers)]
 
 
 def forward_times(

@@ -9,6 +9,7 @@ import torch
 from muse_lightning.compare import costs
 from muse_lightning.compare.activations import OnActivations, middle_layer, on_activations
 from muse_lightning.compare.blocks import Blocks
+from muse_lightning.compare.exact_heads import with_chosen_heads
 from muse_lightning.compare.gradients import gradient_cosines
 from muse_lightning.compare.losses import Losses, losses
 from muse_lightning.compare.results import Found
@@ -38,6 +39,9 @@ def measure(
     Raises:
         UserError: a loss is not finite. torch.OutOfMemoryError: there is no memory for the forward pass.
     """
+    if any(setting.exact_heads for setting in settings):
+        _say("heads that are exact")
+        settings = with_chosen_heads(llama, blocks.other, settings)
     main = [setting for setting in settings if not setting.is_swept]
     by_name = _losses(llama, blocks, settings, loss_chunk)
     _say("error and mass of each head")

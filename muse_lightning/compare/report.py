@@ -33,7 +33,8 @@ LEGEND = (
     "layers and heads. `near/retrieved/rest`: shares of softmax mass in the own chunk, in retrieved keys and in "
     "summaries. `cos gradient`: of the loss's gradient with the first row's, all parameters. `pairs`: query-key pairs "
     "that training works on, over the first row's. Times: of one layer's attention, forward and backward, on average "
-    "where some are exact, and of the model's forward pass, with how many times as fast as the first row."
+    "where some layers or heads are exact, and of the model's forward pass, with how many times as fast as the first "
+    "row."
 )
 
 

@@ -76,6 +76,8 @@ class Found:
             "name": self.setting.name,
             "attention": self.setting.recipe,
             "exact_layers": list(self.setting.exact_layers),
+            "exact_heads": self.setting.exact_heads,
+            "exact_heads_by_layer": {str(layer): list(heads) for layer, heads in self.setting.heads.items() if heads},
             "is_swept": self.setting.is_swept,
             "loss": self.losses.mean,
             "loss_rise": rise,
@@ -112,7 +114,11 @@ def overlay(chosen: Found, header: Mapping[str, Any]) -> str:
         f"#   {header['command']}",
         f"# Loss {chosen.losses.mean:.4f}, {rise:+.4f}{spread} against exact attention, at {header['seq_len']} tokens.",
     ]
-    model = {"attention": chosen.setting.recipe, "exact_layers": list(chosen.setting.exact_layers)}
+    model = {
+        "attention": chosen.setting.recipe,
+        "exact_layers": list(chosen.setting.exact_layers),
+        "exact_heads": chosen.setting.exact_heads,
+    }
     return "\n".join(lines) + "\n" + yaml.safe_dump({"model": model}, sort_keys=False)
 
 

@@ -1,13 +1,14 @@
 """What is compared: exact attention, MuSe, its baselines, and a grid of MuSe's options."""
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, cast
 
 from muse_kernels.attention.options import MuseOptions
-from muse_lightning.attention import Muse, SlidingWindow, SpatialBlocks, exact_attention, exact_in
+from muse_lightning.attention import Muse, SlidingWindow, SpatialBlocks, exact_attention, exact_in, layer_numbers
+from muse_lightning.attention.partly_exact import spread_heads
 from muse_lightning.errors import UserError
 from muse_lightning.model.llama import AttentionFactory
 
@@ -15,6 +16,8 @@ EXACT = "Dense"
 MUSE = "Muse"
 # What a layer decides, not a recipe.
 _OF_THE_LAYER = ("causal", "softmax_scale")
+# What a grid varies beside MuSe's options, with what it is without.
+_BESIDE_OPTIONS: dict[str, Any] = {"exact_layers": (), "exact_heads": 0}
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class Setting:
         muse: Options of `muse_attention`, where that is what every layer calls.
         recipe: `model.attention` of a recipe that trains with it.
         exact_layers: its `model.exact_layers`; `attention` has them.
-        elsewhere: `attention` of the other layers.
+        exact_heads: its `model.exact_heads`; `attention` has them as soon as they are chosen (exact_heads.py).
+        heads: those that are chosen: by layer that is not exact, its key-value heads.
+        elsewhere: attention of what is not exact, where something is.
         is_swept: Whether it is a point of the grid: only its loss, its error and its cost are measured.
     """
 
@@ -36,8 +41,14 @@ class Setting:
     muse: dict[str, Any] | None
     recipe: Any
     exact_layers: tuple[int, ...] = ()
+    exact_heads: int = 0
+    heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     elsewhere: AttentionFactory | None = None
     is_swept: bool = False
+
+    def exact_layer_numbers(self, num_layers: int) -> set[int]:
+        """Its exact layers, all counted from 0."""
+        return layer_numbers(self.exact_layers, num_layers, "exact_layers")
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,11 @@ class Grid:
     exact_layers: tuple[tuple[int, ...], ...] = ((),)
     """Layers that attend exactly instead, as model.exact_layers has them."""
 
-    def points(self, base: MuseOptions) -> Iterator[tuple[MuseOptions, tuple[int, ...]]]:
-        """`base` with every combination, and its exact layers.
+    exact_heads: tuple[int, ...] = (0,)
+    """Key-value heads of the other layers that attend exactly instead, as model.exact_heads has them."""
+
+    def points(self, base: MuseOptions) -> Iterator[tuple[MuseOptions, tuple[int, ...], int]]:
+        """`base` with every combination, its exact layers and its number of exact heads.
 
         Raises:
             UserError: a list is empty, or a combination is not accepted.
@@ -70,14 +84,15 @@ class Grid:
         for combination in itertools.product(*values.values()):
             try:
                 changes: dict[str, Any] = dict(zip(values, combination, strict=True))
-                exact_layers = changes.pop("exact_layers")
-                yield replace(base, **changes), exact_layers
+                layers, heads = (changes.pop(name) for name in _BESIDE_OPTIONS)
+                yield replace(base, **changes), layers, heads
             except ValueError as error:
                 raise UserError(f"grid: {error}") from None
 
     def varied(self, base: MuseOptions) -> list[str]:
         """The options that tell a point from another one or from `base`."""
-        return [name for name, each in self._values().items() if {*each, getattr(base, name, ())} != {each[0]}]
+        without = asdict(base) | _BESIDE_OPTIONS
+        return [name for name, each in self._values().items() if {*each, without[name]} != {each[0]}]
 
     def _values(self) -> dict[str, tuple[Any, ...]]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -89,18 +104,21 @@ def make_settings(
     exact_window: int | None,
     grid: Grid | None,
     num_layers: int,
+    num_kv_heads: int,
     exact_layers: tuple[int, ...] = (),
+    exact_heads: int = 0,
 ) -> list[Setting]:
-    """Exact attention first, then MuSe and its baselines, these with some layers exact, and the points of the grid that
-    are not among them.
+    """Exact attention first, then MuSe and its baselines, these with some layers exact, these with some heads exact,
+    and the points of the grid that are not among them. Which heads are exact is not chosen yet.
 
     Args:
         muse: MuSe's options; the spatial blocks get as many chunks, clusters and retrieved keys.
         window: of the sliding window.
         exact_window: the window that the model's own attention has; None: it sees everything.
         grid: None: no sweep.
-        num_layers: of the model.
+        num_layers, num_kv_heads: of the model.
         exact_layers: `model.exact_layers` of the second ones; none, or all that there are: they are left out.
+        exact_heads: `model.exact_heads` of the third ones, likewise.
     Raises:
         UserError: an option that is not a recipe's, or a value that is not accepted.
     """
@@ -136,15 +154,21 @@ def make_settings(
     again = [with_exact(each, exact_layers, option="exact_layers") for each in settings[1:]]
     if 0 < len({layer % num_layers for layer in exact_layers}) < num_layers:
         settings += [replace(each, name=f"{each.name}; exact {named}", muse=None) for each in again]
+    with_heads = partial(_with_exact_heads, num_layers=num_layers, num_kv_heads=num_kv_heads)
+    named = f"{exact_heads} exact head{'s' * (exact_heads != 1)}"
+    again = [with_heads(each, exact_heads, option="exact_heads") for each in settings[1:4]]
+    if 0 < exact_heads < num_layers * num_kv_heads:
+        settings += [replace(each, name=f"{each.name}; {named}", muse=None) for each in again]
     if grid is None:
         return settings
-    there = {each.exact_layers for each in settings}
-    for point, layers in grid.points(muse):
-        if point == muse and layers in there:
+    there = {(each.exact_layers, each.exact_heads) for each in settings}
+    for point, layers, heads in grid.points(muse):
+        if point == muse and (layers, heads) in there:
             continue
-        values = asdict(point) | {"exact_layers": list(layers)}
+        values = asdict(point) | {"exact_layers": list(layers), "exact_heads": heads}
         name = ", ".join(f"{option} {values[option]}" for option in grid.varied(muse))
         swept = with_exact(_muse_setting(name, point), layers, option="grid.exact_layers")
+        swept = with_heads(swept, heads, option="grid.exact_heads")
         settings.append(replace(swept, is_swept=True))
     return settings
 
@@ -154,6 +178,12 @@ def _with_exact_layers(
 ) -> Setting:
     attention = exact_in(layers, setting.attention, num_layers=num_layers, window=window, option=option)
     return replace(setting, attention=attention, exact_layers=layers, elsewhere=setting.attention)
+
+
+def _with_exact_heads(setting: Setting, count: int, *, num_layers: int, num_kv_heads: int, option: str) -> Setting:
+    exact_layers = setting.exact_layer_numbers(num_layers)
+    spread_heads(count, exact_layers=exact_layers, num_layers=num_layers, num_kv_heads=num_kv_heads, option=option)
+    return replace(setting, exact_heads=count)
 
 
 def _muse_setting(name: str, options: MuseOptions) -> Setting:

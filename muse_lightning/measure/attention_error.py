@@ -45,6 +45,12 @@ def attention_errors(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None 
     return torch.stack(errors)
 
 
+def partly_exact(model: Llama) -> list[PartlyExact]:
+    """What attends in layers of which some heads are exact, in order."""
+    strategies = (block.self_attn.attention for block in model.blocks)
+    return [strategy for strategy in strategies if isinstance(strategy, PartlyExact)]
+
+
 @torch.no_grad()
 def errors_by_head(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Relative squared error by key-value head that layers of which some heads are exact would have without these.
@@ -52,8 +58,8 @@ def errors_by_head(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = 
     Args:
         model, input_ids, cu_seqlens: as for `attention_errors`.
     Returns:
-        [layers, num_kv_heads] of those whose attention is a `PartlyExact`, in order. A head's outputs are those of all
-        query heads that share it; where these are 0, the error is 0.
+        [layers, num_kv_heads] of those of `partly_exact`. A head's outputs are those of all query heads that share it;
+        where exact ones are 0, the error is 0.
     """
     errors: list[Tensor] = []
 
@@ -63,12 +69,10 @@ def errors_by_head(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = 
             attend(*inputs, **options).chunk(strategy.num_kv_heads, 1) for attend in (strategy.others, strategy.exact)
         )
         # One head after the other: they are compared in float32.
-        found = torch.stack([relative_squared_error(*pair) for pair in zip(*outs, strict=True)])
-        errors.append(found)
+        pairs = zip(*outs, strict=True)
+        errors.append(torch.stack([relative_squared_error(out, exact).where(exact.any(), 0.0) for out, exact in pairs]))
 
-    found = [block.self_attn.attention for block in model.blocks]
-    partly = [strategy for strategy in found if isinstance(strategy, PartlyExact)]
-    hooks = [strategy.register_forward_pre_hook(compare, with_kwargs=True) for strategy in partly]
+    hooks = [strategy.register_forward_pre_hook(compare, with_kwargs=True) for strategy in partly_exact(model)]
     try:
         model.hidden_states(input_ids, cu_seqlens=cu_seqlens)
     finally:

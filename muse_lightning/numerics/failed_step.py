@@ -43,6 +43,7 @@ class FailedStep:
             "gradient_norm": self.norm,
             "consecutive_skipped_steps": self.row,
             "differs": self.differs,
+            "exact_heads": self.inputs.exact_heads,
             "ranks": ranks,
             "accumulate": accumulate,
             "settings": settings,

@@ -22,6 +22,7 @@ from muse_lightning.numerics.step_inputs import MicroBatch, StepInputs
 from muse_lightning.numerics.verify import check_verifiable, recompute
 from muse_lightning.training.gradients import gradient_norm
 from muse_lightning.training.log_step import ends_step, is_log_step
+from muse_lightning.training.module import LanguageModel
 
 FOLDER_NAME = "numerics"
 _LAG = 1
@@ -137,6 +138,8 @@ class NumericsGuard(L.Callback):
         self._loss = None
         # The first step of a process may sum over ranks in another order than all later ones.
         inputs = self._steps[-1]
+        if isinstance(pl_module, LanguageModel):
+            inputs.exact_heads = pl_module.chosen_heads
         if self.verify_every is not None and inputs.step % self.verify_every == 0 and self._has_stepped:
             ranks = self._agreement.gather(recompute(trainer, pl_module, inputs))
             if any(ranks):

@@ -35,10 +35,7 @@ class Replay:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        checkpoint = read_failed_step(path)
-        self._model: dict[str, Any] = {
-            name: checkpoint[name] for name in ("state_dict", "exact_heads") if name in checkpoint
-        }
+        self._weights = (checkpoint := read_failed_step(path))["state_dict"]
         self._step: dict[str, Any] = checkpoint[KEY]
 
     @contextmanager
@@ -72,8 +69,8 @@ class Replay:
         model = model.twin(compiled=False, weights=None)  # hooks do not go into what is compiled
         with fabric.init_module():
             model.configure_model()
-        model.on_load_checkpoint(self._model)
-        model.load_state_dict(self._model["state_dict"])
+        model.on_load_checkpoint({"state_dict": self._weights, "exact_heads": self._step["exact_heads"]})
+        model.load_state_dict(self._weights)
         lines = [f"replay: {self.path}: step {self._step['step']} of {len(self._step['ranks'])} rank(s)"]
         lines += _listed("weights that are not finite", not_finite(model.named_parameters()))
         with _deterministic_algorithms(deterministic):

@@ -34,3 +34,5 @@ class StepInputs:
     step: int
     """From 1."""
     micro_batches: list[MicroBatch] = field(default_factory=list)
+    exact_heads: dict[int, list[int]] = field(default_factory=dict)
+    """`LanguageModel.chosen_heads`."""

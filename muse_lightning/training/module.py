@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
 from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in, layer_numbers
-from muse_lightning.attention.partly_exact import PartlyExact, partly_exact_in
+from muse_lightning.attention.partly_exact import partly_exact_in
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
+from muse_lightning.measure.attention_error import partly_exact
 from muse_lightning.model.config import LlamaConfig
 from muse_lightning.model.llama import Llama
 from muse_lightning.parallelize import (
@@ -169,8 +170,7 @@ class LanguageModel(L.LightningModule):
         )
         with torch.device("meta"):
             self.llama = Llama(config, attention)
-        strategies = (block.self_attn.attention for block in self.llama.blocks)
-        self.partly_exact = [strategy for strategy in strategies if isinstance(strategy, PartlyExact)]
+        self.partly_exact = partly_exact(self.llama)
         """What the recipe attends with in layers of which some heads are exact, also while others take its place."""
         self.are_heads_chosen = False
         """Whether the exact heads are those of a training, and not where they are before any was measured."""

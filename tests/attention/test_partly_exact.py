@@ -7,7 +7,7 @@ import torch
 
 from muse_lightning.attention import Dense, Muse, SlidingWindow, describe_layers, kind_of
 from muse_lightning.attention.base import AttentionStrategy
-from muse_lightning.attention.partly_exact import PartlyExact, partly_exact_in
+from muse_lightning.attention.partly_exact import PartlyExact, choose_heads, partly_exact_in
 from muse_lightning.errors import UserError
 from muse_lightning.measure.flops import attention_flops_per_token
 from tests.tiny import SEQ_LEN, batches, tiny_model, tiny_muse
@@ -125,3 +125,29 @@ def test_in_words() -> None:
     assert [kind_of(strategy) for strategy in strategies] == ["Dense", *["Muse beside 1 exact key-value head"] * 3]
     model.partly_exact[0].heads = (0, 1)
     assert kind_of(strategies[1]) == "Muse beside 2 exact key-value heads"
+
+
+@pytest.mark.parametrize(
+    ("errors", "before", "after"),
+    [
+        ([[0.1, 0.4], [0.3, 0.2]], [(0,), (0,)], [(1,), (0,)]),
+        ([[0.4, 0.3], [0.2, 0.1]], [(0,), (0,)], [(0, 1), ()]),
+        ([[0.1, 0.2], [0.3, 0.4]], [(0, 1), (0,)], [(1,), (0, 1)]),
+        ([[0.0, 0.0], [0.0, 0.0]], [(1,), (1,)], [(1,), (1,)]),
+        ([[0.5, 0.5], [0.5, 0.5]], [(), (0, 1)], [(), (0, 1)]),
+        ([[0.0, 0.0], [0.1, 0.0]], [(1,), (1,)], [(1,), (0,)]),
+    ],
+)
+def test_the_largest_errors_are_chosen(
+    errors: list[list[float]], before: list[tuple[int, ...]], after: list[tuple[int, ...]]
+) -> None:
+    strategies = [PartlyExact(windowed(layer), Dense(layer), 2, heads) for layer, heads in enumerate(before)]
+    choose_heads(strategies, torch.tensor(errors))
+    assert [strategy.heads for strategy in strategies] == after
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_work_that_is_exact_anyway_is_counted_as_such(count: int) -> None:
+    """To the last bit: who compares counts takes it for exact attention."""
+    strategy = PartlyExact(SlidingWindow(0, window=1000), Dense(0), 7, range(count))
+    assert strategy.pairs([1000]) == Dense(0).pairs([1000])

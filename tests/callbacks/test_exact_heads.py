@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from muse_lightning.attention import Dense
-from muse_lightning.callbacks import AttentionError, ExactHeads, ExactTail
-from muse_lightning.callbacks.exact_heads import choose
-from muse_lightning.errors import UserError
+from muse_lightning.callbacks import AttentionError, ContextWarmup, ExactHeads, ExactTail
+from muse_lightning.errors import NumericsError, UserError
 from muse_lightning.measure.attention_error import errors_by_head, relative_squared_error
+from muse_lightning.numerics.failed_step import KEY
+from muse_lightning.numerics.guard import NumericsGuard
 from muse_lightning.training.module import LanguageModel
 from tests.tiny import TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
@@ -74,25 +75,6 @@ def test_no_error_of_outputs_that_are_nothing() -> None:
         block.self_attn.v_proj.weight.data.zero_()
     [batch] = batches(1)
     assert errors_by_head(model.llama, batch["input_ids"]).tolist() == [[0.0] * KV_HEADS] * 2
-
-
-@pytest.mark.parametrize(
-    ("errors", "before", "after"),
-    [
-        ([[0.1, 0.4], [0.3, 0.2]], [(0,), (0,)], [(1,), (0,)]),
-        ([[0.4, 0.3], [0.2, 0.1]], [(0,), (0,)], [(0, 1), ()]),
-        ([[0.1, 0.2], [0.3, 0.4]], [(0, 1), (0,)], [(1,), (0, 1)]),
-        ([[0.0, 0.0], [0.0, 0.0]], [(1,), (1,)], [(1,), (1,)]),
-        ([[0.5, 0.5], [0.5, 0.5]], [(), (0, 1)], [(), (0, 1)]),
-        ([[0.0, 0.0], [0.1, 0.0]], [(1,), (1,)], [(1,), (0,)]),
-    ],
-)
-def test_choice(errors: list[list[float]], before: list[tuple[int, ...]], after: list[tuple[int, ...]]) -> None:
-    model = tiny_model(attention=tiny_muse, exact_heads=sum(map(len, before)))
-    for strategy, heads in zip(model.partly_exact, before, strict=True):
-        strategy.heads = heads
-    choose(model, torch.tensor(errors))
-    assert heads_of(model) == after
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -184,6 +166,113 @@ def test_it_does_nothing_without_exact_heads(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path / "none", callbacks=[ExactHeads()], max_steps=1)
     trainer.fit(tiny_model(attention=tiny_muse), TinyData(batches(1), batches(1)))
     assert not any("exact_heads" in tag for tag in scalars(trainer))
+
+
+def checkpoint_of(model: LanguageModel, folder: Path, *callbacks: L.Callback, steps: int = 1) -> Path:
+    trainer = tiny_trainer(folder, callbacks=list(callbacks), max_steps=steps)
+    trainer.fit(model, TinyData(batches(6)))
+    trainer.save_checkpoint(folder / "a.ckpt")
+    return folder / "a.ckpt"
+
+
+def validated(model: LanguageModel, folder: Path, ckpt_path: Path | None = None) -> list[tuple[int, ...]]:
+    """The heads that a validation had."""
+    tiny_trainer(folder).validate(model, TinyData([], batches(1)), ckpt_path=ckpt_path, verbose=False)
+    return heads_of(model)
+
+
+def test_a_choice_is_of_its_layers(tmp_path: Path) -> None:
+    model = tiny_model(attention=tiny_muse, exact_layers=(0,), exact_heads=1)
+    model.choose_heads({1: [1]})
+    path = checkpoint_of(model, tmp_path)
+    for exact_layers, heads in (((0,), [(1,)]), ((1,), [(0,)])):
+        other = tiny_model(attention=tiny_muse, exact_layers=exact_layers, exact_heads=1)
+        assert validated(other, tmp_path / str(exact_layers), path) == heads
+    model = tiny_model(attention=tiny_muse, exact_heads=1, config={"num_hidden_layers": 2})
+    assert validated(model, tmp_path / "none", path) == [(0,), ()]
+
+
+def test_a_fit_that_has_no_choice_yet_makes_one_at_once(tmp_path: Path) -> None:
+    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads(4), steps=3)
+    watch, model = Watch(), sharp_model(exact_heads=1)
+    begins = heads_of(model)
+    trainer = tiny_trainer(tmp_path / "rest", callbacks=[ExactHeads(100), watch], max_steps=6)
+    trainer.fit(model, TinyData(batches(6)), ckpt_path=path)
+    assert watch.heads[0] != begins
+    assert watch.heads == [watch.heads[0]] * 3
+
+
+def test_a_checkpoint_of_the_tail_has_the_choice_before_it(tmp_path: Path) -> None:
+    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads(), ExactTail(0.5), steps=2)
+    assert validated(tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "b", path) == [(1,), (0,)]
+
+
+def test_an_evaluation_without_a_choice_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
+    said = "model.exact_heads: 2 heads are exact, evenly spread, for no training has chosen them"
+    for weights, ckpt_path, is_said in ((path, None, True), (None, path, False)):
+        capsys.readouterr()
+        model = tiny_model(attention=tiny_muse, exact_heads=2, weights=weights)
+        validated(model, tmp_path / str(is_said), ckpt_path)
+        assert (said in capsys.readouterr().err) == is_said
+
+
+def test_another_training_chooses_anew(tmp_path: Path) -> None:
+    callback = ExactHeads(2)
+    for number in range(2):
+        model = sharp_model()
+        tiny_trainer(tmp_path / str(number), callbacks=[callback], max_steps=1).fit(model, TinyData(batches(1)))
+        assert heads_of(model) == [(1,), (0,)]
+
+
+def test_exact_attention_has_no_heads_beside_it(tmp_path: Path) -> None:
+    model = tiny_model(exact_heads=2)
+    trainer = tiny_trainer(tmp_path, callbacks=[ExactHeads(), AttentionError()], max_steps=1)
+    trainer.fit(model, TinyData(batches(1), batches(1)))
+    assert model.partly_exact == []
+    assert not [tag for tag in scalars(trainer) if tag.startswith("muse/")]
+
+
+def test_where_nothing_is_approximated_the_choice_stays(tmp_path: Path) -> None:
+    """Pieces of 12 tokens are one chunk: what differs is rounding."""
+    watch, model = Watch(), sharp_model()
+    callbacks = [ContextWarmup(steps=3, start=12), ExactHeads(1), watch]
+    trainer = tiny_trainer(tmp_path, callbacks=callbacks, max_steps=4)
+    trainer.fit(model, TinyData(batches(4)))
+    spread, chosen = [(0,), (0,)], [(1,), (0,)]
+    assert watch.heads[0] == spread
+    assert watch.heads[-1] == chosen
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_is_chosen_by_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    errors = torch.tensor([[0.0, value], [0.0, 0.0]])
+    monkeypatch.setattr("muse_lightning.callbacks.exact_heads.errors_by_head", lambda *_: errors)
+    model = sharp_model()
+    tiny_trainer(tmp_path, callbacks=[ExactHeads()], max_steps=1).fit(model, TinyData(batches(1)))
+    assert heads_of(model) == [(0,), (0,)]
+    assert not model.are_heads_chosen
+
+
+def test_a_step_to_replay_has_its_own_heads(tmp_path: Path) -> None:
+    """And not those that were chosen while losses were bad already."""
+    watch, model = Watch(), sharp_model()
+
+    class Bad(L.Callback):
+        def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+            if trainer.global_step >= 3:
+                loss.data.fill_(float("nan"))
+
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 4:  # as another batch may have it
+                pl_module.choose_heads({0: [0], 1: [1]})
+
+    guard = NumericsGuard(stop_after=2, dirpath=tmp_path / "numerics")
+    trainer = tiny_trainer(tmp_path, callbacks=[ExactHeads(100), Bad(), guard, watch], max_steps=8)
+    with pytest.raises(NumericsError, match="step 4 is saved"):
+        trainer.fit(model, TinyData(batches(8)))
+    [file] = (tmp_path / "numerics").glob("*.ckpt")
+    assert torch.load(file, weights_only=True)[KEY]["exact_heads"] == {0: [1], 1: [0]}
 
 
 def test_every_n_steps_is_at_least_one() -> None:

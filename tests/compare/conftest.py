@@ -16,6 +16,7 @@ from muse_lightning.model.hf import config_to_hf
 from tests.data.conftest import prepare_small
 
 LAYERS = 2
+KV_HEADS = 2
 SEQ_LEN = 96
 CONFIG = LlamaConfig(
     vocab_size=264,
@@ -23,7 +24,7 @@ CONFIG = LlamaConfig(
     intermediate_size=48,
     num_hidden_layers=LAYERS,
     num_attention_heads=4,
-    num_key_value_heads=2,
+    num_key_value_heads=KV_HEADS,
     max_position_embeddings=128,
     # Logits large enough that it matters which keys are seen.
     initializer_range=0.5,
@@ -62,4 +63,4 @@ def blocks(dataset: Path, request: pytest.FixtureRequest) -> Blocks:
 
 @pytest.fixture
 def settings() -> list[Setting]:
-    return make_settings(MUSE, window=12, exact_window=None, grid=None, num_layers=LAYERS)
+    return make_settings(MUSE, window=12, exact_window=None, grid=None, num_layers=LAYERS, num_kv_heads=KV_HEADS)

@@ -22,6 +22,16 @@ def test_they_are_spread_over_the_split(dataset: Path) -> None:
         assert batch["input_ids"].equal(everything.batches[index]["input_ids"])
 
 
+def test_one_more_that_is_not_among_them(dataset: Path) -> None:
+    everything = read_blocks(dataset, "val", SEQ_LEN, 10**6, document_mask=True, vocab_size=264)
+    total = len(everything.batches)
+    for count, other in ((3, 0), (total - 1, total - 1 - total // 2), (total, 0)):
+        found = read_blocks(dataset, "val", SEQ_LEN, count, document_mask=True, vocab_size=264)
+        assert (found.other_index in found.indices) == (count == total)
+        assert found.other_index == other
+        assert found.other["input_ids"].equal(everything.batches[other]["input_ids"])
+
+
 def test_labels_and_their_bytes(blocks: Blocks) -> None:
     for batch, labels, text_bytes in zip(blocks.batches, blocks.labels(), blocks.text_bytes(), strict=True):
         ids = [i for i in batch["labels"].flatten().tolist() if i != IGNORED_LABEL]

@@ -68,6 +68,45 @@ def test_once_more_with_an_exact_layer(folder: Path, dataset: Path, tmp_path: Pa
         assert again["mass_near_retrieved_summaries"] is None  # of a layer that is exact it would be MuSe's
 
 
+def test_once_more_with_exact_heads(
+    folder: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"--model={folder}", f"--data={dataset}", *OPTIONS, "--exact_layers=[]", "--exact_heads=1"]
+    sweep = ["--sweep=true", *GRID[:3], "--grid.top_k=[1]", "--grid.exact_heads=[0,1,3]", "--max_loss_increase=9"]
+    assert main(["compare", *arguments, *sweep, "--out=found"]) == 0
+    content = json.loads(Path("found/compare.json").read_text())
+    assert content["exact_heads_chosen_on"] not in content["blocks"]
+    found = {each["name"]: each for each in content["settings"]}
+    rows = ["Muse; 1 exact head", "SpatialBlocks; 1 exact head", "SlidingWindow 16; 1 exact head"]
+    assert list(found)[4:] == [*rows, "exact_heads 3"]
+    for name in list(found)[1:4]:
+        alone, again = found[name], found[f"{name}; 1 exact head"]
+        assert (alone["exact_heads"], alone["exact_heads_by_layer"]) == (0, {})
+        assert again["exact_heads"] == 1
+        [(layer, [head])] = again["exact_heads_by_layer"].items()
+        errors = [each["relative_squared_error_by_layer_and_head"] for each in (alone, again)]
+        exact = [2 * head, 2 * head + 1]  # two query heads share one
+        assert [errors[1][int(layer)][i] for i in exact] == [pytest.approx(0, abs=1e-9)] * 2
+        for each in errors:
+            del each[int(layer)][exact[0] : exact[1] + 1]
+        assert errors[1] == [pytest.approx(each) for each in errors[0]]
+        assert again["pairs_over_exact"] == pytest.approx((3 * alone["pairs_over_exact"] + 1) / 4)
+        assert again["loss"] != alone["loss"]
+        assert alone["gradient_cosine"] != again["gradient_cosine"] < 1
+        assert again["mass_near_retrieved_summaries"] is None  # of a head that is exact it would be MuSe's
+    assert sum(map(len, found["exact_heads 3"]["exact_heads_by_layer"].values())) == 3
+    assert content["recommended"] == "Muse"
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("source").mkdir()
+    capsys.readouterr()
+    only = ["--sweep=true", *GRID[:3], "--grid.top_k=[2]", "--grid.exact_heads=[3]", "--max_loss_increase=9"]
+    assert main(["compare", *arguments[:-1], "--muse.top_k=24", *only, "--out=other"]) == 0
+    assert json.loads(Path("other/compare.json").read_text())["recommended"] == "top_k 2, exact_heads 3"
+    assert main(["fit", "-c", "recipe.yaml", "-c", "other/recommended.yaml", "--print_config"]) == 0
+    assert "exact_heads: 3\n" in capsys.readouterr().out
+
+
 def test_without_a_setting_under_the_limit(
     folder: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +142,7 @@ def test_a_model_with_a_window_is_compared_with_itself(
         ("--muse.causal=false", "muse.causal: False found"),
         ("--muse.chunk=24", "chunk / query_cluster must be a power of two"),
         ("--exact_layers=[2]", "exact_layers names layer 2; accepted: 0 to 1, or from the end -1 to -2"),
+        ("--exact_heads=5", "exact_heads is 5; accepted: 0 to 4, the key-value heads of layers that are not exact"),
         ("--window=0", "window must be at least 1 token"),
         ("--grid.top_k=[1]", "grid: it is used by a sweep alone"),
         ("--out=tests", "out: tests exists already"),

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from muse_lightning.attention import Dense
+from muse_lightning.attention.partly_exact import PartlyExact
 from muse_lightning.compare import costs
 from muse_lightning.compare.activations import middle_layer
 from muse_lightning.compare.blocks import Blocks
 from muse_lightning.compare.settings import Grid, Setting, make_settings
 from muse_lightning.measure.bench.timing import Run, Timing
 from muse_lightning.model import Llama
-from tests.compare.conftest import LAYERS, MUSE, SEQ_LEN
+from tests.compare.conftest import KV_HEADS, LAYERS, MUSE, SEQ_LEN
 
 
 class Runs:
@@ -59,7 +61,7 @@ def test_exact_layers_cost_what_exact_attention_costs(llama: Llama, blocks: Bloc
     grid = Grid(
         chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(MUSE.top_k,), exact_layers=((), (-1,), (0, 1))
     )
-    settings = make_settings(MUSE, 12, None, grid, LAYERS)
+    settings = make_settings(MUSE, 12, None, grid, LAYERS, KV_HEADS)
     dense, muse, half, all_exact = (settings[i] for i in (0, 1, 4, 5))
     pairs = [costs.pairs(each, blocks.batches, LAYERS) for each in (dense, muse, half, all_exact)]
     assert pairs[3] == pairs[0] > pairs[2] == pytest.approx((pairs[0] + pairs[1]) / 2)
@@ -68,9 +70,32 @@ def test_exact_layers_cost_what_exact_attention_costs(llama: Llama, blocks: Bloc
     assert [times[each.name] for each in (dense, muse, half, all_exact)] == [0.0, 1.0, 2.0, 0.0]
 
 
+def test_exact_heads_cost_what_exact_attention_of_them_costs(llama: Llama, blocks: Blocks) -> None:
+    grid = Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(3,), exact_heads=(0, 3))
+    three = replace(
+        make_settings(MUSE, 12, None, grid, 3, KV_HEADS)[-1], heads={0: (), 1: (0, 1), 2: (1,)}, name="three"
+    )
+    dense, muse = make_settings(MUSE, 12, None, grid, 3, KV_HEADS)[::4]
+    strategies = [PartlyExact(muse.attention(i), Dense(i), KV_HEADS, heads) for i, heads in three.heads.items()]
+    with_heads = replace(three, attention=strategies.__getitem__, elsewhere=muse.attention)
+    pairs = [costs.pairs(each, blocks.batches, 3) for each in (dense, muse, with_heads)]
+    assert pairs[2] == pytest.approx((pairs[0] + pairs[1]) / 2)
+    # `Runs` says that the first takes 0 ms, and the next ones one more each: a layer of MuSe, then without and with one
+    # exact head. A layer of which both are exact takes what exact attention does.
+    runs = Runs()
+    times = costs.attention_times([dense, muse, with_heads], middle_layer(llama, blocks.batches[0]), runs, 3)
+    assert times == {dense.name: 0.0, muse.name: 1.0, "three": pytest.approx((2 + 0 + 3) / 3)}
+    # The gradient of each kind of layer is its own: q's of the first heads that of exact attention, or of MuSe.
+    exact, approximate, none, one = (grads[0].unflatten(1, (KV_HEADS, -1)) for grads in runs.results.values())
+    assert none.equal(approximate)
+    assert one[:, 0].equal(exact[:, 0])
+    assert one[:, 1].equal(approximate[:, 1])
+    assert not exact[:, 1].allclose(approximate[:, 1])
+
+
 def test_packed_documents_have_their_own_limit(blocks: Blocks) -> None:
     """Without documents MuSe is exact up to 7 chunks, with them up to 2."""
-    dense, muse = make_settings(replace(MUSE, exact_below=None), 12, None, None, LAYERS)[:2]
+    dense, muse = make_settings(replace(MUSE, exact_below=None), 12, None, None, LAYERS, KV_HEADS)[:2]
     is_packed = "cu_seqlens" in blocks.batches[0]
     is_exact = costs.pairs(muse, blocks.batches, LAYERS) == costs.pairs(dense, blocks.batches, LAYERS)
     assert is_exact == (not is_packed)

@@ -12,10 +12,10 @@ from muse_lightning.compare.losses import Losses
 from muse_lightning.compare.report import advice
 from muse_lightning.compare.results import Found, cheapest, overlay, to_json
 from muse_lightning.compare.settings import Grid, make_settings
-from tests.compare.conftest import LAYERS, MUSE
+from tests.compare.conftest import KV_HEADS, LAYERS, MUSE
 
 DENSE, MUSE_SETTING, BLOCKS, WINDOW, *SWEPT = make_settings(
-    MUSE, 12, None, Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(2, 3, 4)), LAYERS
+    MUSE, 12, None, Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(2, 3, 4)), LAYERS, KV_HEADS
 )
 
 
@@ -70,13 +70,29 @@ def test_measured_time_decides_where_there_is_one() -> None:
 def test_the_overlay_is_the_setting() -> None:
     text = overlay(FOUND[4], {"command": "muse compare --sweep=true", "seq_len": 96})
     assert yaml.safe_load(text) == {
-        "model": {"attention": {"class_path": "Muse", "init_args": SWEPT[1].muse}, "exact_layers": []}
+        "model": {
+            "attention": {"class_path": "Muse", "init_args": SWEPT[1].muse},
+            "exact_layers": [],
+            "exact_heads": 0,
+        }
     }
     assert "+0.0070 (standard error 0.0010)" in text
 
 
 def test_an_overlay_with_exact_layers() -> None:
     grid = Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(MUSE.top_k,), exact_layers=((), (0, -1)))
-    chosen = found(make_settings(MUSE, 12, None, grid, LAYERS)[-1], 0.0, None, 0.5)
+    chosen = found(make_settings(MUSE, 12, None, grid, LAYERS, KV_HEADS)[-1], 0.0, None, 0.5)
     text = overlay(chosen, {"command": "muse compare --sweep=true", "seq_len": 96})
     assert yaml.safe_load(text)["model"]["exact_layers"] == [0, -1] == chosen.record()["exact_layers"]
+
+
+def test_an_overlay_with_exact_heads() -> None:
+    grid = Grid(
+        chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(2,), exact_layers=((), (-1,)), exact_heads=(0, 1)
+    )
+    setting = make_settings(MUSE, 12, None, grid, 3, KV_HEADS)[-1]
+    chosen = found(replace(setting, heads={0: (), 1: (1,)}), 0.0, None, 0.5)
+    model = yaml.safe_load(overlay(chosen, {"command": "muse compare --sweep=true", "seq_len": 96}))["model"]
+    assert (model["exact_layers"], model["exact_heads"]) == ([-1], 1)  # which one, the training chooses
+    assert chosen.record()["exact_heads"] == 1
+    assert chosen.record()["exact_heads_by_layer"] == {"1": [1]}
