@@ -20,9 +20,8 @@ def exact_attention(window: int | None) -> Callable[[int], AttentionStrategy]:
 
 def is_exact(strategy: AttentionStrategy, window: int | None) -> bool:
     """Whether a strategy is what `exact_attention` makes. Not one that is derived from it, which need not be exact."""
-    return (
-        type(strategy) is (Dense if window is None else SlidingWindow) and getattr(strategy, "window", None) == window
-    )
+    exact = Dense if window is None else SlidingWindow
+    return type(strategy) is exact and getattr(strategy, "window", None) == window
 
 
 def exact_in(

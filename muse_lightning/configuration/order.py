@@ -51,7 +51,7 @@ class Setting:
 
     def repeats(self, other: "Setting") -> bool:
         """Whether both say the same."""
-        return self.covers == other.path and self.value == other.value
+        return self.covers == other.path and (_is_same(self.value, other.value) or str(self.value) == str(other.value))
 
 
 class Order:
@@ -86,6 +86,11 @@ class Order:
         """Whether it is inside a list, or belongs to a class, that the same argument sets."""
         earlier = self._settings[:index]
         return any(whole.layer is setting.layer and whole.replaces(setting) for whole in earlier)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Equal, and not as 1 equals true."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _refusal(flag: Setting, last: Setting) -> str:

@@ -348,8 +348,8 @@ class LanguageModel(L.LightningModule):
         self.load_weights_once()
         if self.partly_exact and not self.are_heads_chosen and self.trainer.state.fn != TrainerFn.FITTING:
             rank_zero_info(
-                f"model.exact_heads: {self.exact_heads} heads are exact, evenly spread, for no training has chosen them; "
-                "its choice comes with its checkpoint, by --ckpt_path"
+                f"model.exact_heads: {self.exact_heads} heads are exact, evenly spread, as no training has chosen any; "
+                "a training's choice comes with its checkpoint, by --ckpt_path"
             )
         token_bytes = getattr(getattr(self.trainer, "datamodule", None), "token_bytes", None)
         self._token_bytes = None if token_bytes is None else token_bytes.to(self.device)

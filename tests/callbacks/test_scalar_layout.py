@@ -105,7 +105,9 @@ def test_all_charts_but_those_of_a_gpu(written: Page) -> None:
 def test_a_fit_without_the_callbacks_of_far_context(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=[ScalarLayout()])
     trainer.fit(tiny_model(), TinyData(batches(1)))
-    assert list(Page(tmp_path).charts()) == ["loss", "optimizer", "speed", "attention"]
+    charts = Page(tmp_path).charts()
+    assert list(charts) == ["loss", "optimizer", "speed", "attention"]
+    assert list(charts["attention"]) == ["relative squared error"]
 
 
 def test_a_validation_alone_after_a_fit(tmp_path: Path) -> None:

@@ -224,6 +224,7 @@ def test_refused_before_any_file_that_sets_it(parsed: Callable[..., Namespace], 
         (["--steps=1"], "model: {rate: 1.0}", [], "steps", 1),
         # The same, or behind the file as well.
         (["--steps=8"], "steps: 8", [], "steps", 8),
+        (["--steps=8"], "steps: '8'", [], "steps", 8),
         (["--steps=1"], "steps: 8", ["--steps=2"], "steps", 2),
         (["--model.listeners=[{class_path: Counter}]"], "model: {listeners: [{class_path: Counter}]}", [], "steps", 8),
         (FLAGS["printer"], "model: {listeners: [{class_path: Counter}]}", ["--model.listeners=null"], "steps", 8),

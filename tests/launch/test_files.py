@@ -209,7 +209,11 @@ def test_a_managed_job_recovers_by_the_exit_codes(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("kind", ["pyxis", "apptainer", "none"])
 def test_slurm_starts_a_rank_per_gpu(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = "--config=recipe:llama-150m-64k-muse"
-    code, calls = run_shell(LAUNCH / "slurm.sbatch", tmp_path, SLURM | {"CONTAINER": kind}, recipe, srun="exit 0")
+    stated = tmp_path / "stated.yaml"  # as the configuration that a run leaves
+    stated.write_text("resume: false\ntrainer: {devices: auto, num_nodes: 1}\n")
+    code, calls = run_shell(
+        LAUNCH / "slurm.sbatch", tmp_path, SLURM | {"CONTAINER": kind}, recipe, f"--config={stated}", srun="exit 0"
+    )
     assert code == 0
     assert calls.count("\n") == 1, "requeued"
     before, _, command = calls.partition(" muse ")

@@ -46,7 +46,7 @@ def test_documents_fill_the_rows() -> None:
 
 def test_a_recipe_beside_its_twin(muse: Muse) -> None:
     # Its exact layers have the model's window, its twin's do not.
-    model = ("--model.exact_layers=[0]", "--model.config.sliding_window=8")
+    model = ("--model.exact_layers=[0]", "--model.exact_heads=1", "--model.config.sliding_window=8")
     options = (*model, "--bench.warmup=1", "--bench.steps=2", "--bench.recompute=[none, block]", "--bench.out=found")
     code, out, err = muse("bench", "training", "--config", "recipe.yaml", *options)
     assert code == 0, err

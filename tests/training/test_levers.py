@@ -88,6 +88,14 @@ def test_the_longest_context(attention: Any) -> None:
     assert 0 < longest < found[1][1]
 
 
+def test_contexts_are_whole_chunks_beside_exact_heads() -> None:
+    model = LanguageModel(load_preset("demo", num_hidden_layers=1), Muse, exact_heads=1, recompute="block")
+    start = Setting(model, 1, 4096, 1, "bf16-mixed")
+    found = [next(longest_contexts(start, eighths * 2**24))[1] for eighths in range(6, 12)]
+    assert len(set(found)) > 3
+    assert [longest % 2048 for longest in found] == [0] * 6
+
+
 @pytest.mark.parametrize("begin", [1024, 2**16])
 def test_the_search_ends_wherever_it_begins(begin: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a peak that has a bend, as where another phase takes the lead."""

@@ -201,11 +201,16 @@ def test_what_is_compiled_keeps_less_where_it_keeps_everything(levers: dict[str,
 @pytest.mark.skipif(not HAS_TRITON, reason="no kernels to ask for")
 def test_kernels_may_be_asked_for_by_name() -> None:
     attention = partial(Muse, chunk=64, query_cluster=16, key_cluster=16, exact_below=64, top_k=2)
-    auto, named = (
-        predicted(a_model(partial(attention, implementation=name)), device_type="cuda", seq_len=512)
-        for name in ("auto", "triton")
-    )
-    assert named == auto
+    for exact_heads in (0, 2):
+        auto, named = (
+            predicted(
+                a_model(partial(attention, implementation=name), exact_heads=exact_heads),
+                device_type="cuda",
+                seq_len=512,
+            )
+            for name in ("auto", "triton")
+        )
+        assert named == auto
 
 
 def test_a_large_model_takes_no_memory_to_predict() -> None:
