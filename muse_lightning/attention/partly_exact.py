@@ -139,13 +139,13 @@ def choose_heads(strategies: Sequence[PartlyExact], errors: Tensor) -> None:
         errors: [layers, num_kv_heads], of `strategies`. Up to `ROUNDING` they count as none.
     """
     errors = errors.where(errors > ROUNDING, 0.0)
-    is_exact = torch.zeros_like(errors, dtype=torch.bool)
+    are_exact = torch.zeros_like(errors, dtype=torch.bool)
     for layer, strategy in enumerate(strategies):
-        is_exact[layer, list(strategy.heads)] = True
+        are_exact[layer, list(strategy.heads)] = True
     # Stable sorts: by error, of equal ones those that are exact already, of these the first.
-    order = is_exact.flatten().sort(descending=True, stable=True).indices
+    order = are_exact.flatten().sort(descending=True, stable=True).indices
     order = order[errors.flatten()[order].sort(descending=True, stable=True).indices]
-    chosen = torch.zeros_like(is_exact.flatten())
-    chosen[order[: int(is_exact.sum())]] = True
-    for strategy, heads in zip(strategies, chosen.view_as(is_exact).tolist(), strict=True):
+    chosen = torch.zeros_like(are_exact.flatten())
+    chosen[order[: int(are_exact.sum())]] = True
+    for strategy, heads in zip(strategies, chosen.view_as(are_exact).tolist(), strict=True):
         strategy.heads = tuple(head for head, is_chosen in enumerate(heads) if is_chosen)
