@@ -1,5 +1,6 @@
 """How far a model's attention is from exact attention, layer by layer, on the activations of a real batch."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -36,12 +37,10 @@ def attention_errors(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None 
         errors.append(relative_squared_error(out, exact))
 
     # Not every strategy among the modules: one may be made of others.
-    hooks = [block.self_attn.attention.register_forward_hook(compare, with_kwargs=True) for block in model.blocks]
-    try:
+    with ExitStack() as hooks:
+        for block in model.blocks:
+            hooks.enter_context(block.self_attn.attention.register_forward_hook(compare, with_kwargs=True))
         model.hidden_states(input_ids, cu_seqlens=cu_seqlens)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack(errors)
 
 
@@ -72,10 +71,8 @@ def errors_by_head(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = 
         pairs = zip(*outs, strict=True)
         errors.append(torch.stack([relative_squared_error(out, exact).where(exact.any(), 0.0) for out, exact in pairs]))
 
-    hooks = [strategy.register_forward_pre_hook(compare, with_kwargs=True) for strategy in partly_exact(model)]
-    try:
+    with ExitStack() as hooks:
+        for strategy in partly_exact(model):
+            hooks.enter_context(strategy.register_forward_pre_hook(compare, with_kwargs=True))
         model.hidden_states(input_ids, cu_seqlens=cu_seqlens)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack(errors)
