@@ -48,16 +48,19 @@ def written_tags(folder, accelerator, precision):
         ],
     )
     # GPU kernels take heads of multiples of 8.
-    model = tiny_model(config={"head_dim": 8}, attention=tiny_muse)
+    model = tiny_model(config={"head_dim": 8}, attention=tiny_muse, exact_heads=1)
     trainer.fit(model, TinyData(batches(2), batches(1), token_bytes=torch.ones(VOCAB, dtype=torch.long)))
     events = EventAccumulator(trainer.logger.log_dir)
     events.Reload()
     found = {*events.Tags()["scalars"], *events.Tags()["images"]} - {"epoch"}
-    return {re.sub("^(lr-|muse/relative_error_layer_|val/loss_by_position/).*", r"\1*", tag) for tag in found}
+    return {
+        re.sub("^(lr-|muse/relative_error_layer_|muse/exact_heads_layer_|val/loss_by_position/).*", r"\1*", tag)
+        for tag in found
+    }
 
 
 def test_the_documentation_lists_tags():
-    assert len(documented_tags()) == 29
+    assert len(documented_tags()) == 30
 
 
 def test_every_tag_on_a_processor(tmp_path):
