@@ -25,6 +25,10 @@ class AttentionStrategy(nn.Module):
         layer_idx: number of the layer, from 0, for strategies that differ by layer.
     """
 
+    heads_are_alike = False
+    """Whether every key-value head, with its query heads, is attended as it would be without the others: then some may
+    be left to exact attention (`model.exact_heads`), and `forward` is given fewer heads than the model has."""
+
     def __init__(self, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
@@ -35,8 +39,7 @@ class AttentionStrategy(nn.Module):
         """Causal attention.
 
         Args:
-            q: [B, H, N, D]. k, v: [B, H_kv, N, D], H a multiple of H_kv; any strides. Fewer heads than the model has,
-                where `model.exact_heads` has others attend exactly.
+            q: [B, H, N, D]. k, v: [B, H_kv, N, D], H a multiple of H_kv; any strides.
             softmax_scale: factor of q . k.
             cu_seqlens: int32 [S + 1] over the flattened B * N tokens, row starts included, padded by repeating the end:
                 tokens of different documents do not see each other. None: every row is one document.

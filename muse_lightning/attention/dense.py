@@ -39,6 +39,8 @@ class Dense(AttentionStrategy):
     else one after the other.
     """
 
+    heads_are_alike = True
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, cu_seqlens: Tensor | None = None
     ) -> Tensor:

@@ -44,6 +44,8 @@ class Muse(AttentionStrategy):
         UserError: a value that `muse_attention` does not accept.
     """
 
+    heads_are_alike = True
+
     def __init__(
         self,
         layer_idx: int,

@@ -76,6 +76,8 @@ def partly_exact_in(
     Args:
         count, exact_layers, num_layers, num_kv_heads: as in `spread_heads`, which raises.
         window: as in `exact_attention`.
+    Raises:
+        UserError: also where heads of `attention` are not known to be alike.
     """
     heads = spread_heads(count, exact_layers=exact_layers, num_layers=num_layers, num_kv_heads=num_kv_heads)
     return exact_heads_in(heads if count else {}, attention, num_kv_heads=num_kv_heads, window=window)
@@ -102,6 +104,12 @@ def exact_heads_in(
         strategy = attention(layer)
         if layer not in heads or is_exact(strategy, window):
             return strategy
+        if not strategy.heads_are_alike:
+            name = type(strategy).__name__
+            raise UserError(
+                f"model.exact_heads: {name} does not say that it attends every head alike; accepted with it: 0, or "
+                f"heads_are_alike = True in {name}"
+            )
         return PartlyExact(strategy, exact(layer), num_kv_heads, heads[layer])
 
     return make

@@ -23,6 +23,8 @@ class SlidingWindow(AttentionStrategy):
         UserError: a window below 1.
     """
 
+    heads_are_alike = True
+
     def __init__(self, layer_idx: int, window: int = 2048) -> None:
         super().__init__(layer_idx)
         if window < 1:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from muse_lightning.attention.partly_exact import choose_heads
+from muse_lightning.attention.partly_exact import ROUNDING, choose_heads
 from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
 from muse_lightning.training.log_step import ends_step, is_log_step
@@ -18,11 +19,13 @@ class ExactHeads(L.Callback):
     Much of the error is in few heads, in others from model to model (docs/training.md). Every so many steps the model
     is run once more, without gradients, on the batch of the step that follows, and attention without exact heads is
     compared with exact attention, head by head: the relative squared error of docs/attention.md, "Error measured", over
-    all ranks. Of equal errors, and of those that rounding may be, those stay that are exact already. A checkpoint has
-    the choice. Logs `muse/exact_heads_layer_*`, the number in each layer. Does nothing where `model.exact_heads` is 0.
+    all ranks. Of equal errors, and of those that rounding may be, those stay that are exact already. As long as there
+    are no others, as in the short pieces of `ContextWarmup`, it looks ten times as often. A checkpoint has the choice.
+    Says each other choice in a line and logs `muse/exact_heads_layer_*`, the number of exact heads in each layer. Does
+    nothing where `model.exact_heads` is 0.
 
     Args:
-        every_n_steps: optimizer steps between two choices, the first before the first step that has none.
+        every_n_steps: optimizer steps between two choices, the first before the first step.
     Raises:
         UserError: every_n_steps is below 1.
 
@@ -46,26 +49,34 @@ class ExactHeads(L.Callback):
         """Choose, before the first micro-batch of a step whose turn it is."""
         assert isinstance(pl_module, LanguageModel)
         step = trainer.global_step
-        is_due = step % self.every_n_steps == 0 or not pl_module.are_heads_chosen
-        if step == self._last_step or not is_due or not _attends_partly_exact(pl_module):
+        interval = self.every_n_steps if pl_module.are_heads_chosen else max(1, self.every_n_steps // 10)
+        if step == self._last_step or step % interval or not _attends_partly_exact(pl_module):
             return
         self._last_step = step
         # Callbacks run outside the precision that the step runs in.
         with trainer.precision_plugin.forward_context():
             errors = errors_by_head(pl_module.llama, batch["input_ids"], batch.get("cu_seqlens"))
         errors = trainer.strategy.reduce(errors, reduce_op="mean")
-        if errors.isfinite().all():
-            choose_heads(pl_module.partly_exact, errors)
-            pl_module.are_heads_chosen = True
+        if not errors.isfinite().all() or errors.max() <= ROUNDING:
+            return
+        before, was_chosen = pl_module.chosen_heads, pl_module.are_heads_chosen
+        choose_heads(pl_module.partly_exact, errors)
+        pl_module.are_heads_chosen = True
+        if pl_module.chosen_heads != before or not was_chosen:
+            by_layer = (f"{layer}: {heads}" for layer, heads in pl_module.chosen_heads.items() if heads)
+            rank_zero_info(f"step {step}: exact key-value heads by layer: {', '.join(by_layer)}")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Log how many heads of each layer the step had exact that has just ended."""
+        """Log how many heads of each layer the step had exact that has just ended: all, where `ExactTail` has begun."""
         assert isinstance(pl_module, LanguageModel)
-        if ends_step(trainer) and is_log_step(trainer, trainer.global_step) and _attends_partly_exact(pl_module):
-            for layer, heads in pl_module.chosen_heads.items():
-                pl_module.log(f"muse/exact_heads_layer_{layer}", float(len(heads)))
+        if not ends_step(trainer) or not is_log_step(trainer, trainer.global_step):
+            return
+        is_partly = _attends_partly_exact(pl_module)
+        for strategy in pl_module.partly_exact:
+            count = len(strategy.heads) if is_partly else strategy.num_kv_heads
+            pl_module.log(f"muse/exact_heads_layer_{strategy.layer_idx}", float(count))
 
 
 def _attends_partly_exact(model: LanguageModel) -> bool:

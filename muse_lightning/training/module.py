@@ -348,8 +348,8 @@ class LanguageModel(L.LightningModule):
         self.load_weights_once()
         if self.partly_exact and not self.are_heads_chosen and self.trainer.state.fn != TrainerFn.FITTING:
             rank_zero_info(
-                f"model.exact_heads: {self.exact_heads} heads are exact, evenly spread, as no training has chosen any; "
-                "a training's choice comes with its checkpoint, by --ckpt_path"
+                f"model.exact_heads: {self.exact_heads} heads are exact, evenly spread; a training's choice comes with "
+                "its checkpoint (--ckpt_path), for as many heads in the same layers"
             )
         token_bytes = getattr(getattr(self.trainer, "datamodule", None), "token_bytes", None)
         self._token_bytes = None if token_bytes is None else token_bytes.to(self.device)
@@ -383,7 +383,7 @@ class LanguageModel(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
-        checkpoint["exact_heads"] = self.chosen_heads
+        checkpoint["exact_heads"] = self.chosen_heads if self.are_heads_chosen else {}
         states = checkpoint.get("optimizer_states")
         if states and self.device_mesh is None:  # of shards, Lightning numbers them so
             pairs = zip(states, self.trainer.optimizers, strict=True)
@@ -406,7 +406,7 @@ class LanguageModel(L.LightningModule):
             self._until_teardown.enter_context(counting_as_after(self.trainer, checkpoint.get("global_step", 0)))
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         heads = checkpoint.get("exact_heads", {})
-        if heads.keys() == self.chosen_heads.keys() and sum(map(len, heads.values())) == self.exact_heads:
+        if heads and heads.keys() == self.chosen_heads.keys() and sum(map(len, heads.values())) == self.exact_heads:
             self.choose_heads(heads)
         self._are_weights_due = False
 

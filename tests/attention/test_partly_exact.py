@@ -1,9 +1,11 @@
 """Some heads attend exactly beside another strategy."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from muse_lightning.attention import Dense, Muse, SlidingWindow, describe_layers, kind_of
 from muse_lightning.attention.base import AttentionStrategy
@@ -13,6 +15,17 @@ from muse_lightning.measure.flops import attention_flops_per_token
 from tests.tiny import SEQ_LEN, batches, tiny_model, tiny_muse
 
 KV_HEADS, GROUP = 3, 2
+
+
+class ByPlace(AttentionStrategy):
+    """The first half of the heads sees a window, the others everything."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        halves = zip((Dense(0), SlidingWindow(0, window=5)), *(x.chunk(2, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([part(*qkv, **options) for part, *qkv in halves], dim=1)
+
+    def pairs(self, lengths: Sequence[int], *, has_documents: bool = False) -> float:
+        return Dense(0).pairs(lengths)
 
 
 def windowed(layer: int) -> AttentionStrategy:
@@ -110,9 +123,18 @@ def test_all_heads_exact_is_exact_attention() -> None:
     assert not torch.equal(nats[0], nats[2])
 
 
+def test_heads_must_be_alike() -> None:
+    line = "model.exact_heads: ByPlace does not say that it attends every head alike; accepted with it: 0, or heads_are"
+    with pytest.raises(UserError, match=line):
+        tiny_model(attention=ByPlace, exact_heads=1)
+    assert tiny_model(attention=ByPlace, exact_heads=0).partly_exact == []
+    said = type("Said", (ByPlace,), {"heads_are_alike": True})
+    assert len(tiny_model(attention=said, exact_heads=1).partly_exact) == 2
+
+
 def test_it_checks_the_other_strategy() -> None:
     class Unfinished(AttentionStrategy):
-        pass
+        heads_are_alike = True
 
     with pytest.raises(UserError, match=r"Unfinished has no forward\(\)"):
         tiny_model(attention=Unfinished, exact_heads=1)

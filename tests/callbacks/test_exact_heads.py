@@ -162,6 +162,8 @@ def test_it_does_nothing_without_exact_heads(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, callbacks=[ExactHeads(), ExactTail(0.5)], max_steps=2)
     model = tiny_model(attention=tiny_muse, exact_heads=1)
     trainer.fit(model, TinyData(batches(2), batches(1)))  # in the tail all are exact, and none is chosen
+    counts = [[value for _, value in scalars(trainer)[f"muse/exact_heads_layer_{layer}"]] for layer in range(2)]
+    assert [sum(each) for each in zip(*counts, strict=True)] == [1.0, 4.0]
     assert all(isinstance(block.self_attn.attention, Dense) for block in model.llama.blocks)
     trainer = tiny_trainer(tmp_path / "none", callbacks=[ExactHeads()], max_steps=1)
     trainer.fit(tiny_model(attention=tiny_muse), TinyData(batches(1), batches(1)))
@@ -196,7 +198,7 @@ def test_a_fit_that_has_no_choice_yet_makes_one_at_once(tmp_path: Path) -> None:
     path = checkpoint_of(sharp_model(), tmp_path, ExactHeads(4), steps=3)
     watch, model = Watch(), sharp_model(exact_heads=1)
     begins = heads_of(model)
-    trainer = tiny_trainer(tmp_path / "rest", callbacks=[ExactHeads(100), watch], max_steps=6)
+    trainer = tiny_trainer(tmp_path / "rest", callbacks=[ExactHeads(10), watch], max_steps=6)
     trainer.fit(model, TinyData(batches(6)), ckpt_path=path)
     assert watch.heads[0] != begins
     assert watch.heads == [watch.heads[0]] * 3
@@ -211,7 +213,7 @@ def test_an_evaluation_without_a_choice_says_so(tmp_path: Path, monkeypatch: pyt
     lines: list[str] = []
     monkeypatch.setattr("muse_lightning.training.module.rank_zero_info", lines.append)
     path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
-    said = "model.exact_heads: 2 heads are exact, evenly spread, as no training has chosen any"
+    said = "model.exact_heads: 2 heads are exact, evenly spread; "
     for weights, ckpt_path, is_said in ((path, None, True), (None, path, False)):
         lines.clear()
         model = tiny_model(attention=tiny_muse, exact_heads=2, weights=weights)
@@ -235,15 +237,24 @@ def test_exact_attention_has_no_heads_beside_it(tmp_path: Path) -> None:
     assert not [tag for tag in scalars(trainer) if tag.startswith("muse/")]
 
 
-def test_where_nothing_is_approximated_the_choice_stays(tmp_path: Path) -> None:
-    """Pieces of 12 tokens are one chunk: what differs is rounding."""
+def test_where_nothing_is_approximated_nothing_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 12 tokens are one chunk: what differs is rounding. It looks again soon, and says what it has found."""
+    lines: list[str] = []
+    monkeypatch.setattr("muse_lightning.callbacks.exact_heads.rank_zero_info", lines.append)
     watch, model = Watch(), sharp_model()
-    callbacks = [ContextWarmup(steps=3, start=12), ExactHeads(1), watch]
-    trainer = tiny_trainer(tmp_path, callbacks=callbacks, max_steps=4)
-    trainer.fit(model, TinyData(batches(4)))
+    callbacks = [ContextWarmup(steps=6, start=12), ExactHeads(20), watch]
+    tiny_trainer(tmp_path, callbacks=callbacks, max_steps=6).fit(model, TinyData(batches(6)))
     spread, chosen = [(0,), (0,)], [(1,), (0,)]
-    assert watch.heads[0] == spread
-    assert watch.heads[-1] == chosen
+    assert watch.heads == [spread] * 4 + [chosen] * 2
+    assert lines == ["step 4: exact key-value heads by layer: 0: [1], 1: [0]"]
+
+
+def test_a_checkpoint_without_a_choice_has_none(tmp_path: Path) -> None:
+    path = checkpoint_of(tiny_model(attention=tiny_muse, exact_heads=2), tmp_path)
+    assert torch.load(path, weights_only=True)["exact_heads"] == {}
+    model = tiny_model(attention=tiny_muse, exact_heads=2)
+    assert validated(model, tmp_path / "b", path) == [(0,), (0,)]
+    assert not model.are_heads_chosen
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
