@@ -80,6 +80,11 @@ class ConfigCheck:
                 allowed or cannot be imported, a file that does not exist, or a group that does not exist.
         """
         self.order.begin(layer)
+        if layer.source != COMMAND_LINE:
+            # What a flag asks of a class may be meant for one that only this file names.
+            end, file = f" ({COMMAND_LINE})", " ".join(layer.given)
+            early = f"{end[:-1]}, before {file})"
+            self.problems = [each.removesuffix(end) + early * each.endswith(end) for each in self.problems]
         self._merge_args(self.parser, "", "", self.merged, layer.values, layer, owner=None)
 
     def first_problem(self) -> str | None:

@@ -262,6 +262,21 @@ def test_accepted_for_the_flag_counts(
     assert (found[name][0][rest] if bracket else found[key]) == value
 
 
+@pytest.mark.parametrize(
+    ("args", "source"),
+    [
+        (["--model.attention.top_k=3", "--config=a.yaml"], "command line, before --config a.yaml"),
+        (["--config=a.yaml", "--model.attention=Near", "--model.attention.top_k=3"], "command line"),
+    ],
+)
+def test_an_argument_of_a_class_that_only_a_file_behind_it_names(
+    parsed: Callable[..., Namespace], args: list[str], source: str
+) -> None:
+    line = rf"^model\.attention\.init_args\.top_k: not a parameter of Near; .* \({source}\)$"
+    with pytest.raises(UserError, match=line):
+        parsed(args, a="model: {attention: Far}")
+
+
 def test_a_credential_is_not_shown(parsed: Callable[..., Namespace]) -> None:
     with pytest.raises(UserError) as refused:
         parsed(["--model.table.hf_token=1234", "--config=a.yaml"], a="model: {table: {hf_token: 5678}}")
