@@ -51,6 +51,28 @@ def test_each_head_has_its_own_attention(heads: tuple[int, ...], has_documents: 
     torch.testing.assert_close(gradients, torch.autograd.grad(wanted, (q, k, v), cotangent))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(1,), (0, 2)])
+def test_heads_by_kernels(heads: tuple[int, ...]) -> None:
+    """Forward and backward, in half precision: each head is what it would be in a layer that is all of its kind."""
+    q, k, v = (
+        torch.randn(1, number, 8192, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for number in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)
+    )
+    muse, dense = Muse(0, chunk=1024, exact_below=0), Dense(0)
+    cotangent = torch.randn_like(q)
+
+    def run(strategy: AttentionStrategy) -> list[Tensor]:
+        out = strategy(q, k, v, softmax_scale=0.125)
+        found = [out, *torch.autograd.grad(out, (q, k, v), cotangent)]
+        return [x.unflatten(1, (KV_HEADS, -1)) for x in found]
+
+    whole = {True: run(dense), False: run(muse)}
+    for index, found in enumerate(run(PartlyExact(muse, dense, KV_HEADS, heads))):
+        for head in range(KV_HEADS):
+            torch.testing.assert_close(found[:, head], whole[head in heads][index][:, head], atol=2e-2, rtol=2e-2)
+
+
 def test_which_heads_are_exact_may_change() -> None:
     q, k, v = (torch.randn(1, number, 24, 8) for number in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS))
     strategy = PartlyExact(windowed(0), Dense(0), KV_HEADS, (0,))
