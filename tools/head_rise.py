@@ -17,7 +17,9 @@ all others approximated.
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -37,13 +39,12 @@ LOSS_CHUNK = 4096
 class Heads:
     """A model of which any heads may be exact, and the batches that it is evaluated on."""
 
-    def __init__(self, llama: Llama, batches: Sequence[Batch], muse: dict[str, object]) -> None:
+    def __init__(self, llama: Llama, batches: Sequence[Batch], muse: dict[str, Any]) -> None:
         self.llama, self.batches = llama, batches
         self.shape = (llama.config.num_hidden_layers, llama.config.num_key_value_heads)
         everything = tuple(range(self.shape[1]))
         self.strategies = [
-            PartlyExact(Muse(layer, **muse), Dense(layer), self.shape[1], everything)  # type: ignore[arg-type]
-            for layer in range(self.shape[0])
+            PartlyExact(Muse(layer, **muse), Dense(layer), self.shape[1], everything) for layer in range(self.shape[0])
         ]
         llama.set_attention(lambda layer: self.strategies[layer])
 
@@ -61,45 +62,38 @@ class Heads:
 
     def foretold(self) -> dict[str, Tensor]:
         """Each measure of the module's docstring, float64 [layers, kv_heads], mean over batches."""
-        found = {name: torch.zeros(self.shape, dtype=torch.float64) for name in ("relative", "of layer", "gradient")}
         for strategy in self.strategies:
             strategy.heads = tuple(range(self.shape[1]))
-        for batch in self.batches:
-            seen: list[tuple[PartlyExact, Tensor, Tensor]] = []
+        found = [self._of_batch(batch) for batch in self.batches]
+        return {name: torch.stack([each[name] for each in found]).mean(0) for name in found[0]}
 
-            def keep(
-                strategy: PartlyExact, inputs: tuple[Tensor, ...], options: dict[str, object], out: Tensor
-            ) -> Tensor:
-                with torch.no_grad():
-                    error = strategy.others(*inputs, **options) - out
-                out.retain_grad()
-                seen.append((strategy, error, out))  # noqa: B023  read before the next batch
-                return out
+    def _of_batch(self, batch: Batch) -> dict[str, Tensor]:
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-            hooks = [each.register_forward_hook(keep, with_kwargs=True) for each in self.strategies]
-            labels = batch["labels"]
+        def keep(strategy: PartlyExact, inputs: tuple[Tensor, ...], options: dict[str, Any], out: Tensor) -> None:
+            with torch.no_grad():
+                seen[strategy.layer_idx] = strategy.others(*inputs, **options) - out, out
+            out.retain_grad()
+
+        labels = batch["labels"]
+        with ExitStack() as hooks:
+            for strategy in self.strategies:
+                hooks.enter_context(strategy.register_forward_hook(keep, with_kwargs=True))
             hidden = self.llama.hidden_states(batch["input_ids"])
-            loss = total_nats(hidden, self.llama.lm_head.weight, labels, chunk=LOSS_CHUNK)
-            (loss / (labels != IGNORED_LABEL).sum()).backward()
-            for hook in hooks:
-                hook.remove()
-            for strategy, error, out in seen:
-                layer = strategy.layer_idx
-                weight = self.llama.blocks[layer].self_attn.o_proj.weight.detach()
-                per_head = [x.chunk(self.shape[1], 1) for x in (error, out.detach(), _gradient(out))]
-                added = (
-                    torch.nn.functional.linear(out.detach().transpose(1, 2).flatten(2), weight).float().square().sum()
-                )
-                for head, (wrong, right, gradient) in enumerate(zip(*per_head, strict=True)):
-                    lost = wrong.transpose(1, 2).flatten(2) @ weight.chunk(self.shape[1], 1)[head].T
-                    values = {
-                        "relative": wrong.float().square().sum() / right.float().square().sum(),
-                        "of layer": lost.float().square().sum() / added,
-                        "gradient": (wrong.float() * gradient.float()).sum(),
-                    }
-                    for name, value in values.items():
-                        found[name][layer, head] += value.double().cpu() / len(self.batches)
-            self.llama.zero_grad()
+        loss = total_nats(hidden, self.llama.lm_head.weight, labels, chunk=LOSS_CHUNK)
+        (loss / (labels != IGNORED_LABEL).sum()).backward()
+        self.llama.zero_grad()
+        found = {name: torch.zeros(self.shape, dtype=torch.float64) for name in ("relative", "of layer", "gradient")}
+        for layer, (error, out) in seen.items():
+            weight = self.llama.blocks[layer].self_attn.o_proj.weight.detach()
+            added = _squares(out.detach().transpose(1, 2).flatten(2) @ weight.T)
+            assert out.grad is not None
+            per_head = [x.chunk(self.shape[1], 1) for x in (error, out.detach(), out.grad)]
+            for head, (wrong, right, gradient) in enumerate(zip(*per_head, strict=True)):
+                lost = wrong.transpose(1, 2).flatten(2) @ weight.chunk(self.shape[1], 1)[head].T
+                found["relative"][layer, head] = _squares(wrong) / _squares(right)
+                found["of layer"][layer, head] = _squares(lost) / added
+                found["gradient"][layer, head] = (wrong.float() * gradient.float()).sum()
         return found
 
     def rises(self, base: Tensor) -> Tensor:
@@ -112,9 +106,8 @@ class Heads:
         return found
 
 
-def _gradient(out: Tensor) -> Tensor:
-    assert out.grad is not None
-    return out.grad
+def _squares(x: Tensor) -> Tensor:
+    return x.float().square().sum()
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from muse_lightning.attention import Dense, Muse
 from muse_lightning.compare.blocks import read_blocks
 from muse_lightning.model import Llama
-from tests.compare.conftest import CONFIG, LAYERS, SEQ_LEN, dataset, folder, llama  # noqa: F401  fixtures
+from tests.compare.conftest import CONFIG, LAYERS, SEQ_LEN
 from tools.head_rise import Heads, main
 
 KV_HEADS = CONFIG.num_key_value_heads
@@ -28,7 +28,7 @@ Batches = list[dict[str, Tensor]]
 
 
 @pytest.fixture
-def batches(dataset: Path) -> Batches:  # noqa: F811
+def batches(dataset: Path) -> Batches:
     read = read_blocks(dataset, "val", SEQ_LEN, 2, document_mask=False, vocab_size=264)
     return [{"input_ids": batch["input_ids"], "labels": batch["labels"]} for batch in read.batches]
 
@@ -64,11 +64,11 @@ def moved(layer: int, head: int, share: float) -> Callable[[int, Tensor, Tensor]
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("head", range(KV_HEADS))
-def test_one_head_alone(llama: Llama, batches: Batches, layer: int, head: int) -> None:  # noqa: F811
+def test_one_head_alone(llama: Llama, batches: Batches, layer: int, head: int) -> None:
     base = loss(llama, batches, lambda _, exact, __: exact)
     wanted = loss(llama, batches, moved(layer, head, 1.0)) - base
     slightly = (loss(llama, batches, moved(layer, head, 0.01)) - loss(llama, batches, moved(layer, head, -0.01))) / 0.02
-    heads = Heads(llama, batches, OPTIONS)  # type: ignore[arg-type]
+    heads = Heads(llama, batches, OPTIONS)
     exact = heads.nats(torch.ones(heads.shape, dtype=torch.bool))
     assert exact.mean().item() == pytest.approx(base, abs=1e-5)
     assert heads.rises(exact)[layer, head].item() == pytest.approx(wanted, abs=1e-5)
@@ -77,8 +77,8 @@ def test_one_head_alone(llama: Llama, batches: Batches, layer: int, head: int) -
 
 
 def test_the_report(
-    folder: Path,  # noqa: F811
-    dataset: Path,  # noqa: F811
+    folder: Path,
+    dataset: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
