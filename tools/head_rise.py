@@ -1,17 +1,20 @@
 """What each head's approximation alone costs the loss, beside what could foretell it; and what choices of heads leave.
 
-Usage: python tools/head_rise.py MODEL DATA OUT.json [--seq_len N] [--blocks N] [--counts 4 8] [--muse '{top_k: 24}']
+Usage: python tools/head_rise.py MODEL DATA OUT.json [--seq_len N] [--blocks N] [--exact_layers 0] [--counts 4 8]
+    [--muse '{top_k: 24}']
 
 MODEL is a run or a checkpoint, DATA a prepared dataset. MuSe takes the place of exact attention in one key-value head
 after the other, with the query heads that share it: the rise of the loss, in nats a token. What could foretell it is
 measured once, with every head exact:
 
     relative    relative squared error of the head's outputs
-    of layer    squared norm of what the error adds to the residual stream, over that of all heads' outputs there
+    of layer    squared norm of what the error adds to the residual stream, over that of what all heads there add: what
+                the callback ExactHeads chooses by
+    of stream   the same over that of the residual stream behind them
     gradient    sum of (MuSe - exact) . gradient of the loss: the rise to first order
 
-The heads that are largest by each of them, or by the rise itself, are then left exact, as many as --counts names and
-all others approximated.
+The heads that are largest by each of them, or by the rise itself, are then left exact, as many as --counts names,
+beside all heads of --exact_layers, and all others approximated.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from muse_lightning.attention import Dense, Muse
 from muse_lightning.attention.partly_exact import PartlyExact
 from muse_lightning.compare.blocks import read_blocks
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
+from muse_lightning.measure.attention_error import squares_added
 from muse_lightning.model.llama import Llama
 from muse_lightning.pretrained.reference import open_model
 from muse_lightning.training.loss import next_token_nats, total_nats
@@ -69,30 +73,38 @@ class Heads:
 
     def _of_batch(self, batch: Batch) -> dict[str, Tensor]:
         seen: dict[int, tuple[Tensor, Tensor]] = {}
+        streams: list[float] = []
 
         def keep(strategy: PartlyExact, inputs: tuple[Tensor, ...], options: dict[str, Any], out: Tensor) -> None:
             with torch.no_grad():
                 seen[strategy.layer_idx] = strategy.others(*inputs, **options) - out, out
             out.retain_grad()
 
+        def keep_stream(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            streams.append(inputs[0].detach().float().square().sum().item())
+
         labels = batch["labels"]
         with ExitStack() as hooks:
+            for block in self.llama.blocks:
+                hooks.enter_context(block.post_attention_layernorm.register_forward_pre_hook(keep_stream))
             for strategy in self.strategies:
                 hooks.enter_context(strategy.register_forward_hook(keep, with_kwargs=True))
             hidden = self.llama.hidden_states(batch["input_ids"])
         loss = total_nats(hidden, self.llama.lm_head.weight, labels, chunk=LOSS_CHUNK)
         (loss / (labels != IGNORED_LABEL).sum()).backward()
         self.llama.zero_grad()
-        found = {name: torch.zeros(self.shape, dtype=torch.float64) for name in ("relative", "of layer", "gradient")}
+        names = ("relative", "of layer", "of stream", "gradient")
+        found = {name: torch.zeros(self.shape, dtype=torch.float64) for name in names}
         for layer, (error, out) in seen.items():
-            weight = self.llama.blocks[layer].self_attn.o_proj.weight.detach()
-            added = _squares(out.detach().transpose(1, 2).flatten(2) @ weight.T)
+            attention = self.llama.blocks[layer].self_attn
+            with torch.no_grad():
+                lost = squares_added(attention, error, self.shape[1])
+                found["of layer"][layer] = lost / squares_added(attention, out, 1)
+            found["of stream"][layer] = lost / streams[layer]
             assert out.grad is not None
             per_head = [x.chunk(self.shape[1], 1) for x in (error, out.detach(), out.grad)]
             for head, (wrong, right, gradient) in enumerate(zip(*per_head, strict=True)):
-                lost = wrong.transpose(1, 2).flatten(2) @ weight.chunk(self.shape[1], 1)[head].T
-                found["relative"][layer, head] = _squares(wrong) / _squares(right)
-                found["of layer"][layer, head] = _squares(lost) / added
+                found["relative"][layer, head] = wrong.float().square().sum() / right.float().square().sum()
                 found["gradient"][layer, head] = (wrong.float() * gradient.float()).sum()
         return found
 
@@ -106,10 +118,6 @@ class Heads:
         return found
 
 
-def _squares(x: Tensor) -> Tensor:
-    return x.float().square().sum()
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,6 +126,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seq_len", type=int, default=32768)
     parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--exact_layers", type=int, nargs="*", default=[])
     parser.add_argument("--counts", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--muse", type=yaml.safe_load, default={}, help="its options, as YAML")
     options = parser.parse_args(args)
@@ -137,14 +146,18 @@ def main(args: Sequence[str] | None = None) -> None:
     choices["first and last layer"] = ends
     for count in options.counts:
         for name, values in measures.items():
+            values = values.clone()
+            values[options.exact_layers] = -torch.inf
             chosen = torch.zeros(values.numel(), dtype=torch.bool)
             chosen[values.flatten().topk(count).indices] = True
             choices[f"{count} by {name}"] = chosen.view(heads.shape)
+            choices[f"{count} by {name}"][options.exact_layers] = True
     record: dict[str, object] = {
         "model": str(options.model),
         "seq_len": options.seq_len,
         "blocks": list(read.indices),
         "muse": options.muse,
+        "exact_layers": options.exact_layers,
         "loss": base.mean().item(),
         "heads": {name: values.tolist() for name, values in measures.items()},
     }

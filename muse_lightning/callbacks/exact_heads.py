@@ -14,15 +14,15 @@ from muse_lightning.training.module import LanguageModel
 
 
 class ExactHeads(L.Callback):
-    """Chooses the `model.exact_heads` key-value heads that attend exactly: those on which the approximation errs most.
+    """Chooses the `model.exact_heads` key-value heads that attend exactly: those whose error adds most.
 
-    Much of the error is in few heads, in others from model to model (docs/training.md). Every so many steps the model
-    is run once more, without gradients, on the batch of the step that follows, and attention without exact heads is
-    compared with exact attention, head by head: the relative squared error of docs/attention.md, "Error measured", over
-    all ranks. Of equal errors, and of those that rounding may be, those stay that are exact already. As long as there
-    are no others, as in the short pieces of `ContextWarmup`, it looks ten times as often. A checkpoint has the choice.
-    Says each other choice in a line and logs `muse/exact_heads_layer_*`, the number of exact heads in each layer. Does
-    nothing where `model.exact_heads` is 0.
+    What it costs is in few heads, in others from model to model (docs/training.md). Every so many steps the model is
+    run once more, without gradients, on the batch of the step that follows, and attention without exact heads is
+    compared with exact attention, head by head: by what the error adds to the residual stream, over what the layer's
+    attention adds there (`errors_by_head`), mean over all ranks. Of equal errors, and of those that rounding may be,
+    those stay that are exact already. As long as there are no others, as in the short pieces of `ContextWarmup`, it
+    looks ten times as often. A checkpoint has the choice. Says each other choice in a line and logs
+    `muse/exact_heads_layer_*`, the number of exact heads in each layer. Does nothing where `model.exact_heads` is 0.
 
     Args:
         every_n_steps: optimizer steps between two choices, the first before the first step.

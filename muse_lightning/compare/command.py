@@ -63,10 +63,10 @@ def compare(
         muse: Options of MuSe; the spatial blocks have the same sizes and retrieve as many keys.
         window: Tokens that the sliding window sees; null is MuSe's chunk.
         exact_layers: MuSe and its baselines are evaluated once more with these layers exact, as model.exact_layers of
-            the recipes has them; not with [], nor where the model has no other layers.
-        exact_heads: MuSe and its baselines are evaluated once more with so many key-value heads exact, as
-            model.exact_heads of a recipe has them: for each of the three those on which it errs most, on a block that
-            is not evaluated, or on the first where the split has no other; not with 0, nor with all heads.
+            the recipes has them; not if neither layers nor heads are exact, nor if all are.
+        exact_heads: In that, so many key-value heads of the other layers are exact as well, as model.exact_heads of a
+            recipe has them: for each of the three those whose error adds most to the residual stream, on a block that
+            is not evaluated, or on the first where the split has no other.
         detailed_blocks: Blocks on which the error of each head and the mass are measured, at least 1.
         gradients: Measure how the loss's gradient agrees with exact attention's, on one block.
         sweep: Try a grid of MuSe's options, and recommend the cheapest that keeps the loss.

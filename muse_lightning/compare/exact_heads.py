@@ -12,7 +12,7 @@ from muse_lightning.model.llama import Llama
 
 
 def with_chosen_heads(llama: Llama, batch: Batch, settings: Sequence[Setting]) -> list[Setting]:
-    """The settings, with the exact heads that they ask for where each of them errs most.
+    """The settings, with the exact heads that they ask for, those whose error adds most in each of them.
 
     A setting's heads depend on nothing but itself: errors are measured as the callback `ExactHeads` does before the
     first step, while as many heads attend exactly as `spread_heads` has them.

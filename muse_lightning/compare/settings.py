@@ -108,8 +108,8 @@ def make_settings(
     exact_layers: tuple[int, ...] = (),
     exact_heads: int = 0,
 ) -> list[Setting]:
-    """Exact attention first, then MuSe and its baselines, these with some layers exact, these with some heads exact,
-    and the points of the grid that are not among them. Which heads are exact is not chosen yet.
+    """Exact attention first, then MuSe and its baselines, these with some layers and heads exact, and the points of the
+    grid that are not among them. Which heads are exact is not chosen yet.
 
     Args:
         muse: MuSe's options; the spatial blocks get as many chunks, clusters and retrieved keys.
@@ -117,8 +117,8 @@ def make_settings(
         exact_window: the window that the model's own attention has; None: it sees everything.
         grid: None: no sweep.
         num_layers, num_kv_heads: of the model.
-        exact_layers: `model.exact_layers` of the second ones; none, or all that there are: they are left out.
-        exact_heads: `model.exact_heads` of the third ones, likewise.
+        exact_layers, exact_heads: of the second ones, as in `model`. If nothing or everything is exact, these are left
+            out.
     Raises:
         UserError: an option that is not a recipe's, or a value that is not accepted.
     """
@@ -150,15 +150,13 @@ def make_settings(
     for setting in settings:
         setting.attention(0)  # A value that is not accepted shows here, not when its turn comes.
     with_exact = partial(_with_exact_layers, num_layers=num_layers, window=exact_window)
-    named = ", ".join(map(str, exact_layers))
-    again = [with_exact(each, exact_layers, option="exact_layers") for each in settings[1:]]
-    if 0 < len({layer % num_layers for layer in exact_layers}) < num_layers:
-        settings += [replace(each, name=f"{each.name}; exact {named}", muse=None) for each in again]
     with_heads = partial(_with_exact_heads, num_layers=num_layers, num_kv_heads=num_kv_heads)
-    named = f"{exact_heads} exact head{'s' * (exact_heads != 1)}"
-    again = [with_heads(each, exact_heads, option="exact_heads") for each in settings[1:4]]
-    if 0 < exact_heads < num_layers * num_kv_heads:
-        settings += [replace(each, name=f"{each.name}; {named}", muse=None) for each in again]
+    again = [with_exact(each, exact_layers, option="exact_layers") for each in settings[1:]]
+    again = [with_heads(each, exact_heads, option="exact_heads") for each in again]
+    named = [f"exact {', '.join(map(str, exact_layers))}"] if exact_layers else []
+    named += [f"{exact_heads} exact head{'s' * (exact_heads != 1)}"] if exact_heads else []
+    if 0 < len(again[0].exact_layer_numbers(num_layers)) * num_kv_heads + exact_heads < num_layers * num_kv_heads:
+        settings += [replace(each, name="; ".join([each.name, *named]), muse=None) for each in again]
     if grid is None:
         return settings
     there = {(each.exact_layers, each.exact_heads) for each in settings}

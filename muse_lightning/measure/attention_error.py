@@ -1,14 +1,16 @@
 """How far a model's attention is from exact attention, layer by layer, on the activations of a real batch."""
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse_lightning.attention import exact_attention
 from muse_lightning.attention.partly_exact import PartlyExact
-from muse_lightning.model.llama import Llama
+from muse_lightning.model.llama import Llama, SelfAttention
 
 
 def relative_squared_error(out: Tensor, exact: Tensor) -> Tensor:
@@ -50,29 +52,48 @@ def partly_exact(model: Llama) -> list[PartlyExact]:
     return [strategy for strategy in strategies if isinstance(strategy, PartlyExact)]
 
 
+def squares_added(attention: SelfAttention, out: Tensor, groups: int) -> Tensor:
+    """Squared norm of what attention's result adds to the residual stream, each group of heads alone.
+
+    Args:
+        attention: whose output projection is meant, without its bias.
+        out: [B, H, N, D].
+        groups: into how many groups of neighbours the heads are parted: num_kv_heads, or 1 for all heads together.
+    Returns:
+        float32 [groups].
+    """
+    parts = out.transpose(1, 2).flatten(2).chunk(groups, 2), attention.o_proj.weight.chunk(groups, 1)
+    return torch.stack([F.linear(part, weight).float().square().sum() for part, weight in zip(*parts, strict=True)])
+
+
 @torch.no_grad()
 def errors_by_head(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Relative squared error by key-value head that layers of which some heads are exact would have without these.
+    """What key-value heads would do wrong in layers of which some heads are exact, if these were not.
+
+    Of what is cheap to measure, this foretells best which heads' approximation costs the loss most; the relative
+    squared error of a head's outputs does not (benchmarks/results/2026-11-30_h200_exact-heads.md).
 
     Args:
         model, input_ids, cu_seqlens: as for `attention_errors`.
     Returns:
-        [layers, num_kv_heads] of those of `partly_exact`. A head's outputs are those of all query heads that share it;
-        where exact ones are 0, the error is 0.
+        float32 [layers, num_kv_heads], layers as in `partly_exact`: squared norm of what the error of a head adds to
+        the residual stream, over that of what exact attention of all heads of its layer adds; 0 where that is 0.
     """
     errors: list[Tensor] = []
 
-    def compare(strategy: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+    def compare(
+        attention: SelfAttention, strategy: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]
+    ) -> None:
         assert isinstance(strategy, PartlyExact)
-        outs = (
-            attend(*inputs, **options).chunk(strategy.num_kv_heads, 1) for attend in (strategy.others, strategy.exact)
-        )
-        # One head after the other: they are compared in float32.
-        pairs = zip(*outs, strict=True)
-        errors.append(torch.stack([relative_squared_error(out, exact).where(exact.any(), 0.0) for out, exact in pairs]))
+        exact = strategy.exact(*inputs, **options)
+        wrong = strategy.others(*inputs, **options) - exact
+        lost, added = squares_added(attention, wrong, strategy.num_kv_heads), squares_added(attention, exact, 1)
+        errors.append((lost / added).where(added > 0, 0.0))
 
     with ExitStack() as hooks:
-        for strategy in partly_exact(model):
-            hooks.enter_context(strategy.register_forward_pre_hook(compare, with_kwargs=True))
+        for attention in (block.self_attn for block in model.blocks):
+            if isinstance(attention.attention, PartlyExact):
+                hook = partial(compare, attention)
+                hooks.enter_context(attention.attention.register_forward_pre_hook(hook, with_kwargs=True))
         model.hidden_states(input_ids, cu_seqlens=cu_seqlens)
     return torch.stack(errors)

@@ -60,7 +60,7 @@ class LanguageModel(L.LightningModule):
         attention: what each layer does with queries, keys and values, made from the number of the layer.
         exact_layers: numbers of layers that attend exactly instead, from 0; negative ones count from the last, -1.
         exact_heads: key-value heads of the other layers, counted over all of them, that attend exactly instead, each
-            with the query heads that share it; the callback `ExactHeads` chooses where the approximation errs most.
+            with the query heads that share it; the callback `ExactHeads` chooses where its error adds most.
         recompute: "block" keeps only the input of each block and computes the rest again in the backward pass: far less
             memory for about a third more work; "keep_attention" also keeps what goes into and comes out of attention,
             its dearest part on long contexts; "none" keeps everything.

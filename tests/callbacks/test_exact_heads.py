@@ -1,4 +1,4 @@
-"""The heads that attend exactly are those on which the approximation errs most."""
+"""The heads that attend exactly are those whose error adds most."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from muse_lightning.attention import Dense
 from muse_lightning.callbacks import AttentionError, ContextWarmup, ExactHeads, ExactTail
 from muse_lightning.errors import NumericsError, UserError
-from muse_lightning.measure.attention_error import errors_by_head, relative_squared_error
+from muse_lightning.measure.attention_error import errors_by_head
 from muse_lightning.numerics.failed_step import KEY
 from muse_lightning.numerics.guard import NumericsGuard
 from muse_lightning.training.module import LanguageModel
@@ -62,11 +62,26 @@ def test_errors_by_head_are_those_of_the_other_strategy() -> None:
         strategy.register_forward_pre_hook(both, with_kwargs=True)
     model.llama.hidden_states(batch["input_ids"], cu_seqlens=batch["cu_seqlens"])
     for layer, (muse, exact) in enumerate(outs):
+        merge = model.llama.blocks[layer].self_attn.merge
         for head in range(KV_HEADS):
+            wrong = torch.zeros_like(exact)
             those = slice(2 * head, 2 * head + 2)
-            wanted = relative_squared_error(muse[:, those], exact[:, those])
+            wrong[:, those] = muse[:, those] - exact[:, those]
+            wanted = merge(wrong).square().sum() / merge(exact).square().sum()
             torch.testing.assert_close(found[layer, head], wanted)
     assert found.flatten().argsort(descending=True)[:2].sort().values.tolist() == [1, 2]
+
+
+def test_an_error_counts_by_what_it_adds() -> None:
+    model = sharp_model()
+    weight = model.llama.blocks[0].self_attn.o_proj.weight
+    halves = weight.data.chunk(KV_HEADS, 1)
+    [batch] = batches(1)
+    before = errors_by_head(model.llama, batch["input_ids"])[0]
+    halves[1].mul_(1e-3)  # the head that errs most
+    after = errors_by_head(model.llama, batch["input_ids"])[0]
+    assert before[1] > 10 * before[0]
+    assert after[1] < after[0]
 
 
 def test_no_error_of_outputs_that_are_nothing() -> None:

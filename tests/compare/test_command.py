@@ -142,7 +142,7 @@ def test_a_model_with_a_window_is_compared_with_itself(
         ("--muse.causal=false", "muse.causal: False found"),
         ("--muse.chunk=24", "chunk / query_cluster must be a power of two"),
         ("--exact_layers=[2]", "exact_layers names layer 2; accepted: 0 to 1, or from the end -1 to -2"),
-        ("--exact_heads=5", "exact_heads is 5; accepted: 0 to 4, the key-value heads of layers that are not exact"),
+        ("--exact_heads=5", "exact_heads is 5; accepted: 0 to 0, the key-value heads of layers that are not exact"),
         ("--window=0", "window must be at least 1 token"),
         ("--grid.top_k=[1]", "grid: it is used by a sweep alone"),
         ("--out=tests", "out: tests exists already"),

@@ -75,18 +75,25 @@ def test_all_once_more_with_exact_layers() -> None:
 
 
 def test_all_once_more_with_exact_heads() -> None:
-    settings = make_settings(MUSE, 12, None, None, 3, KV_HEADS, (0, -1), 5)
-    assert len(settings) == 10
-    assert [each.name for each in settings[7:]] == [f"{each.name}; 5 exact heads" for each in settings[1:4]]
-    assert [each.recipe for each in settings[7:]] == [each.recipe for each in settings[1:4]]
-    assert [(each.exact_layers, each.exact_heads) for each in settings[4:]] == [((0, -1), 0)] * 3 + [((), 5)] * 3
-    assert [each.muse for each in settings[7:]] == [None] * 3  # its options are not those of every head
+    settings = make_settings(MUSE, 12, None, None, 3, KV_HEADS, (), 5)
+    assert len(settings) == 7
+    assert [each.name for each in settings[4:]] == [f"{each.name}; 5 exact heads" for each in settings[1:4]]
+    assert [each.recipe for each in settings[4:]] == [each.recipe for each in settings[1:4]]
+    assert [(each.exact_layers, each.exact_heads) for each in settings[4:]] == [((), 5)] * 3
+    assert [each.muse for each in settings[4:]] == [None] * 3  # its options are not those of every head
+    both = make_settings(MUSE, 12, None, None, 3, KV_HEADS, (0, -1), 1)[4:]
+    assert [each.name for each in both] == [f"{each.name}; exact 0, -1; 1 exact head" for each in settings[1:4]]
+    assert [(each.exact_layers, each.exact_heads) for each in both] == [((0, -1), 1)] * 3
+    assert [type(each.attention(0)) for each in both] == [Dense] * 3
     assert make_settings(MUSE, 12, None, None, 3, KV_HEADS, (), 1)[4].name == "Muse; 1 exact head"
 
 
-@pytest.mark.parametrize("count", [0, LAYERS * KV_HEADS])
-def test_not_where_no_head_or_every_head_would_be_exact(count: int) -> None:
-    assert len(make_settings(MUSE, 12, None, None, LAYERS, KV_HEADS, (), count)) == 4
+@pytest.mark.parametrize(
+    ("layers", "count"), [((), 0), ((), LAYERS * KV_HEADS), ((0, 1), 0), ((0, -LAYERS), (LAYERS - 1) * KV_HEADS)]
+)
+def test_not_where_no_head_or_every_head_would_be_exact(layers: tuple[int, ...], count: int) -> None:
+    assert LAYERS == 2
+    assert len(make_settings(MUSE, 12, None, None, LAYERS, KV_HEADS, layers, count)) == 4
 
 
 def test_a_grid_of_exact_heads() -> None:
@@ -100,8 +107,8 @@ def test_a_grid_of_exact_heads() -> None:
         "exact_layers [-1], exact_heads 2",
     ]
     assert [(each.exact_layers, each.exact_heads) for each in swept] == [((), 2), ((-1,), 0), ((-1,), 2)]
-    of_rows = make_settings(MUSE, 12, None, grid, 3, KV_HEADS, (-1,), 2)[10:]
-    assert [each.name for each in of_rows] == ["exact_layers [-1], exact_heads 2"]
+    of_rows = make_settings(MUSE, 12, None, grid, 3, KV_HEADS, (-1,), 2)[7:]
+    assert [each.name for each in of_rows] == ["exact_layers [], exact_heads 2", "exact_layers [-1], exact_heads 0"]
     one = replace(grid, exact_layers=((),), exact_heads=(2,))
     assert [each.name for each in make_settings(MUSE, 12, None, one, 3, KV_HEADS)[4:]] == ["exact_heads 2"]
 

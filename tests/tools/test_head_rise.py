@@ -11,6 +11,7 @@ from torch import Tensor
 
 from muse_lightning.attention import Dense, Muse
 from muse_lightning.compare.blocks import read_blocks
+from muse_lightning.measure.attention_error import errors_by_head
 from muse_lightning.model import Llama
 from tests.compare.conftest import CONFIG, LAYERS, SEQ_LEN
 from tools.head_rise import Heads, main
@@ -76,11 +77,27 @@ def test_one_head_alone(llama: Llama, batches: Batches, layer: int, head: int) -
     assert heads.foretold()["gradient"][layer, head].item() == pytest.approx(slightly, rel=0.05, abs=1e-4)
 
 
+def test_what_the_error_adds(llama: Llama, batches: Batches) -> None:
+    heads = Heads(llama, batches[:1], OPTIONS)
+    found = heads.foretold()
+    chosen_by = errors_by_head(llama, batches[0]["input_ids"])
+    torch.testing.assert_close(found["of layer"], chosen_by.double(), rtol=1e-4, atol=0)
+    added: list[Tensor] = []
+    first = llama.blocks[0].self_attn.o_proj.register_forward_hook(lambda _, __, out: added.append(out))
+    heads.nats(torch.ones(heads.shape, dtype=torch.bool))
+    first.remove()
+    stream = llama.model.embed_tokens(batches[0]["input_ids"]) + added[0]
+    ratio = (added[0].square().sum() / stream.square().sum()).double()
+    torch.testing.assert_close(found["of stream"][0], found["of layer"][0] * ratio, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("exact_layers", [[], [0]])
 def test_the_report(
     folder: Path,
     dataset: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    exact_layers: list[int],
 ) -> None:
     out = tmp_path / "heads.json"
     main(
@@ -90,6 +107,8 @@ def test_the_report(
             str(out),
             f"--seq_len={SEQ_LEN}",
             "--blocks=2",
+            "--exact_layers",
+            *map(str, exact_layers),
             "--counts",
             "1",
             "--muse",
@@ -98,10 +117,13 @@ def test_the_report(
     )
     found = json.loads(out.read_text())
     printed = capsys.readouterr().out
-    for name in ("relative", "of layer", "gradient", "rise"):
+    for name in ("relative", "of layer", "of stream", "gradient", "rise"):
         values = torch.tensor(found["heads"][name])
         assert values.shape == (LAYERS, KV_HEADS)
         is_exact = torch.tensor(found["choices"][f"1 by {name}"]["exact"])
+        assert is_exact[exact_layers].all()
+        values[exact_layers] = -torch.inf
+        is_exact[exact_layers] = 0
         assert is_exact.flatten().argmax() == values.flatten().argmax()
         assert is_exact.sum() == 1
         assert f"1 by {name} " in printed
