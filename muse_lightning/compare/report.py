@@ -59,6 +59,10 @@ def page(header: Mapping[str, Any], found: Sequence[Found], said: Sequence[str])
     return "\n\n".join(sections) + "\n"
 
 
+def _in_words(heads: Mapping[int, Sequence[int]]) -> str:
+    return ", ".join(f"{layer}: {list(each)}" for layer, each in heads.items() if each)
+
+
 def _rise(found: Found) -> str:
     rise, error = found.rise
     return f"{rise:+.4f}" + ("" if error is None else f" ± {error:.4f}")
@@ -84,7 +88,11 @@ def advice(
     Args:
         path: of the overlay that trains with the recommended setting.
     """
-    said = []
+    said = [
+        f"Exact key-value heads of {each.setting.name}, by layer: {_in_words(each.setting.heads)}."
+        for each in found
+        if any(each.setting.heads.values())
+    ]
     muse = [each for each in found if is_muse(each)]
     if any(each.is_exact for each in muse):
         are_all = all(each.is_exact for each in muse)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
 from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in, layer_numbers
+from muse_lightning.attention.exact import is_exact
 from muse_lightning.attention.partly_exact import partly_exact_in
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
@@ -408,6 +409,14 @@ class LanguageModel(L.LightningModule):
         heads = checkpoint.get("exact_heads", {})
         if heads and heads.keys() == self.chosen_heads.keys() and sum(map(len, heads.values())) == self.exact_heads:
             self.choose_heads(heads)
+        elif heads and not all(
+            is_exact(each.self_attn.attention, self.config.sliding_window) for each in self.llama.blocks
+        ):
+            count = sum(map(len, heads.values()))
+            rank_zero_info(
+                f"checkpoint{f' {path}' if path else ''}: {count} exact heads of its training are not used; they are "
+                f"for model.exact_heads={count} and its model.exact_layers"
+            )
         self._are_weights_due = False
 
 

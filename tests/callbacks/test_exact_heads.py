@@ -236,6 +236,29 @@ def test_an_evaluation_without_a_choice_says_so(tmp_path: Path, monkeypatch: pyt
         assert any(line.startswith(said) for line in lines) == is_said
 
 
+@pytest.mark.parametrize(
+    ("options", "is_said"),
+    [
+        ({"exact_heads": 2}, False),
+        ({"exact_heads": 0}, True),
+        ({"exact_heads": 1, "exact_layers": (0,)}, True),
+        ({"attention": Dense}, False),
+    ],
+)
+def test_an_evaluation_by_others_than_the_checkpoints_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], is_said: bool
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("muse_lightning.training.module.rank_zero_info", lines.append)
+    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
+    validated(tiny_model(**({"attention": tiny_muse} | options)), tmp_path / "other", path)
+    said = (
+        f"checkpoint {path}: 2 exact heads of its training are not used; they are for model.exact_heads=2 and its "
+        "model.exact_layers"
+    )
+    assert (said in lines) == is_said
+
+
 def test_another_training_chooses_anew(tmp_path: Path) -> None:
     callback = ExactHeads(2)
     for number in range(2):
