@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 from muse_lightning.bounded_yaml import OutOfBounds, check_bounds, load_bounded
-from muse_lightning.configuration.packaged import PRESET_PREFIX, resolve
+from muse_lightning.configuration.packaged import PRESET_PREFIX, namesakes, resolve
 from muse_lightning.errors import UserError, suggestion
 
 COMMAND_LINE = "command line"
@@ -99,7 +99,9 @@ def load_yaml(path: str, key: str, folder: Path) -> dict[str, Any]:
     if not is_file(file):
         given = Path(path).parent
         others = [] if given.is_absolute() else [str(given / name) for name in _yaml_files(file.parent)]
-        raise UserError(f"{key}: no file {path:.300}{suggestion(path, others)}")
+        packaged = namesakes(path, key)
+        hint = f"; packaged: {', '.join(packaged)}" if packaged else suggestion(path, others)
+        raise UserError(f"{key}: no file {path:.300}{hint}")
     try:
         values = load_with_presets(file.read_text(encoding="utf-8"))
         _check_texts(values)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from muse_lightning.errors import UserError, suggestion
-from muse_lightning.model.presets import preset_path
+from muse_lightning.model.presets import preset_names, preset_path
 
 PACKAGE = Path(__file__).parent.parent
 RECIPE_PREFIX = "recipe:"
@@ -25,11 +25,22 @@ def recipe_path(name: str) -> Path:
     Raises:
         UserError: no recipe has this name.
     """
-    folder = recipes_folder()
-    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    names = _recipes()
     if name not in names:
         raise UserError(f"--config: no packaged recipe is called {name!r}{suggestion(name, names)}")
     return names[name]
+
+
+def namesakes(path: str, key: str) -> list[str]:
+    """The packaged files that have the name of a missing one, as `key` may name them."""
+    if key == "--config":
+        return [RECIPE_PREFIX + recipe for recipe in _recipes() if Path(recipe).name == Path(path).stem]
+    return [f"{PRESET_PREFIX}{preset}.yaml" for preset in preset_names() if preset == Path(path).stem]
+
+
+def _recipes() -> dict[str, Path]:
+    folder = recipes_folder()
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
 
 
 def resolve(value: str) -> str:

@@ -164,6 +164,7 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str 
         ("model: {sizes: none.yaml}", "model.sizes: no file none.yaml; nearest: a.yaml"),
         ("model: {attention: none.yaml}", "model.attention: no file none.yaml; nearest: a.yaml"),
         ("model: {listeners: [none.yaml]}", "model.listeners[0]: no file none.yaml; nearest: a.yaml"),
+        ("model: {sizes: 75m.yaml}", "model.sizes: no file 75m.yaml; packaged: presets/75m.yaml"),
         ("model: {attention: Near}", "required, but not given: model.sizes.hidden"),
         ("model: {sizes: {hidden: null}}", "model.sizes.hidden: expected an integer, found null (a.yaml)"),
     ],
@@ -198,6 +199,9 @@ def test_a_mistake_in_a_file(parse: Callable[..., str | None], yaml: str, line: 
         ),
         ("stray", "stray: not a known option; accepted: config, length, model, print_config (command line)"),
         ("--config none.yaml", "--config: no file none.yaml"),
+        ("--config recipes/demo.yaml", "--config: no file recipes/demo.yaml; packaged: recipe:demo"),
+        ("--config demo", "--config: no file demo; packaged: recipe:demo"),
+        ("--config smoke.yaml", "--config: no file smoke.yaml; packaged: recipe:overlays/smoke"),
         (
             "--model.seq_len=9",
             "model.seq_len: always equals length and cannot be set, found 9 (command line); set length instead",
