@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from muse_lightning.checkpoints.choice import stored
+from muse_lightning.checkpoints.durable_checkpoint import DurableCheckpoint
 from muse_lightning.checkpoints.manifest import manifest_path
 from muse_lightning.checkpoints.preemption import NOTHING_SAVED, preemption_as_retry, stoppable
 from muse_lightning.configuration.taken_flags import take_flag
@@ -19,6 +20,7 @@ from muse_lightning.numerics.replay import Replay
 from muse_lightning.recipe_cli import ANY_SEQ_LEN, MuseCLI
 from muse_lightning.training.checks import check_trainer
 from muse_lightning.training.levers import Setting, longest_contexts
+from muse_lightning.training.muon import check_strategy
 from muse_lightning.training.recipe_report import recipe_report
 from muse_lightning.training.weights import check_weights
 
@@ -119,6 +121,11 @@ def _run(verb: str, cli: MuseCLI) -> None:
     # Before data is prepared, which may take hours.
     if verb == "fit":
         check_trainer(cli.trainer)
+        if cli.model.optimizer == "muon":
+            check_strategy(cli.trainer.strategy)
+        for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, DurableCheckpoint):
+                callback.check_strategy(cli.trainer.strategy)
     if cli.checkpoint is None and cli.model.weights is not None:
         check_weights(cli.model.llama, cli.model.weights)
     elif verb != "fit" and cli.checkpoint is None:

@@ -234,6 +234,26 @@ class TestRunFolder:
         assert muse.error("fit", "--config", "recipe.yaml", *given).startswith(message)
         assert not Path("dataset").exists()
 
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (
+                ["--model.optimizer=muon", "--trainer.strategy=sharded"],
+                "model.optimizer is muon, which needs whole matrices; trainer.strategy ShardedStrategy may shard them",
+            ),
+            (
+                [
+                    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+                    "--trainer.strategy.save_distributed_checkpoint=true",
+                ],
+                "trainer.strategy: ModelParallelStrategy saves in shards, DurableCheckpoint in one file",
+            ),
+        ],
+    )
+    def test_strategies_are_refused_before_data_is_prepared(self, muse: Muse, flags: list[str], message: str) -> None:
+        assert muse.error("fit", "--config", "recipe.yaml", *flags).startswith(message)
+        assert not Path("dataset").exists()
+
     def test_a_resume_that_is_refused_leaves_no_run(self, muse: Muse) -> None:
         assert muse.with_recipe("fit")[0] == 0
         (muse.folder / "source" / "one" / "module_0.py").write_text("other = 1\n" * 200)

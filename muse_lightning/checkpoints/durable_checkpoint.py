@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from muse_lightning.checkpoints.choice import has_manifest, report, step_path
@@ -84,21 +84,29 @@ class DurableCheckpoint(Checkpoint):
 
     # Set-up
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder, and let the trainer save by our own CheckpointIO.
+    @staticmethod
+    def check_strategy(strategy: Strategy) -> None:
+        """Refuse a strategy of which no one file can hold what it has.
 
         Raises:
-            UserError: no one file can hold what the strategy has.
+            UserError: names the strategy.
         """
-        if stage != TrainerFn.FITTING:
-            return
-        strategy = trainer.strategy
         gathers = isinstance(strategy, ModelParallelStrategy) and not strategy._save_distributed_checkpoint
         if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not gathers:
             raise UserError(
                 f"trainer.strategy: {type(strategy).__name__} saves in shards, DurableCheckpoint in one file; "
                 "accepted: auto, ddp, sharded, or another Checkpoint among trainer.callbacks"
             )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the folder, and let the trainer save by our own CheckpointIO.
+
+        Raises:
+            UserError: as `check_strategy`.
+        """
+        if stage != TrainerFn.FITTING:
+            return
+        self.check_strategy(trainer.strategy)
         # On every rank, for it waits for all.
         run_folder = trainer.log_dir or trainer.default_root_dir
         self._folder = Path(trainer.strategy.broadcast(str(self.dirpath or Path(run_folder) / "checkpoints")))
