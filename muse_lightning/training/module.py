@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in, layer_numbers
-from muse_lightning.attention.exact import is_exact
+from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in, is_exact, layer_numbers
 from muse_lightning.attention.partly_exact import partly_exact_in
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
