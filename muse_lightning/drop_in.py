@@ -11,7 +11,7 @@ User's page: docs/transformers.md.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from muse_lightning.attention import AttentionStrategy, Dense, Muse, SlidingWindow, layer_numbers
+from muse_lightning.attention.partly_exact import attend_partly_exactly
 from muse_lightning.errors import UserError, suggestion
 
 FEWEST_DOCUMENTS = 64
@@ -45,6 +46,7 @@ class _Registered(NamedTuple):
     muse: AttentionStrategy
     exact: AttentionStrategy
     exact_layers: tuple[int, ...]
+    exact_heads: Mapping[int, tuple[int, ...]]
     sdpa: Callable[..., tuple[Tensor, None]]
     """transformers' attention function of this name; `sdpa_mask` makes its masks."""
     sdpa_mask: Callable[..., Tensor | None]
@@ -52,13 +54,21 @@ class _Registered(NamedTuple):
     """The function that stands for a causal mask and nothing else."""
 
 
-def register_with_transformers(name: str = "muse", *, exact_layers: Sequence[int] = (), **options: Any) -> None:
+def register_with_transformers(
+    name: str = "muse",
+    *,
+    exact_layers: Sequence[int] = (),
+    exact_heads: Mapping[int, Sequence[int]] | None = None,
+    **options: Any,
+) -> None:
     """Make MuSe attention available to transformers under a name, for models loaded or already loaded.
 
     Args:
         name: what `attn_implementation` will be called. The same name again replaces the options.
         exact_layers: numbers of layers that attend exactly instead, from 0; negative ones count from the last, -1. A
             layer that a model does not have is a ValueError when it is called.
+        exact_heads: key-value heads that attend exactly instead, each with the query heads that share it, by the number
+            of their layer. A head or a layer that a model does not have is a ValueError when it is called.
         options: those of `muse_lightning.attention.Muse`: chunk, top_k, exact_below, ...
     Raises:
         ValueError: an option does not exist or its value is not accepted, or the name cannot be used.
@@ -73,24 +83,38 @@ def register_with_transformers(name: str = "muse", *, exact_layers: Sequence[int
     # transformers reads more than a name out of "flash", "|", "/" and the like.
     if not name.isidentifier() or "flash" in name or name == "eager" or (taken is not None and not is_ours):
         raise ValueError(f"name must be an identifier that transformers has no attention for, got {name!r}")
-    numbers = exact_layers if isinstance(exact_layers, Sequence) else (None,)
-    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in numbers):
+    if not _are_numbers(exact_layers):
         raise ValueError(f"exact_layers must be numbers of layers, such as (0, -1), got {exact_layers!r}")
+    heads = {} if exact_heads is None else exact_heads
+    if not isinstance(heads, Mapping) or not all(map(_are_numbers, [[*heads], *heads.values()])):
+        raise ValueError(
+            f"exact_heads must be key-value heads by the number of a layer, such as {{4: [0, 1]}}, got {exact_heads!r}"
+        )
     accepted = set(inspect.signature(Muse).parameters) - {"layer_idx"}
     for option in options:
         if option not in accepted:
-            raise ValueError(
-                f"{option} is no option of MuSe attention{suggestion(option, {*accepted, 'exact_layers'})}"
-            )
+            known = {*accepted, "exact_layers", "exact_heads"}
+            raise ValueError(f"{option} is no option of MuSe attention{suggestion(option, known)}")
     try:
         muse = Muse(0, **options)
     except UserError as error:
         raise ValueError(str(error)) from None
     registered = _Registered(
-        name, muse, Dense(0), tuple(exact_layers), sdpa_attention_forward, sdpa_mask, causal_mask_function
+        name,
+        muse,
+        Dense(0),
+        tuple(exact_layers),
+        {layer: tuple(each) for layer, each in heads.items()},
+        sdpa_attention_forward,
+        sdpa_mask,
+        causal_mask_function,
     )
     AttentionInterface.register(name, partial(_attend, registered))
     AttentionMaskInterface.register(name, partial(_mask, registered))
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(isinstance(x, int) and not isinstance(x, bool) for x in values)
 
 
 # ----------------------------------------------------------------------------------------------------------- mask
@@ -276,7 +300,11 @@ def _attend(
         cu_seqlens = cu_seqlens if found is None else found
     # A window that reaches over the whole row is none.
     has_window = sliding_window is not None and sliding_window < num_tokens
-    strategy = SlidingWindow(0, cast(int, sliding_window)) if has_window else _strategy(registered, module)
+    strategy: Callable[..., Tensor]
+    if has_window:
+        strategy = SlidingWindow(0, cast(int, sliding_window))
+    else:
+        strategy = _strategy(registered, module, key.shape[1])
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = strategy(query, key, value, softmax_scale=softmax_scale, cu_seqlens=cu_seqlens)
     if is_hidden is not None:
@@ -284,20 +312,31 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _strategy(registered: _Registered, module: nn.Module) -> AttentionStrategy:
-    if not registered.exact_layers:
+def _strategy(registered: _Registered, module: nn.Module, num_kv_heads: int) -> Callable[..., Tensor]:
+    if not registered.exact_layers and not registered.exact_heads:
         return registered.muse
     layer, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
     num_layers = getattr(config, "num_hidden_layers", None)
     if layer is None or num_layers is None:
         raise ValueError(
-            f"{_shown(registered)}: {type(module).__name__} does not say which layer it is; accepted: no exact_layers"
+            f"{_shown(registered)}: {type(module).__name__} does not say which layer it is; accepted: no exact_layers, "
+            "no exact_heads"
         )
     try:
-        exact_layers = layer_numbers(registered.exact_layers, num_layers, "exact_layers")
+        is_exact = layer in layer_numbers(registered.exact_layers, num_layers, "exact_layers")
+        layer_numbers([*registered.exact_heads], num_layers, "exact_heads")
     except UserError as error:
         raise ValueError(f"{_shown(registered)}: {error}") from None
-    return registered.exact if layer in exact_layers else registered.muse
+    heads = sorted({head for named in (layer, layer - num_layers) for head in registered.exact_heads.get(named, ())})
+    if is_exact or not heads:
+        return registered.exact if is_exact else registered.muse
+    for head in heads:
+        if not 0 <= head < num_kv_heads:
+            raise ValueError(
+                f"{_shown(registered)}: exact_heads names key-value head {head} of layer {layer}; accepted: 0 to "
+                f"{num_kv_heads - 1}"
+            )
+    return partial(attend_partly_exactly, heads, registered.exact, registered.muse)
 
 
 def _check(registered: _Registered, module: nn.Module, dropout: float, is_causal: bool, others: dict[str, Any]) -> None:

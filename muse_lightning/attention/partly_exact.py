@@ -1,6 +1,7 @@
 """Exact attention of some heads beside another strategy for the others."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,19 +38,8 @@ class PartlyExact(AttentionStrategy):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        if len(self.heads) in (0, self.num_kv_heads):
-            strategy = self.exact if self.heads else self.others
-            out: Tensor = strategy(q, k, v, softmax_scale=softmax_scale, cu_seqlens=cu_seqlens)
-            return out
-        rest = [head for head in range(self.num_kv_heads) if head not in self.heads]
-        # unbind and cat: their backward passes copy every gradient once.
-        groups = [x.unflatten(1, (self.num_kv_heads, -1)).unbind(1) for x in (q, k, v)]
-        outs: dict[int, Tensor] = {}
-        for heads, strategy in ((self.heads, self.exact), (rest, self.others)):
-            some = (torch.cat([group[head] for head in heads], dim=1) for group in groups)
-            out = strategy(*some, softmax_scale=softmax_scale, cu_seqlens=cu_seqlens)
-            outs |= zip(heads, out.unflatten(1, (len(heads), -1)).unbind(1), strict=True)
-        return torch.cat([outs[head] for head in range(self.num_kv_heads)], dim=1)
+        options = {"softmax_scale": softmax_scale, "cu_seqlens": cu_seqlens}
+        return attend_partly_exactly(self.heads, self.exact, self.others, q, k, v, **options)
 
     def check(self, *, seq_len: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         check_is_whole(self.others)
@@ -60,6 +50,40 @@ class PartlyExact(AttentionStrategy):
         exact, others = (s.pairs(lengths, has_documents=has_documents) for s in (self.exact, self.others))
         # One division, the last: where both are equal, so is the result.
         return (count * exact + (total - count) * others) / total
+
+
+def attend_partly_exactly(
+    heads: Sequence[int],
+    exact: AttentionStrategy,
+    others: AttentionStrategy,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    **options: Any,
+) -> Tensor:
+    """Attention of which some key-value heads are exact.
+
+    Args:
+        heads: these, ascending.
+        exact, others: their strategy, and that of the other heads.
+        q, k, v, options: as strategies take them.
+    Returns:
+        as a strategy does.
+    """
+    num_kv_heads = k.shape[1]
+    if len(heads) in (0, num_kv_heads):
+        strategy = exact if heads else others
+        out: Tensor = strategy(q, k, v, **options)
+        return out
+    rest = [head for head in range(num_kv_heads) if head not in heads]
+    # unbind and cat: their backward passes copy every gradient once.
+    groups = [x.unflatten(1, (num_kv_heads, -1)).unbind(1) for x in (q, k, v)]
+    outs: dict[int, Tensor] = {}
+    for those, strategy in ((heads, exact), (rest, others)):
+        some = (torch.cat([group[head] for head in those], dim=1) for group in groups)
+        out = strategy(*some, **options)
+        outs |= zip(those, out.unflatten(1, (len(those), -1)).unbind(1), strict=True)
+    return torch.cat([outs[head] for head in range(num_kv_heads)], dim=1)
 
 
 def partly_exact_in(

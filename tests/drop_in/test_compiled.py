@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, StaticCache
 
+from muse_lightning.drop_in import register_with_transformers
 from tests.assertions import relative_error
 from tests.drop_in.examples import (
+    APPROXIMATE,
     BATCHES,
     LENGTH,
     TOLERANCE,
@@ -23,11 +25,11 @@ from tests.drop_in.examples import (
 
 
 def compiled_layer(
-    mask: str, position_ids: Tensor
+    mask: str, position_ids: Tensor, name: str = "muse"
 ) -> tuple[list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
     """q, k, v of two rows, the attention of a layer, and the same as one graph."""
     model = make_model("llama")
-    attend, layer = AttentionInterface()["muse"], model.model.layers[0].self_attn
+    attend, layer = AttentionInterface()[name], model.model.layers[0].self_attn
     documents = torch.tensor([0, 9, 70, 140] + [140] * 61, dtype=torch.int32)[None, None, None]
     is_padding = torch.zeros_like(documents)
     is_padding[..., 0] = 1
@@ -47,6 +49,15 @@ def test_a_compiled_layer_is_one_graph(mask: str) -> None:
     if mask != "none":  # where the mask has it, too
         position_ids[0, 9:] -= 9
     qkv, attended, compiled = compiled_layer(mask, position_ids)
+    expected, actual = attended(*qkv), compiled(*qkv)
+    torch.testing.assert_close(actual, expected)
+    dout = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, qkv, dout), torch.autograd.grad(expected, qkv, dout))
+
+
+def test_a_compiled_layer_with_exact_heads_is_one_graph() -> None:
+    register_with_transformers("muse_heads", **APPROXIMATE, exact_heads={0: [1]})
+    qkv, attended, compiled = compiled_layer("none", torch.arange(LENGTH).repeat(2, 1), "muse_heads")
     expected, actual = attended(*qkv), compiled(*qkv)
     torch.testing.assert_close(actual, expected)
     dout = torch.randn_like(expected)

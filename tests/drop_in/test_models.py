@@ -110,6 +110,29 @@ def test_a_window_is_exact_in_an_approximate_model() -> None:
     assert_same(run(model, "muse", BATCHES["both"]), run(model, "sdpa", BATCHES["both"]))
 
 
+@pytest.mark.parametrize(
+    "batch", [BATCHES["plain"], BATCHES["both"], BATCHES["packed"]], ids=["plain", "both", "packed"]
+)
+def test_exact_heads(batch: dict[str, Any]) -> None:
+    """Each head is as if its attention were all heads', which share nothing."""
+    model = make_model("llama", num_hidden_layers=4)
+    register_with_transformers("muse_heads", **APPROXIMATE, exact_layers=(0,), exact_heads={1: [1], -1: [1], 3: [0]})
+    is_exact = [[True, True], [False, True], [False, False], [True, True]]
+
+    def composed(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **others: Any) -> Any:
+        muse, exact = (
+            AttentionInterface()[name](module, q, k, v, mask, **others)[0] for name in ("muse", "muse_exact")
+        )
+        of_query_heads = torch.tensor(is_exact[module.layer_idx]).repeat_interleave(2)
+        return torch.where(of_query_heads[:, None], exact, muse), None
+
+    AttentionInterface.register("muse_composed", composed)
+    AttentionMaskInterface.register("muse_composed", AttentionMaskInterface()["muse_heads"])
+    found, expected = (run(model, name, batch) for name in ("muse_heads", "muse_composed"))
+    assert_same(found, expected)
+    assert all(relative_error(found[0], run(model, name, batch)[0]) > 1e-3 for name in ("muse", "muse_exact"))
+
+
 @pytest.mark.parametrize("name", ["mistral-window", "mistral-wide-window", "qwen2-windows"])
 def test_exact_layers_have_the_window_of_the_model(name: str) -> None:
     model = make_model(name)

@@ -101,6 +101,15 @@ def test_what_a_layer_may_not_ask_for(asked: dict[str, Any], message: str) -> No
             ("muse", {"exact_layers": layers}, f"exact_layers must be numbers of layers, such as (0, -1), got {layers}")
             for layers in (0, None, (0.5,), [0, True], ("0",))
         ),
+        *(
+            (
+                "muse",
+                {"exact_heads": heads},
+                f"exact_heads must be key-value heads by the number of a layer, such as {{4: [0, 1]}}, got {heads}",
+            )
+            for heads in (1, [0], {0: 1}, {0: [0.5]}, {"0": [1]}, {True: [1]})
+        ),
+        ("muse", {"exact_head": {0: [0]}}, "exact_head is no option of MuSe attention; nearest: exact_heads"),
         ("muse", {"layer_idx": 4}, "layer_idx is no option"),
         ("muse", {"chunk": 100}, "chunk / query_cluster must be a power of two, got chunk=100"),
         ("sdpa", {}, "name must be an identifier that transformers has no attention for, got 'sdpa'"),
@@ -125,8 +134,25 @@ def test_exact_layers_that_a_model_does_not_have() -> None:
         model(torch.randint(64, (1, LENGTH)))
 
 
-def test_exact_layers_of_a_module_that_has_no_number() -> None:
-    register_with_transformers("muse_deep", **APPROXIMATE, exact_layers=(0,))
+@pytest.mark.parametrize(
+    ("heads", "line"),
+    [
+        ({2: [0]}, "exact_heads names layer 2; accepted: 0 to 1, or from the end -1 to -2"),
+        ({1: [2]}, "exact_heads names key-value head 2 of layer 1; accepted: 0 to 1"),
+        ({-1: [-1]}, "exact_heads names key-value head -1 of layer 1; accepted: 0 to 1"),
+    ],
+)
+def test_exact_heads_that_a_model_does_not_have(heads: dict[int, list[int]], line: str) -> None:
+    register_with_transformers("muse_deep", **APPROXIMATE, exact_heads=heads)
+    model = make_model("llama")
+    model.set_attn_implementation("muse_deep")
+    with pytest.raises(ValueError, match=re.escape(f'attn_implementation="muse_deep": {line}')):
+        model(torch.randint(64, (1, LENGTH)))
+
+
+@pytest.mark.parametrize("options", [{"exact_layers": (0,)}, {"exact_heads": {0: [1]}}])
+def test_exact_layers_of_a_module_that_has_no_number(options: dict[str, Any]) -> None:
+    register_with_transformers("muse_deep", **APPROXIMATE, **options)
     layer = make_model("llama").model.layers[0].self_attn
     del layer.layer_idx
     q, k, v = (torch.randn(1, heads, LENGTH, 8) for heads in (4, 2, 2))
