@@ -44,7 +44,7 @@ def _draw_positions(axes: Any, main: Sequence[Found]) -> None:
 
 
 def _draw_errors(figure: Figure, axes: Any, muse: Found) -> None:
-    axes.set(xlabel="head", ylabel="layer", title=f"{muse.setting.name}: relative squared error of attention")
+    axes.set(xlabel="query head", ylabel="layer", title=f"{muse.setting.name}: relative squared error of attention")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if muse.errors is not None:

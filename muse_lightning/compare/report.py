@@ -91,7 +91,7 @@ def advice(
     said = [
         f"Exact key-value heads of {each.setting.name}, by layer: {_in_words(each.setting.heads)}."
         for each in found
-        if any(each.setting.heads.values())
+        if any(each.setting.heads.values()) and not each.setting.is_swept and not each.is_exact
     ]
     muse = [each for each in found if is_muse(each)]
     if any(each.is_exact for each in muse):

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ MUSE = "Muse"
 # What a layer decides, not a recipe.
 _OF_THE_LAYER = ("causal", "softmax_scale")
 # What a grid varies beside MuSe's options, with what it is without.
-_BESIDE_OPTIONS: dict[str, Any] = {"exact_layers": (), "exact_heads": 0}
+_NOTHING_EXACT: dict[str, Any] = {"exact_layers": (), "exact_heads": 0}
 
 
 @dataclass(frozen=True)
@@ -50,52 +50,58 @@ class Setting:
         """Its exact layers, all counted from 0."""
         return layer_numbers(self.exact_layers, num_layers, "exact_layers")
 
+    def num_exact(self, num_layers: int, num_kv_heads: int) -> int:
+        """Its exact key-value heads, those of exact layers included."""
+        return len(self.exact_layer_numbers(num_layers)) * num_kv_heads + self.exact_heads
+
 
 @dataclass(frozen=True)
 class Grid:
-    """MuSe's options that a sweep tries, every combination of them."""
+    """MuSe's options that a sweep tries, every combination of them but those that would leave nothing approximated."""
 
     chunk: tuple[int, ...] = (1024, 2048, 4096)
     """Tokens per chunk."""
-    query_cluster: tuple[int, ...] = (128,)
-    """Tokens per query cluster."""
-    key_cluster: tuple[int, ...] = (64,)
-    """Tokens per key cluster."""
+    query_cluster: tuple[int, ...] | None = None
+    """Tokens per query cluster; null: as --muse has it."""
+    key_cluster: tuple[int, ...] | None = None
+    """Tokens per key cluster; null: as --muse has it."""
     top_k: tuple[int, ...] = (4, 8, 12, 24, 48)
     """Key clusters that each query cluster attends exactly."""
-    summary_cluster: tuple[int | None, ...] = (None,)
-    """Keys behind one summary; null is 8 key clusters."""
-    exact_layers: tuple[tuple[int, ...], ...] = ((),)
-    """Layers that attend exactly instead, as model.exact_layers has them."""
+    summary_cluster: tuple[int | None, ...] | None = None
+    """Keys behind one summary, of which null is 8 key clusters; null: as --muse has it."""
+    exact_layers: tuple[tuple[int, ...], ...] | None = None
+    """Layers that attend exactly instead, as model.exact_layers has them; null: as --exact_layers has them."""
+    exact_heads: tuple[int, ...] | None = None
+    """Key-value heads of the other layers that attend exactly instead, as model.exact_heads has them; null: as many as
+    --exact_heads says."""
 
-    exact_heads: tuple[int, ...] = (0,)
-    """Key-value heads of the other layers that attend exactly instead, as model.exact_heads has them."""
+    def points(
+        self, base: MuseOptions, exact_layers: tuple[int, ...], exact_heads: int
+    ) -> Iterator[tuple[str, MuseOptions, tuple[int, ...], int]]:
+        """The name of every combination, `base` with it, its exact layers and its number of exact heads.
 
-    def points(self, base: MuseOptions) -> Iterator[tuple[MuseOptions, tuple[int, ...], int]]:
-        """`base` with every combination, its exact layers and its number of exact heads.
-
+        Args:
+            exact_layers, exact_heads: where the grid does not say.
         Raises:
             UserError: a list is empty, or a combination is not accepted.
         """
-        values = self._values()
+        there = asdict(base) | {"exact_layers": exact_layers, "exact_heads": exact_heads}
+        values = {name: (there[name],) if each is None else each for name, each in vars(self).items()}
         for name, each in values.items():
             if not each:
                 raise UserError(f"grid.{name}: at least one value expected, found none")
+        # What tells a point from another one, or from MuSe with nothing exact.
+        base_values = there | _NOTHING_EXACT
+        named = [name for name, each in values.items() if {*each, base_values[name]} != {each[0]}]
         for combination in itertools.product(*values.values()):
+            changes: dict[str, Any] = dict(zip(values, combination, strict=True))
+            name = ", ".join(f"{name} {_in_words(changes[name])}" for name in named)
+            layers, heads = (changes.pop(name) for name in _NOTHING_EXACT)
             try:
-                changes: dict[str, Any] = dict(zip(values, combination, strict=True))
-                layers, heads = (changes.pop(name) for name in _BESIDE_OPTIONS)
-                yield replace(base, **changes), layers, heads
+                point = replace(base, **changes)
             except ValueError as error:
                 raise UserError(f"grid: {error}") from None
-
-    def varied(self, base: MuseOptions) -> list[str]:
-        """The options that tell a point from another one or from `base`."""
-        without = asdict(base) | _BESIDE_OPTIONS
-        return [name for name, each in self._values().items() if {*each, without[name]} != {each[0]}]
-
-    def _values(self) -> dict[str, tuple[Any, ...]]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+            yield name, point, layers, heads
 
 
 def make_settings(
@@ -117,10 +123,11 @@ def make_settings(
         exact_window: the window that the model's own attention has; None: it sees everything.
         grid: None: no sweep.
         num_layers, num_kv_heads: of the model.
-        exact_layers, exact_heads: of the second ones, as in `model`. If nothing or everything is exact, these are left
-            out.
+        exact_layers, exact_heads: of the second ones, as in `model`. If no layer and no head is exact, or all layers
+            are, these are left out.
     Raises:
-        UserError: an option that is not a recipe's, or a value that is not accepted.
+        UserError: an option that is not a recipe's, or a value that is not accepted, such as so many exact heads that
+            nothing is left.
     """
     for name in _OF_THE_LAYER:
         if getattr(muse, name) != getattr(MuseOptions(), name):
@@ -155,20 +162,28 @@ def make_settings(
     again = [with_heads(each, exact_heads, option="exact_heads") for each in again]
     named = [f"exact {', '.join(map(str, exact_layers))}"] if exact_layers else []
     named += [f"{exact_heads} exact head{'s' * (exact_heads != 1)}"] if exact_heads else []
-    if 0 < len(again[0].exact_layer_numbers(num_layers)) * num_kv_heads + exact_heads < num_layers * num_kv_heads:
+    left = num_layers * num_kv_heads - again[0].num_exact(num_layers, num_kv_heads)
+    if exact_heads and not left:
+        raise UserError(
+            f"exact_heads: {exact_heads} found, which leaves nothing to approximate; accepted with exact_layers "
+            f"{[*exact_layers]}: 0 to {exact_heads - 1}"
+        )
+    if named and left:
         settings += [replace(each, name="; ".join([each.name, *named]), muse=None) for each in again]
     if grid is None:
         return settings
     there = {(each.exact_layers, each.exact_heads) for each in settings}
-    for point, layers, heads in grid.points(muse):
-        if point == muse and (layers, heads) in there:
-            continue
-        values = asdict(point) | {"exact_layers": list(layers), "exact_heads": heads}
-        name = ", ".join(f"{option} {values[option]}" for option in grid.varied(muse))
+    for name, point, layers, heads in grid.points(muse, exact_layers if left else (), exact_heads if left else 0):
         swept = with_exact(_muse_setting(name, point), layers, option="grid.exact_layers")
         swept = with_heads(swept, heads, option="grid.exact_heads")
-        settings.append(replace(swept, is_swept=True))
+        is_row = point == muse and (layers, heads) in there
+        if not is_row and swept.num_exact(num_layers, num_kv_heads) < num_layers * num_kv_heads:
+            settings.append(replace(swept, is_swept=True))
     return settings
+
+
+def _in_words(value: Any) -> str:
+    return str([*value]) if isinstance(value, tuple) else str(value)
 
 
 def _with_exact_layers(

@@ -58,10 +58,9 @@ def test_every_setting_is_timed(llama: Llama, blocks: Blocks, settings: list[Set
 
 
 def test_exact_layers_cost_what_exact_attention_costs(llama: Llama, blocks: Blocks) -> None:
-    grid = Grid(
-        chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(MUSE.top_k,), exact_layers=((), (-1,), (0, 1))
-    )
+    grid = Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(MUSE.top_k,), exact_layers=((), (-1,)))
     settings = make_settings(MUSE, 12, None, grid, LAYERS, KV_HEADS)
+    settings.append(replace(settings[-1], name="all", attention=Dense, exact_layers=(0, 1)))
     dense, muse, half, all_exact = (settings[i] for i in (0, 1, 4, 5))
     pairs = [costs.pairs(each, blocks.batches, LAYERS) for each in (dense, muse, half, all_exact)]
     assert pairs[3] == pairs[0] > pairs[2] == pytest.approx((pairs[0] + pairs[1]) / 2)

@@ -80,10 +80,10 @@ def test_the_overlay_is_the_setting() -> None:
 
 
 def test_an_overlay_with_exact_layers() -> None:
-    grid = Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(MUSE.top_k,), exact_layers=((), (0, -1)))
+    grid = Grid(chunk=(16,), query_cluster=(8,), key_cluster=(4,), top_k=(MUSE.top_k,), exact_layers=((), (-1,)))
     chosen = found(make_settings(MUSE, 12, None, grid, LAYERS, KV_HEADS)[-1], 0.0, None, 0.5)
     text = overlay(chosen, {"command": "muse compare --sweep=true", "seq_len": 96})
-    assert yaml.safe_load(text)["model"]["exact_layers"] == [0, -1] == chosen.record()["exact_layers"]
+    assert yaml.safe_load(text)["model"]["exact_layers"] == [-1] == chosen.record()["exact_layers"]
 
 
 def test_an_overlay_with_exact_heads() -> None:

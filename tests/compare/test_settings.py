@@ -88,12 +88,32 @@ def test_all_once_more_with_exact_heads() -> None:
     assert make_settings(MUSE, 12, None, None, 3, KV_HEADS, (), 1)[4].name == "Muse; 1 exact head"
 
 
-@pytest.mark.parametrize(
-    ("layers", "count"), [((), 0), ((), LAYERS * KV_HEADS), ((0, 1), 0), ((0, -LAYERS), (LAYERS - 1) * KV_HEADS)]
-)
-def test_not_where_no_head_or_every_head_would_be_exact(layers: tuple[int, ...], count: int) -> None:
-    assert LAYERS == 2
-    assert len(make_settings(MUSE, 12, None, None, LAYERS, KV_HEADS, layers, count)) == 4
+@pytest.mark.parametrize(("layers", "count"), [((), LAYERS * KV_HEADS), ((0, -LAYERS), (LAYERS - 1) * KV_HEADS)])
+def test_heads_that_leave_nothing_are_refused(layers: tuple[int, ...], count: int) -> None:
+    said = (
+        rf"^exact_heads: {count} found, which leaves nothing to approximate; accepted with exact_layers \[.*\]: 0 to "
+    )
+    with pytest.raises(UserError, match=said + str(count - 1)):
+        make_settings(MUSE, 12, None, None, LAYERS, KV_HEADS, layers, count)
+    assert len(make_settings(MUSE, 12, None, None, LAYERS, KV_HEADS, layers, count - 1)) == 7
+
+
+def test_a_grid_is_of_what_is_asked_for_beside_it() -> None:
+    muse = replace(MUSE, query_cluster=4, key_cluster=8, summary_cluster=16)
+    [swept] = make_settings(muse, 12, None, Grid(chunk=(32,), top_k=(2,)), 3, KV_HEADS, (0,), 1)[7:]
+    assert swept.name == "chunk 32, top_k 2, exact_layers [0], exact_heads 1"
+    assert swept.muse is not None
+    assert [swept.muse[name] for name in ("query_cluster", "key_cluster", "summary_cluster")] == [4, 8, 16]
+    assert (swept.exact_layers, swept.exact_heads) == ((0,), 1)
+    # Where all layers would be exact, none is.
+    [swept] = make_settings(muse, 12, None, Grid(chunk=(32,), top_k=(2,)), 2, KV_HEADS, (0, -1))[4:]
+    assert (swept.name, swept.exact_layers) == ("chunk 32, top_k 2", ())
+
+
+def test_a_grid_leaves_out_what_approximates_nothing() -> None:
+    grid = Grid(chunk=(16,), top_k=(1,), exact_layers=((), (0,)), exact_heads=(0, KV_HEADS))
+    swept = make_settings(MUSE, 12, None, grid, LAYERS, KV_HEADS)[4:]
+    assert [(each.exact_layers, each.exact_heads) for each in swept] == [((), KV_HEADS), ((0,), 0)]
 
 
 def test_a_grid_of_exact_heads() -> None:
