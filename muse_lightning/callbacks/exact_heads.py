@@ -9,6 +9,7 @@ from torch import Tensor
 from muse_lightning.attention.partly_exact import ROUNDING, choose_heads
 from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
+from muse_lightning.training.exact_heads import evenly_spread, in_words
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.module import LanguageModel
 
@@ -22,7 +23,8 @@ class ExactHeads(L.Callback):
     attention adds there (`errors_by_head`), mean over all ranks. Of equal errors, and of those that rounding may be,
     those stay that are exact already. As long as there are no others, as in the short pieces of `ContextWarmup`, it
     looks ten times as often. A checkpoint has the choice. Says each other choice in a line and logs
-    `muse/exact_heads_layer_*`, the number of exact heads in each layer. Does nothing where `model.exact_heads` is 0.
+    `muse/exact_heads_layer_*`, the number of exact heads in each layer; a training that ends without a choice says so.
+    Chooses nothing where `model.exact_heads` is 0 or all heads.
 
     Args:
         every_n_steps: optimizer steps between two choices, the first before the first step.
@@ -38,10 +40,11 @@ class ExactHeads(L.Callback):
             raise UserError(f"ExactHeads: every_n_steps is {every_n_steps}; accepted: at least 1")
         self.every_n_steps = every_n_steps
         self._last_step = -1
+        self._erred_nowhere = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A new training: its first step may have the number of one before."""
-        self._last_step = -1
+        self._last_step, self._erred_nowhere = -1, False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor], batch_idx: int
@@ -57,14 +60,14 @@ class ExactHeads(L.Callback):
         with trainer.precision_plugin.forward_context():
             errors = errors_by_head(pl_module.llama, batch["input_ids"], batch.get("cu_seqlens"))
         errors = trainer.strategy.reduce(errors, reduce_op="mean")
-        if not errors.isfinite().all() or errors.max() <= ROUNDING:
+        self._erred_nowhere = bool(errors.max() <= ROUNDING)
+        if not errors.isfinite().all() or self._erred_nowhere:
             return
         before, was_chosen = pl_module.chosen_heads, pl_module.are_heads_chosen
         choose_heads(pl_module.partly_exact, errors)
         pl_module.are_heads_chosen = True
         if pl_module.chosen_heads != before or not was_chosen:
-            by_layer = (f"{layer}: {heads}" for layer, heads in pl_module.chosen_heads.items() if heads)
-            rank_zero_info(f"step {step}: exact key-value heads by layer: {', '.join(by_layer)}")
+            rank_zero_info(f"step {step}: {in_words(pl_module.chosen_heads)}")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -78,7 +81,16 @@ class ExactHeads(L.Callback):
             count = len(strategy.heads) if is_partly else strategy.num_kv_heads
             pl_module.log(f"muse/exact_heads_layer_{strategy.layer_idx}", float(count))
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so where there was nothing to choose by."""
+        assert isinstance(pl_module, LanguageModel)
+        if self._erred_nowhere and not pl_module.are_heads_chosen and _attends_partly_exact(pl_module):
+            rank_zero_info(
+                f"model.exact_heads: no head was chosen, for attention erred nowhere; {evenly_spread(pl_module)}; rows "
+                "(data.seq_len) and documents of at most exact_below tokens are attended exactly"
+            )
+
 
 def _attends_partly_exact(model: LanguageModel) -> bool:
-    """Whether there are exact heads, and `ExactTail` has not replaced all of them."""
-    return any(block.self_attn.attention in model.partly_exact for block in model.llama.blocks)
+    """Whether there are exact heads beside others, and `ExactTail` has not replaced all of them."""
+    return model.has_choice and any(block.self_attn.attention in model.partly_exact for block in model.llama.blocks)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in, is_exact, layer_numbers
+from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in, layer_numbers
 from muse_lightning.attention.partly_exact import partly_exact_in
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
@@ -31,6 +31,7 @@ from muse_lightning.parallelize import (
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.checks import check_ranges, check_sizes
+from muse_lightning.training.exact_heads import say_if_spread, take_choice
 from muse_lightning.training.log_step import counting_as_after, ends_step, is_log_step
 from muse_lightning.training.loss import next_token_nats, total_nats
 from muse_lightning.training.muon import check_strategy
@@ -201,6 +202,11 @@ class LanguageModel(L.LightningModule):
         """The key-value heads that are exact, by the number of a layer of which some may be."""
         return {strategy.layer_idx: list(strategy.heads) for strategy in self.partly_exact}
 
+    @property
+    def has_choice(self) -> bool:
+        """Whether some of these heads are exact, and others of the same layers not."""
+        return any(len(strategy.heads) < strategy.num_kv_heads for strategy in self.partly_exact)
+
     def choose_heads(self, heads: Mapping[int, Sequence[int]]) -> None:
         """Make others exact: `heads` as in `chosen_heads`."""
         for strategy in self.partly_exact:
@@ -339,6 +345,7 @@ class LanguageModel(L.LightningModule):
 
     def on_predict_start(self) -> None:
         self.load_weights_once()
+        say_if_spread(self)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Log-likelihood of every label, float32 [B, N], 0 where there is none, beside the labels themselves."""
@@ -346,11 +353,7 @@ class LanguageModel(L.LightningModule):
 
     def _start_evaluation(self) -> None:
         self.load_weights_once()
-        if self.partly_exact and not self.are_heads_chosen and self.trainer.state.fn != TrainerFn.FITTING:
-            rank_zero_info(
-                f"model.exact_heads: {self.exact_heads} heads are exact, evenly spread; a training's choice comes with "
-                "its checkpoint (--ckpt_path), for as many heads in the same layers"
-            )
+        say_if_spread(self)
         token_bytes = getattr(getattr(self.trainer, "datamodule", None), "token_bytes", None)
         self._token_bytes = None if token_bytes is None else token_bytes.to(self.device)
 
@@ -405,17 +408,7 @@ class LanguageModel(L.LightningModule):
         elif self._trainer is not None:
             self._until_teardown.enter_context(counting_as_after(self.trainer, checkpoint.get("global_step", 0)))
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
-        heads = checkpoint.get("exact_heads", {})
-        if heads and heads.keys() == self.chosen_heads.keys() and sum(map(len, heads.values())) == self.exact_heads:
-            self.choose_heads(heads)
-        elif heads and not all(
-            is_exact(each.self_attn.attention, self.config.sliding_window) for each in self.llama.blocks
-        ):
-            count = sum(map(len, heads.values()))
-            rank_zero_info(
-                f"checkpoint{f' {path}' if path else ''}: {count} exact heads of its training are not used; they are "
-                f"for model.exact_heads={count} and its model.exact_layers"
-            )
+        take_choice(self, checkpoint.get("exact_heads", {}), self._trainer)
         self._are_weights_due = False
 
 

@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from muse_lightning.attention import Dense
+from muse_lightning.attention import AttentionStrategy, Dense, Muse
 from muse_lightning.callbacks import AttentionError, ContextWarmup, ExactHeads, ExactTail
 from muse_lightning.errors import NumericsError, UserError
 from muse_lightning.measure.attention_error import errors_by_head
 from muse_lightning.numerics.failed_step import KEY
 from muse_lightning.numerics.guard import NumericsGuard
 from muse_lightning.training.module import LanguageModel
-from tests.tiny import TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
+from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
 KV_HEADS = 2
 
@@ -28,7 +28,7 @@ def heads_of(model: LanguageModel) -> list[tuple[int, ...]]:
 def sharp_model(**options: Any) -> LanguageModel:
     """Its first layer's second key-value head and its second layer's first look for single tokens; the others attend to
     everything alike, as fresh weights do, where an approximation loses nothing."""
-    model = tiny_model(attention=tiny_muse, **({"exact_heads": 2, "learning_rate": 1e-9} | options))
+    model = tiny_model(**({"attention": tiny_muse, "exact_heads": 2, "learning_rate": 1e-9} | options))
     torch.manual_seed(0)
     model.configure_model()
     for block, sharp in zip(model.llama.blocks, (1, 0), strict=True):
@@ -224,39 +224,124 @@ def test_a_checkpoint_of_the_tail_has_the_choice_before_it(tmp_path: Path) -> No
     assert validated(tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "b", path) == [(1,), (0,)]
 
 
-def test_an_evaluation_without_a_choice_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr("muse_lightning.training.module.rank_zero_info", lines.append)
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said of exact heads."""
+    found: list[str] = []
+    for module in ("training", "callbacks"):
+        monkeypatch.setattr(f"muse_lightning.{module}.exact_heads.rank_zero_info", found.append)
+    return found
+
+
+VERBS = pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+
+
+def evaluate(verb: str, model: LanguageModel, folder: Path, ckpt_path: Path | None = None) -> None:
+    options = {} if verb == "predict" else {"verbose": False}
+    getattr(tiny_trainer(folder), verb)(model, TinyData([], batches(1)), ckpt_path=ckpt_path, **options)
+
+
+@VERBS
+@pytest.mark.parametrize(("count", "are"), [(1, "1 head is"), (2, "2 heads are")])
+def test_an_evaluation_without_a_checkpoint_says_that_heads_are_spread(
+    tmp_path: Path, lines: list[str], verb: str, count: int, are: str
+) -> None:
     path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
-    said = "model.exact_heads: 2 heads are exact, evenly spread; "
-    for weights, ckpt_path, is_said in ((path, None, True), (None, path, False)):
+    said = (
+        f"model.exact_heads: {are} exact, evenly spread; a training's choice comes with its checkpoint (--ckpt_path), "
+        "for as many heads in the same layers"
+    )
+    for weights in (path, None):
         lines.clear()
-        model = tiny_model(attention=tiny_muse, exact_heads=2, weights=weights)
-        validated(model, tmp_path / str(is_said), ckpt_path)
-        assert any(line.startswith(said) for line in lines) == is_said
+        model = tiny_model(attention=tiny_muse, exact_heads=count, weights=weights)
+        evaluate(verb, model, tmp_path / str(weights is None))
+        assert lines == [said]
+
+
+@VERBS
+def test_an_evaluation_says_which_heads_its_checkpoint_has(tmp_path: Path, lines: list[str], verb: str) -> None:
+    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
+    assert lines == ["step 0: exact key-value heads by layer: 0: [1], 1: [0]"]
+    lines.clear()
+    evaluate(verb, tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
+    assert lines == ["model.exact_heads: exact key-value heads by layer: 0: [1], 1: [0], as the checkpoint has them"]
+
+
+def test_layers_without_exact_heads_are_not_named(tmp_path: Path, lines: list[str]) -> None:
+    model = tiny_model(attention=tiny_muse, exact_heads=2)
+    model.choose_heads({0: [], 1: [0, 1]})
+    path = checkpoint_of(model, tmp_path)
+    validated(tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
+    assert lines == ["model.exact_heads: exact key-value heads by layer: 1: [0, 1], as the checkpoint has them"]
+
+
+@VERBS
+@pytest.mark.parametrize("is_older", [False, True])
+def test_an_evaluation_says_that_its_checkpoint_has_no_choice(
+    tmp_path: Path, lines: list[str], verb: str, is_older: bool
+) -> None:
+    path = checkpoint_of(tiny_model(attention=tiny_muse, exact_heads=2), tmp_path)
+    if is_older:
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["exact_heads"]
+        torch.save(checkpoint, path)
+    evaluate(verb, tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
+    assert lines == [
+        f"model.exact_heads: 2 heads are exact, evenly spread; checkpoint {path} has no choice of its training"
+    ]
 
 
 @pytest.mark.parametrize(
-    ("options", "is_said"),
+    ("options", "here"),
     [
-        ({"exact_heads": 2}, False),
-        ({"exact_heads": 0}, True),
-        ({"exact_heads": 1, "exact_layers": (0,)}, True),
-        ({"attention": Dense}, False),
+        ({"exact_heads": 0}, "none here"),
+        ({"exact_heads": 3}, "3 heads of layers 0, 1 here, evenly spread"),
+        ({"exact_heads": 1, "exact_layers": (0,)}, "1 head of layer 1 here, evenly spread"),
     ],
 )
-def test_an_evaluation_by_others_than_the_checkpoints_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], is_said: bool
+def test_an_evaluation_by_others_than_the_checkpoints_names_both(
+    tmp_path: Path, lines: list[str], options: dict[str, Any], here: str
 ) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr("muse_lightning.training.module.rank_zero_info", lines.append)
     path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
-    validated(tiny_model(**({"attention": tiny_muse} | options)), tmp_path / "other", path)
-    said = (
-        f"checkpoint {path}: 2 exact heads of its training are not used; they are for model.exact_heads=2 and its "
-        "model.exact_layers"
-    )
-    assert (said in lines) == is_said
+    lines.clear()
+    validated(tiny_model(attention=tiny_muse, **options), tmp_path / "other", path)
+    assert lines == [
+        f"checkpoint {path}: the exact heads of its training are not used: 2 heads of layers 0, 1 there, {here} "
+        "(model.exact_heads, model.exact_layers)"
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exact_heads": 4},
+        {"exact_heads": 2, "exact_layers": (0,)},
+        {"attention": Dense},
+        {"attention": Dense, "exact_heads": 2},
+        {"exact_layers": (0, 1)},
+    ],
+)
+def test_nothing_is_said_where_everything_is_exact(tmp_path: Path, lines: list[str], options: dict[str, Any]) -> None:
+    chosen = checkpoint_of(sharp_model(), tmp_path / "chosen", ExactHeads())
+    alike = checkpoint_of(tiny_model(**({"attention": tiny_muse} | options)), tmp_path / "alike")
+    lines.clear()
+    for path in (chosen, alike, None):
+        validated(tiny_model(**({"attention": tiny_muse} | options)), tmp_path / "other", path)
+    assert lines == []
+
+
+def test_a_fit_says_only_what_is_not_used(tmp_path: Path, lines: list[str]) -> None:
+    """Of what a checkpoint lacks, or of heads that it goes on with: it will choose."""
+    chosen = checkpoint_of(sharp_model(), tmp_path / "chosen", ExactHeads())
+    unchosen = checkpoint_of(sharp_model(), tmp_path / "unchosen")
+    lines.clear()
+    for number, (path, count) in enumerate([(None, 2), (chosen, 2), (unchosen, 2), (chosen, 1)]):
+        trainer = tiny_trainer(tmp_path / str(number), max_steps=2)
+        trainer.fit(sharp_model(exact_heads=count), TinyData(batches(2), batches(1)), ckpt_path=path)
+    assert lines == [
+        f"checkpoint {chosen}: the exact heads of its training are not used: 2 heads of layers 0, 1 there, 1 head of "
+        "layers 0, 1 here (model.exact_heads, model.exact_layers)"
+    ]
 
 
 def test_another_training_chooses_anew(tmp_path: Path) -> None:
@@ -275,16 +360,71 @@ def test_exact_attention_has_no_heads_beside_it(tmp_path: Path) -> None:
     assert not [tag for tag in scalars(trainer) if tag.startswith("muse/")]
 
 
-def test_where_nothing_is_approximated_nothing_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_is_approximated_nothing_is_chosen(tmp_path: Path, lines: list[str]) -> None:
     """Pieces of 12 tokens are one chunk: what differs is rounding. It looks again soon, and says what it has found."""
-    lines: list[str] = []
-    monkeypatch.setattr("muse_lightning.callbacks.exact_heads.rank_zero_info", lines.append)
     watch, model = Watch(), sharp_model()
     callbacks = [ContextWarmup(steps=6, start=12), ExactHeads(20), watch]
     tiny_trainer(tmp_path, callbacks=callbacks, max_steps=6).fit(model, TinyData(batches(6)))
     spread, chosen = [(0,), (0,)], [(1,), (0,)]
     assert watch.heads == [spread] * 4 + [chosen] * 2
     assert lines == ["step 4: exact key-value heads by layer: 0: [1], 1: [0]"]
+
+
+NOWHERE = (
+    "model.exact_heads: no head was chosen, for attention erred nowhere; 2 heads are exact, evenly spread; rows "
+    "(data.seq_len) and documents of at most exact_below tokens are attended exactly"
+)
+
+
+def muse_below(layer: int) -> AttentionStrategy:
+    """MuSe that approximates nothing at SEQ_LEN."""
+    return Muse(layer, chunk=16, query_cluster=4, key_cluster=4, top_k=1, exact_below=SEQ_LEN)
+
+
+@pytest.mark.parametrize(
+    ("options", "callbacks", "is_said"),
+    [
+        ({}, [], True),
+        ({}, [ExactTail(0.9)], False),  # exact in every layer
+        ({"exact_heads": 4}, [], False),
+        ({"exact_heads": 0}, [], False),
+        ({"attention": tiny_muse}, [], False),  # there is a choice
+    ],
+)
+def test_a_fit_that_never_chose_says_so(
+    tmp_path: Path, lines: list[str], options: dict[str, Any], callbacks: list[L.Callback], is_said: bool
+) -> None:
+    model = sharp_model(**({"attention": muse_below} | options))
+    tiny_trainer(tmp_path, callbacks=[ExactHeads(), *callbacks]).fit(model, TinyData(batches(4), batches(1)))
+    assert (NOWHERE in lines) == is_said
+    assert sum("no head was chosen" in line for line in lines) == is_said
+
+
+def test_a_fit_that_never_looked_says_nothing_of_errors(tmp_path: Path, lines: list[str]) -> None:
+    path = checkpoint_of(sharp_model(), tmp_path, steps=3)
+    callback = ExactHeads(100)  # looks at every tenth step
+    model = sharp_model(attention=muse_below)
+    tiny_trainer(tmp_path / "before", callbacks=[callback], max_steps=1).fit(model, TinyData(batches(1)))
+    assert lines == [NOWHERE]
+    lines.clear()
+    trainer = tiny_trainer(tmp_path / "rest", callbacks=[callback], max_steps=6)
+    trainer.fit(sharp_model(), TinyData(batches(6)), ckpt_path=path)
+    assert lines == []
+
+
+def test_a_fit_that_has_a_choice_does_not_say_that_it_has_none(tmp_path: Path, lines: list[str]) -> None:
+    """The weights, or the last pieces, may be such that attention does not err any more."""
+    model = sharp_model(attention=muse_below)
+    model.choose_heads({0: [1], 1: [0]})
+    tiny_trainer(tmp_path, callbacks=[ExactHeads()], max_steps=1).fit(model, TinyData(batches(1)))
+    assert lines == []
+
+
+def test_where_all_heads_are_exact_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("muse_lightning.callbacks.exact_heads.errors_by_head")
+    trainer = tiny_trainer(tmp_path, callbacks=[ExactHeads()], max_steps=1)
+    trainer.fit(sharp_model(exact_heads=4), TinyData(batches(1)))
+    assert scalars(trainer)["muse/exact_heads_layer_1"] == [(0, 2.0)]
 
 
 def test_a_checkpoint_without_a_choice_has_none(tmp_path: Path) -> None:
@@ -296,13 +436,16 @@ def test_a_checkpoint_without_a_choice_has_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nothing_is_chosen_by_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_nothing_is_chosen_by_what_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], value: float
+) -> None:
     errors = torch.tensor([[0.0, value], [0.0, 0.0]])
     monkeypatch.setattr("muse_lightning.callbacks.exact_heads.errors_by_head", lambda *_: errors)
     model = sharp_model()
     tiny_trainer(tmp_path, callbacks=[ExactHeads()], max_steps=1).fit(model, TinyData(batches(1)))
     assert heads_of(model) == [(0,), (0,)]
     assert not model.are_heads_chosen
+    assert lines == []  # it did err
 
 
 def test_a_step_to_replay_has_its_own_heads(tmp_path: Path) -> None:
