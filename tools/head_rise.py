@@ -222,9 +222,10 @@ def main(args: Sequence[str] | None = None) -> None:
     left = {}
     for name, is_exact in make_choices(measures, options.counts, options.exact_layers).items():
         rise = heads.nats(is_exact) - base
-        deviation = rise.std().item() / len(rise) ** 0.5
-        left[name] = {"rise": rise.mean().item(), "standard_error": deviation, "exact": is_exact.int().tolist()}
-        print(f"{name:28s} {rise.mean():+.5f} ± {deviation:.5f}  {is_exact.sum(1).tolist()} exact", flush=True)
+        error = rise.std().item() / len(rise) ** 0.5 if len(rise) > 1 else None
+        left[name] = {"rise": rise.mean().item(), "standard_error": error, "exact": is_exact.int().tolist()}
+        spread = "" if error is None else f" ± {error:.5f}"
+        print(f"{name:28s} {rise.mean():+.5f}{spread}  {is_exact.sum(1).tolist()} exact", flush=True)
     print_agreement(measures)
     record = {
         "model": str(options.model),

@@ -133,6 +133,15 @@ def test_the_report(
     assert both_layers == pytest.approx(0, abs=1e-6)  # of two layers
 
 
+def test_one_block_has_no_standard_error(
+    folder: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(arguments(folder, dataset, tmp_path / "heads.json", counts=[1], blocks=[1]))
+    choices = json.loads((tmp_path / "heads.json").read_text())["choices"]
+    assert [each["standard_error"] for each in choices.values()] == [None] * len(choices)
+    assert "nan" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("layers", "exact_layers", "counts"), [(5, [], [4, 8]), (5, [0], [4]), (4, [], [4]), (4, [0, -1], [])]
 )
