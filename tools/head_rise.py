@@ -33,7 +33,7 @@ import yaml
 from torch import Tensor
 
 from muse_lightning.attention import Dense, Muse, layer_numbers
-from muse_lightning.attention.partly_exact import ROUNDING, PartlyExact
+from muse_lightning.attention.partly_exact import PartlyExact, beyond_rounding
 from muse_lightning.compare.blocks import Blocks, read_blocks
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError, one_line
@@ -194,7 +194,7 @@ def make_choices(measures: dict[str, Tensor], counts: Sequence[int], exact_layer
 
 def print_agreement(measures: dict[str, Tensor]) -> None:
     """How well each measure foretells the rise, and its values, where attention errs at all."""
-    if measures["of layer"].max() <= ROUNDING:
+    if not beyond_rounding(measures["of layer"]).any():
         print("no head errs: MuSe attends these blocks exactly (exact_below), and nothing can be told of heads")
         return
     rise = measures["rise"].flatten()

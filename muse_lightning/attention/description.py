@@ -1,6 +1,6 @@
 """The attention of a model in one line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from muse_lightning.attention.base import AttentionStrategy
 from muse_lightning.attention.partly_exact import PartlyExact
@@ -27,6 +27,11 @@ def describe_layers(strategies: Sequence[AttentionStrategy]) -> str:
         exact, heads = (sum(numbers) for numbers in zip(*((len(s.heads), s.num_kv_heads) for s in partly), strict=True))
         said.append(f"{exact} of {heads} key-value heads exact")
     return ", ".join(said)
+
+
+def heads_in_words(heads: Mapping[int, Sequence[int]]) -> str:
+    """Key-value heads of layers that have some: "0: [1], 4: [0, 2]"."""
+    return ", ".join(f"{layer}: {list(each)}" for layer, each in heads.items() if each)
 
 
 def kind_of(strategy: AttentionStrategy) -> str:

@@ -11,7 +11,8 @@ from muse_lightning.attention.exact import exact_attention, is_exact
 from muse_lightning.errors import UserError
 
 ROUNDING = 1e-4
-"""A relative squared error that equal outputs may have: in bfloat16 they are rounded to 2^-9, whose square is 4e-6."""
+"""A relative squared error that equal outputs of a layer may have, in parts of which each head has its own: in bfloat16
+they are rounded to 2^-9, whose square is 4e-6."""
 
 
 class PartlyExact(AttentionStrategy):
@@ -163,14 +164,19 @@ def spread_heads(
     return {layer: tuple(each) for layer, each in heads.items()}
 
 
+def beyond_rounding(errors: Tensor) -> Tensor:
+    """`errors` [layers, num_kv_heads], shares of what their layer adds, or 0 where they may be rounding."""
+    return errors.where(errors > ROUNDING / errors.shape[1], 0.0)
+
+
 def choose_heads(strategies: Sequence[PartlyExact], errors: Tensor) -> None:
     """Make as many heads exact as are exact now: those with the largest errors; of equal ones those that are already.
 
     Args:
         strategies: of all layers of a model that have one.
-        errors: [layers, num_kv_heads], of `strategies`. Up to `ROUNDING` they count as none.
+        errors: [layers, num_kv_heads], of `strategies`, as `errors_by_head` measures them.
     """
-    errors = errors.where(errors > ROUNDING, 0.0)
+    errors = beyond_rounding(errors)
     are_exact = torch.zeros_like(errors, dtype=torch.bool)
     for layer, strategy in enumerate(strategies):
         are_exact[layer, list(strategy.heads)] = True

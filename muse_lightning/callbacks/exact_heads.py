@@ -6,10 +6,11 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from muse_lightning.attention.partly_exact import ROUNDING, choose_heads
+from muse_lightning.attention.description import heads_in_words
+from muse_lightning.attention.partly_exact import beyond_rounding, choose_heads
 from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
-from muse_lightning.training.exact_heads import evenly_spread, in_words
+from muse_lightning.training.exact_heads import evenly_spread
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.module import LanguageModel
 
@@ -60,14 +61,15 @@ class ExactHeads(L.Callback):
         with trainer.precision_plugin.forward_context():
             errors = errors_by_head(pl_module.llama, batch["input_ids"], batch.get("cu_seqlens"))
         errors = trainer.strategy.reduce(errors, reduce_op="mean")
-        self._erred_nowhere = bool(errors.max() <= ROUNDING)
-        if not errors.isfinite().all() or self._erred_nowhere:
+        is_finite = bool(errors.isfinite().all())
+        self._erred_nowhere = is_finite and not beyond_rounding(errors).any()
+        if not is_finite or self._erred_nowhere:
             return
         before, was_chosen = pl_module.chosen_heads, pl_module.are_heads_chosen
         choose_heads(pl_module.partly_exact, errors)
         pl_module.are_heads_chosen = True
         if pl_module.chosen_heads != before or not was_chosen:
-            rank_zero_info(f"step {step}: {in_words(pl_module.chosen_heads)}")
+            rank_zero_info(f"step {step}: exact key-value heads by layer: {heads_in_words(pl_module.chosen_heads)}")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from muse_lightning.attention.description import heads_in_words
 from muse_lightning.compare.results import Found, is_muse
 from muse_lightning.measure.bench.report import NONE, Row, machine_line, markdown
 
@@ -59,10 +60,6 @@ def page(header: Mapping[str, Any], found: Sequence[Found], said: Sequence[str])
     return "\n\n".join(sections) + "\n"
 
 
-def _in_words(heads: Mapping[int, Sequence[int]]) -> str:
-    return ", ".join(f"{layer}: {list(each)}" for layer, each in heads.items() if each)
-
-
 def _rise(found: Found) -> str:
     rise, error = found.rise
     return f"{rise:+.4f}" + ("" if error is None else f" ± {error:.4f}")
@@ -89,7 +86,7 @@ def advice(
         path: of the overlay that trains with the recommended setting.
     """
     said = [
-        f"Exact key-value heads of {each.setting.name}, by layer: {_in_words(each.setting.heads)}."
+        f"Exact key-value heads of {each.setting.name}, by layer: {heads_in_words(each.setting.heads)}."
         for each in found
         if any(each.setting.heads.values()) and not each.setting.is_swept and not each.is_exact
     ]

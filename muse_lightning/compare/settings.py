@@ -95,7 +95,7 @@ class Grid:
         named = [name for name, each in values.items() if {*each, base_values[name]} != {each[0]}]
         for combination in itertools.product(*values.values()):
             changes: dict[str, Any] = dict(zip(values, combination, strict=True))
-            name = ", ".join(f"{name} {_in_words(changes[name])}" for name in named)
+            name = ", ".join(f"{name} {_shown(changes[name])}" for name in named)
             layers, heads = (changes.pop(name) for name in _NOTHING_EXACT)
             try:
                 point = replace(base, **changes)
@@ -182,7 +182,7 @@ def make_settings(
     return settings
 
 
-def _in_words(value: Any) -> str:
+def _shown(value: Any) -> str:
     return str([*value]) if isinstance(value, tuple) else str(value)
 
 

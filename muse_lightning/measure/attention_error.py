@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from muse_lightning.attention import exact_attention
 from muse_lightning.attention.partly_exact import PartlyExact
@@ -60,24 +61,28 @@ def squares_added(attention: SelfAttention, out: Tensor, groups: int) -> Tensor:
         out: [B, H, N, D].
         groups: into how many groups of neighbours the heads are parted: num_kv_heads, or 1 for all heads together.
     Returns:
-        float32 [groups].
+        float32 (float64 for float64) [groups].
     """
     parts = out.transpose(1, 2).flatten(2).chunk(groups, 2), attention.o_proj.weight.chunk(groups, 1)
-    return torch.stack([F.linear(part, weight).float().square().sum() for part, weight in zip(*parts, strict=True)])
+    added = (F.linear(part, weight) for part, weight in zip(*parts, strict=True))
+    # Unlike squares in float32, this makes no copy.
+    return torch.stack([vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in added]).square()
 
 
 @torch.no_grad()
 def errors_by_head(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """What key-value heads would do wrong in layers of which some heads are exact, if these were not.
 
-    Of what is cheap to measure, this foretells best which heads' approximation costs the loss most; the relative
-    squared error of a head's outputs does not (benchmarks/results/2026-11-30_h200_exact-heads.md).
+    Where it was measured, this found the one head whose approximation cost the loss most, by far, and agreed with the
+    others' cost better than the relative squared error of their outputs does; both put the first layer too low
+    (benchmarks/results/2026-11-30_h200_exact-heads.md).
 
     Args:
         model, input_ids, cu_seqlens: as for `attention_errors`.
     Returns:
-        float32 [layers, num_kv_heads], layers as in `partly_exact`: squared norm of what the error of a head adds to
-        the residual stream, over that of what exact attention of all heads of its layer adds; 0 where that is 0.
+        float32 (float64 for float64) [layers, num_kv_heads], layers as in `partly_exact`: squared norm of what the
+        error of a head adds to the residual stream, over that of what exact attention of all heads of its layer adds;
+        0 where that is 0.
     """
     errors: list[Tensor] = []
 
@@ -88,7 +93,7 @@ def errors_by_head(model: Llama, input_ids: Tensor, cu_seqlens: Tensor | None = 
         exact = strategy.exact(*inputs, **options)
         wrong = strategy.others(*inputs, **options) - exact
         lost, added = squares_added(attention, wrong, strategy.num_kv_heads), squares_added(attention, exact, 1)
-        errors.append((lost / added).where(added > 0, 0.0))
+        errors.append((lost / added).where(added != 0, 0.0))  # what is not a number stays so
 
     with ExitStack() as hooks:
         for attention in (block.self_attn for block in model.blocks):

@@ -8,15 +8,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from muse_lightning.attention import is_exact
+from muse_lightning.attention.description import heads_in_words
 
 if TYPE_CHECKING:
     from muse_lightning.training.module import LanguageModel
-
-
-def in_words(heads: Mapping[int, Sequence[int]]) -> str:
-    """The exact heads of each layer that has some."""
-    by_layer = (f"{layer}: {list(those)}" for layer, those in heads.items() if those)
-    return f"exact key-value heads by layer: {', '.join(by_layer)}"
 
 
 def evenly_spread(model: "LanguageModel") -> str:
@@ -48,7 +43,9 @@ def take_choice(model: "LanguageModel", heads: Mapping[int, Sequence[int]], trai
             f"here{', evenly spread' * is_spread} (model.exact_heads, model.exact_layers)"
         )
     elif is_taken and is_evaluation:
-        rank_zero_info(f"model.exact_heads: {in_words(heads)}, as the checkpoint has them")
+        rank_zero_info(
+            f"model.exact_heads: exact key-value heads by layer: {heads_in_words(heads)}, as the checkpoint has them"
+        )
     elif is_spread:
         rank_zero_info(f"model.exact_heads: {evenly_spread(model)}; {checkpoint} has no choice of its training")
 

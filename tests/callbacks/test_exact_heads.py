@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from muse_lightning.attention import AttentionStrategy, Dense, Muse
+from muse_lightning.attention.partly_exact import ROUNDING
 from muse_lightning.callbacks import AttentionError, ContextWarmup, ExactHeads, ExactTail
 from muse_lightning.errors import NumericsError, UserError
 from muse_lightning.measure.attention_error import errors_by_head
@@ -446,6 +447,24 @@ def test_nothing_is_chosen_by_what_is_not_finite(
     assert heads_of(model) == [(0,), (0,)]
     assert not model.are_heads_chosen
     assert lines == []  # it did err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_error_that_is_not_finite_stays_so(value: float) -> None:
+    model = sharp_model()
+    model.llama.blocks[1].self_attn.v_proj.weight.data.fill_(value)
+    first, second = errors_by_head(model.llama, batches(1)[0]["input_ids"])
+    assert first.isfinite().all()
+    assert second.isnan().all()
+
+
+def test_what_counts_as_rounding_is_shared_by_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, heads in ((0.6 * ROUNDING, [(1,), (0,)]), (0.4 * ROUNDING, [(0,), (0,)])):
+        errors = torch.tensor([[0.0, error], [error, 0.0]])
+        monkeypatch.setattr("muse_lightning.callbacks.exact_heads.errors_by_head", lambda *_, errors=errors: errors)
+        model = sharp_model()
+        tiny_trainer(tmp_path, callbacks=[ExactHeads()], max_steps=1).fit(model, TinyData(batches(1)))
+        assert heads_of(model) == heads
 
 
 def test_a_step_to_replay_has_its_own_heads(tmp_path: Path) -> None:
