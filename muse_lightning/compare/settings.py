@@ -174,12 +174,17 @@ def make_settings(
         return settings
     there = {(each.exact_layers, each.exact_heads) for each in settings}
     for name, point, layers, heads in grid.points(muse, exact_layers if left else (), exact_heads if left else 0):
-        swept = with_exact(_muse_setting(name, point), layers, option="grid.exact_layers")
-        swept = with_heads(swept, heads, option="grid.exact_heads")
+        swept = with_exact(_muse_setting(name, point), layers, option=_asked("exact_layers", grid))
+        swept = with_heads(swept, heads, option=_asked("exact_heads", grid))
         is_row = point == muse and (layers, heads) in there
         if not is_row and swept.num_exact(num_layers, num_kv_heads) < num_layers * num_kv_heads:
             settings.append(replace(swept, is_swept=True))
     return settings
+
+
+def _asked(name: str, grid: Grid) -> str:
+    """The option that says what a point of the grid has of it."""
+    return name if getattr(grid, name) is None else f"grid.{name}"
 
 
 def _shown(value: Any) -> str:

@@ -150,6 +150,11 @@ def test_a_grid_does_not_repeat_them() -> None:
     assert [each.name for each in swept] == ["top_k 2, exact_layers []", "top_k 2, exact_layers [0, -1]"]
 
 
+def test_heads_beside_a_grid_of_layers_are_called_as_they_were_asked_for() -> None:
+    with pytest.raises(UserError, match=r"^exact_heads is 3; accepted: 0 to 2, the key-value heads"):
+        make_settings(MUSE, 12, None, Grid(exact_layers=((0,),)), LAYERS, KV_HEADS, (), 3)
+
+
 def test_exact_layers_that_are_not_there() -> None:
     with pytest.raises(UserError, match="exact_layers names layer 3; accepted: 0 to 2"):
         make_settings(MUSE, 12, None, None, 3, KV_HEADS, (3,))
