@@ -20,7 +20,6 @@ from muse_lightning.numerics.replay import Replay
 from muse_lightning.recipe_cli import ANY_SEQ_LEN, MuseCLI
 from muse_lightning.training.checks import check_trainer
 from muse_lightning.training.levers import Setting, longest_contexts
-from muse_lightning.training.muon import check_strategy
 from muse_lightning.training.recipe_report import recipe_report
 from muse_lightning.training.weights import check_weights
 
@@ -121,9 +120,8 @@ def _run(verb: str, cli: MuseCLI) -> None:
     # Before data is prepared, which may take hours.
     if verb == "fit":
         check_trainer(cli.trainer)
-        if cli.model.optimizer == "muon":
-            check_strategy(cli.trainer.strategy)
-        for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+        cli.model.check_strategy(cli.trainer.strategy)
+        for callback in cli.trainer.checkpoint_callbacks:
             if isinstance(callback, DurableCheckpoint):
                 callback.check_strategy(cli.trainer.strategy)
     if cli.checkpoint is None and cli.model.weights is not None:

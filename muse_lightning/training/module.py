@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -270,9 +271,18 @@ class LanguageModel(L.LightningModule):
 
     # Training
 
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Refuse a strategy that the optimizer cannot have.
+
+        Raises:
+            UserError: names the strategy.
+        """
+        if self.optimizer == "muon":
+            check_strategy(strategy)
+
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.optimizer == "muon":
-            check_strategy(self.trainer.strategy)
+        if stage == "fit":
+            self.check_strategy(self.trainer.strategy)
 
     def teardown(self, stage: str) -> None:
         self._until_teardown.close()

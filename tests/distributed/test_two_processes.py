@@ -59,5 +59,8 @@ def test_shards_equal_replicas(strategy: str, two: dict[str, Any]) -> None:
     sharded, replicas = two[f"{strategy}/adamw"], two["ddp/adamw"]
     for tag, points in replicas["logged"].items():
         assert sharded["logged"][tag] == [(step, pytest.approx(value, rel=1e-5)) for step, value in points], tag
+    # By weights that are gathered for it.
+    assert replicas["errors"][-1].min() > 0
+    torch.testing.assert_close(sharded["errors"], replicas["errors"], rtol=1e-3, atol=1e-9)
     # Rounding again, as above; one step of the learning rate is 1e-2.
     torch.testing.assert_close(sharded["parameters"], replicas["parameters"], atol=1e-4, rtol=0)
