@@ -74,6 +74,10 @@ class ContextWarmup(L.Callback):
             seq_len = batch["input_ids"].shape[1]
             pl_module.log("train/context", float(self.length(trainer.global_step - 1, seq_len)))
 
+    def whole_from(self, seq_len: int) -> int:
+        """The first optimizer step, from 0, with whole rows of `seq_len` tokens."""
+        return self.steps if self.start < seq_len else 0
+
     def length(self, step: int, seq_len: int) -> int:
         """Tokens of a piece in optimizer step `step`, from 0, of rows of `seq_len`."""
         if self.start >= seq_len:

@@ -7,7 +7,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from muse_lightning.attention.description import heads_in_words
-from muse_lightning.attention.partly_exact import beyond_rounding, choose_heads
+from muse_lightning.attention.partly_exact import beyond_rounding, choose_heads, last_heads
+from muse_lightning.callbacks.context_warmup import ContextWarmup
 from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
 from muse_lightning.training.exact_heads import evenly_spread
@@ -22,13 +23,17 @@ class ExactHeads(L.Callback):
     run once more, without gradients, on the batch of the step that follows, and attention without exact heads is
     compared with exact attention, head by head: by what the error adds to the residual stream, over what the layer's
     attention adds there (`errors_by_head`), mean over all ranks. Of equal errors, and of those that rounding may be,
-    those stay that are exact already. As long as there are no others, as in the short pieces of `ContextWarmup`, it
-    looks ten times as often. A checkpoint has the choice. Says each other choice in a line and logs
-    `muse/exact_heads_layer_*`, the number of exact heads in each layer; a training that ends without a choice says so.
-    Chooses nothing where `model.exact_heads` is 0 or all heads.
+    those stay that are exact already; as long as there are no others, it looks ten times as often.
+
+    While `ContextWarmup` cuts rows, it measures nothing: heads that will look far away are not there yet, and those of
+    the last layers are exact, unless a checkpoint has a choice.
+
+    A checkpoint has the choice. Says each other choice in a line and logs `muse/exact_heads_layer_*`, the number of
+    exact heads in each layer; a training that ends without a choice says so. Chooses nothing where `model.exact_heads`
+    is 0 or all heads.
 
     Args:
-        every_n_steps: optimizer steps between two choices, the first before the first step.
+        every_n_steps: optimizer steps between two choices, the first before the first step with whole rows.
     Raises:
         UserError: every_n_steps is below 1.
 
@@ -53,8 +58,16 @@ class ExactHeads(L.Callback):
         """Choose, before the first micro-batch of a step whose turn it is."""
         assert isinstance(pl_module, LanguageModel)
         step = trainer.global_step
+        if step == self._last_step or not _attends_partly_exact(pl_module):
+            return
+        since_whole = step - _first_whole_step(trainer, seq_len=batch["input_ids"].shape[1])
+        if since_whole < 0:
+            if not pl_module.are_heads_chosen:
+                pl_module.choose_heads(last_heads(pl_module.partly_exact))
+                _say(pl_module, f"step {step}, until rows are whole")
+            return
         interval = self.every_n_steps if pl_module.are_heads_chosen else max(1, self.every_n_steps // 10)
-        if step == self._last_step or step % interval or not _attends_partly_exact(pl_module):
+        if since_whole % interval:
             return
         self._last_step = step
         # Callbacks run outside the precision that the step runs in.
@@ -69,7 +82,7 @@ class ExactHeads(L.Callback):
         choose_heads(pl_module.partly_exact, errors)
         pl_module.are_heads_chosen = True
         if pl_module.chosen_heads != before or not was_chosen:
-            rank_zero_info(f"step {step}: exact key-value heads by layer: {heads_in_words(pl_module.chosen_heads)}")
+            _say(pl_module, f"step {step}")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -96,3 +109,13 @@ class ExactHeads(L.Callback):
 def _attends_partly_exact(model: LanguageModel) -> bool:
     """Whether there are exact heads beside others, and `ExactTail` has not replaced all of them."""
     return model.has_choice and any(block.self_attn.attention in model.partly_exact for block in model.llama.blocks)
+
+
+def _first_whole_step(trainer: L.Trainer, seq_len: int) -> int:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer's callback connector
+    warmups = [callback for callback in callbacks if isinstance(callback, ContextWarmup)]
+    return max((warmup.whole_from(seq_len) for warmup in warmups), default=0)
+
+
+def _say(model: LanguageModel, when: str) -> None:
+    rank_zero_info(f"{when}: exact key-value heads by layer: {heads_in_words(model.chosen_heads)}")

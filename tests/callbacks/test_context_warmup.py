@@ -52,6 +52,7 @@ def test_pieces_double_until_rows_are_whole(tmp_path: Path, steps: int, start: i
     watch, _, trainer = fit(tmp_path, [warmup], batches(40, packed=False), log_every_n_steps=1)
     assert watch.seen == [(step, length) for step, length in enumerate(lengths) for _ in range(2)]
     assert [value for _, value in scalars(trainer)["train/context"]] == lengths
+    assert warmup.whole_from(SEQ_LEN) == steps
     assert warmup.length(steps - 1, SEQ_LEN) < SEQ_LEN == warmup.length(steps, SEQ_LEN) == warmup.length(10**9, SEQ_LEN)
 
 
@@ -120,5 +121,6 @@ def test_rows_no_longer_than_the_first_pieces_are_whole(
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         watch, _, _ = fit(tmp_path, [ContextWarmup(8, start)], batches(4, packed=False), max_steps=2)
     assert [length for _, length in watch.seen] == [SEQ_LEN] * 4
+    assert ContextWarmup(8, start).whole_from(SEQ_LEN) == 0
     line = f"ContextWarmup: rows are whole from the first step on; start is {start}, data.seq_len {SEQ_LEN}"
     assert [message for message in caplog.messages if "ContextWarmup" in message] == [line]

@@ -362,13 +362,60 @@ def test_exact_attention_has_no_heads_beside_it(tmp_path: Path) -> None:
 
 
 def test_where_nothing_is_approximated_nothing_is_chosen(tmp_path: Path, lines: list[str]) -> None:
-    """Pieces of 12 tokens are one chunk: what differs is rounding. It looks again soon, and says what it has found."""
+    """Documents of 12 tokens are one chunk: what differs is rounding. It looks again soon, and says what it found."""
+
+    class ShortDocuments(L.Callback):
+        def on_train_batch_start(self, *step: Any) -> None:
+            ContextWarmup(steps=6, start=12).on_train_batch_start(*step)
+
     watch, model = Watch(), sharp_model()
-    callbacks = [ContextWarmup(steps=6, start=12), ExactHeads(20), watch]
+    callbacks = [ShortDocuments(), ExactHeads(20), watch]
     tiny_trainer(tmp_path, callbacks=callbacks, max_steps=6).fit(model, TinyData(batches(6)))
     spread, chosen = [(0,), (0,)], [(1,), (0,)]
     assert watch.heads == [spread] * 4 + [chosen] * 2
     assert lines == ["step 4: exact key-value heads by layer: 0: [1], 1: [0]"]
+
+
+LAST, SHARP = [(), (0, 1)], [(1,), (0,)]
+
+
+def test_while_rows_are_cut_the_last_layers_have_them(tmp_path: Path, lines: list[str]) -> None:
+    watch, model = Watch(), sharp_model()
+    callbacks = [ContextWarmup(steps=3, start=24), ExactHeads(2), watch]
+    tiny_trainer(tmp_path, callbacks=callbacks, max_steps=6).fit(model, TinyData(batches(6)))
+    assert watch.heads == [LAST] * 3 + [SHARP] * 3
+    assert lines == [
+        "step 0, until rows are whole: exact key-value heads by layer: 1: [0, 1]",
+        "step 3: exact key-value heads by layer: 0: [1], 1: [0]",
+    ]
+
+
+def test_rows_that_were_whole_from_the_first_step_are_not_waited_for(tmp_path: Path) -> None:
+    watch, model = Watch(), sharp_model()
+    callbacks = [ContextWarmup(steps=3, start=SEQ_LEN), ExactHeads(2), watch]
+    tiny_trainer(tmp_path, callbacks=callbacks, max_steps=2).fit(model, TinyData(batches(2)))
+    assert watch.heads == [SHARP] * 2
+
+
+def test_a_choice_is_kept_while_rows_are_cut(tmp_path: Path) -> None:
+    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
+    watch = Watch()
+    callbacks = [ContextWarmup(steps=3, start=24), ExactHeads(), watch]
+    trainer = tiny_trainer(tmp_path / "rest", callbacks=callbacks, max_steps=3)
+    trainer.fit(sharp_model(), TinyData(batches(3)), ckpt_path=path)
+    assert watch.heads == [SHARP] * 2
+
+
+def test_a_run_that_is_resumed_while_rows_are_cut_goes_on(tmp_path: Path) -> None:
+    watch, resumed = Watch(), Watch()
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    options = {"enable_checkpointing": True, "max_steps": 6}
+    trainer = tiny_trainer(tmp_path / "whole", callbacks=[ContextWarmup(4, 24), ExactHeads(5), watch, saved], **options)
+    trainer.fit(sharp_model(), TinyData(batches(6)))
+    trainer = tiny_trainer(tmp_path / "rest", callbacks=[ContextWarmup(4, 24), ExactHeads(5), resumed], **options)
+    trainer.fit(sharp_model(), TinyData(batches(6)), ckpt_path=tmp_path / "epoch=0-step=2.ckpt")
+    assert watch.heads == [LAST] * 4 + [SHARP] * 2
+    assert resumed.heads == watch.heads[2:]
 
 
 NOWHERE = (
