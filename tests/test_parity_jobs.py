@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ JOBS = read_jobs(ROOT / "benchmarks" / "parity.yaml")
 VALIDATED = re.compile(r"--(?:model\.weights|ckpt_path)[= ]runs/([^/]+)/version_0/checkpoints/step=(\d+)\.ckpt")
 
 
-def configuration(job: Job, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
+def configuration(job: Job, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert main([*shlex.split(job.command)[1:], "--print_config"]) == 0
     return yaml.safe_load(capsys.readouterr().out)
 
@@ -41,10 +42,12 @@ def test_a_job_needs_the_runs_that_it_reads(
     monkeypatch.chdir(ROOT)
     assert set(re.findall(r"runs/([^/ ]+)/version_0", job.command)) <= set(job.needs)
     for name, step in VALIDATED.findall(job.command):
-        read = configuration(next(other for other in JOBS if other.name == name), capsys)
-        saved = next(each for each in read["trainer"]["callbacks"] if "DurableCheckpoint" in each["class_path"])
+        trainer = configuration(next(other for other in JOBS if other.name == name), capsys)["trainer"]
+        callbacks = {each["class_path"].rpartition(".")[2]: each["init_args"] for each in trainer["callbacks"]}
+        saved = callbacks["DurableCheckpoint"]
+        end = callbacks["StopAfter"]["step"] if "StopAfter" in callbacks else trainer["max_steps"]
         steps = {
-            *range(0, read["trainer"]["max_steps"] + 1, read["trainer"]["val_check_interval"]),
-            *range(0, read["trainer"]["max_steps"] + 1, saved["init_args"]["every_n_steps"]),
+            *range(0, end + 1, trainer["val_check_interval"]),
+            *range(0, end + 1, saved["every_n_steps"]),
         }
-        assert int(step) in sorted(steps)[-saved["init_args"]["keep_last"] :]
+        assert int(step) in sorted(steps)[-saved["keep_last"] :]
