@@ -36,8 +36,8 @@ def compare(
     document_mask: bool | None = None,
     muse: MuseOptions = DEFAULT_MUSE,
     window: int | None = None,
-    exact_layers: tuple[int, ...] = (0, -1),
-    exact_heads: int = 0,
+    exact_layers: tuple[int, ...] | None = None,
+    exact_heads: int | None = None,
     detailed_blocks: int = 1,
     gradients: bool = True,
     sweep: bool = False,
@@ -63,10 +63,11 @@ def compare(
         muse: Options of MuSe; the spatial blocks have the same sizes and retrieve as many keys.
         window: Tokens that the sliding window sees; null is MuSe's chunk.
         exact_layers: MuSe and its baselines are evaluated once more with these layers exact, as model.exact_layers of
-            the recipes has them; not if neither layers nor heads are exact, nor if all are.
+            a recipe has them; not if neither layers nor heads are exact, nor if all are. null is the first.
         exact_heads: In that, so many key-value heads of the other layers are exact as well, as model.exact_heads of a
             recipe has them: for each of the three those whose error adds most to the residual stream, on a block that
-            is not evaluated, or on the first where the split has no other.
+            is not evaluated, or on the first where the split has no other. null is as many as a layer has where
+            exact_layers and grid.exact_layers are null too and there are more than two layers, else none.
         detailed_blocks: Blocks on which the error of each head and the mass are measured, at least 1.
         gradients: Measure how the loss's gradient agrees with exact attention's, on one block.
         sweep: Try a grid of MuSe's options, and recommend the cheapest that keeps the loss.
@@ -89,6 +90,9 @@ def compare(
         raise UserError(
             f"seq_len: {seq_len} found; {model} is meant for at most {config.max_position_embeddings} tokens"
         )
+    if exact_heads is None:
+        is_default = exact_layers is None and grid.exact_layers is None and config.num_hidden_layers > 2
+        exact_heads = config.num_key_value_heads if is_default else 0
     if document_mask is None:
         document_mask = _was_trained_with_documents(reference)
     read = read_blocks(data, split, seq_len, blocks, document_mask, config.vocab_size)
@@ -100,7 +104,7 @@ def compare(
         grid if sweep else None,
         config.num_hidden_layers,
         config.num_key_value_heads,
-        exact_layers,
+        (0,) if exact_layers is None else exact_layers,
         exact_heads,
     )
     place = _device(device)

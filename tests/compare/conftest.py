@@ -37,23 +37,30 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_small(tmp_path_factory.mktemp("compared"), seed=0)
 
 
-@pytest.fixture
-def llama() -> Llama:
-    model = Llama(CONFIG, Dense)
+def make_model(config: LlamaConfig) -> Llama:
+    model = Llama(config, Dense)
     model.init_weights(torch.Generator().manual_seed(1))
     return model.eval()
 
 
-@pytest.fixture
-def folder(llama: Llama, tmp_path: Path) -> Path:
-    """The model as a Hugging Face folder."""
-    path = tmp_path / "model"
+def write_model(path: Path, config: LlamaConfig) -> Path:
+    """The model of that configuration as a Hugging Face folder."""
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(config_to_hf(CONFIG)))
-    save_file(
-        {name: x for name, x in llama.state_dict().items() if name != "lm_head.weight"}, path / "model.safetensors"
-    )
+    (path / "config.json").write_text(json.dumps(config_to_hf(config)))
+    weights = {name: x for name, x in make_model(config).state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, path / "model.safetensors")
     return path
+
+
+@pytest.fixture
+def llama() -> Llama:
+    return make_model(CONFIG)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The model as a Hugging Face folder."""
+    return write_model(tmp_path / "model", CONFIG)
 
 
 @pytest.fixture(params=[True, False], ids=["documents", "rows"])

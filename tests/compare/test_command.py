@@ -13,7 +13,7 @@ from muse_lightning.compare.blocks import read_blocks
 from muse_lightning.compare.losses import losses
 from muse_lightning.model import Llama
 from muse_lightning.model.hf import config_to_hf
-from tests.compare.conftest import CONFIG, SEQ_LEN
+from tests.compare.conftest import CONFIG, SEQ_LEN, write_model
 from tests.recipe import RECIPE
 
 SIZES = ["chunk=16", "query_cluster=8", "key_cluster=4", "top_k=1", "candidates=2", "exact_below=16"]
@@ -26,6 +26,7 @@ def test_a_sweep_from_model_to_recipe(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["compare", f"--model={folder}", f"--data={dataset}", *OPTIONS, "--sweep=true", *GRID]
+    arguments += ["--exact_layers=[]"]
     assert main([*arguments, "--max_loss_increase=0.5", "--out=found"]) == 0
     printed = capsys.readouterr().out
     assert {path.name for path in Path("found").iterdir()} == {
@@ -114,6 +115,28 @@ def test_once_more_with_exact_heads(
     assert "exact_heads: 3\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "options", "again"),
+    [
+        (2, [], " exact 0"),  # a layer's heads more, and nothing would be left
+        (3, [], " exact 0; 2 exact heads"),
+        (3, ["--exact_heads=1"], " exact 0; 1 exact head"),
+        (3, ["--exact_layers=[-1]"], " exact -1"),
+        (3, ["--exact_layers=[]"], None),
+        (3, ["--sweep=true", *GRID[:3], "--grid.top_k=[1]", "--grid.exact_layers=[[0],[0,1,2]]"], " exact 0"),
+    ],
+)
+def test_once_more_by_default(
+    dataset: Path, tmp_path: Path, num_layers: int, options: list[str], again: str | None
+) -> None:
+    folder, out = write_model(tmp_path / "model", replace(CONFIG, num_hidden_layers=num_layers)), tmp_path / "found"
+    arguments = [f"--model={folder}", f"--data={dataset}", *OPTIONS, "--gradients=false", *options, f"--out={out}"]
+    assert main(["compare", *arguments]) == 0
+    settings = json.loads((out / "compare.json").read_text())["settings"]
+    names = ["Muse", "SpatialBlocks", "SlidingWindow 16"]
+    assert [each["name"] for each in settings[4:]] == [f"{name};{again}" for name in names if again]
+
+
 def test_without_a_setting_under_the_limit(
     folder: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +172,7 @@ def test_a_model_with_a_window_is_compared_with_itself(
         ("--muse.causal=false", "muse.causal: False found"),
         ("--muse.chunk=24", "chunk / query_cluster must be a power of two"),
         ("--exact_layers=[2]", "exact_layers names layer 2; accepted: 0 to 1, or from the end -1 to -2"),
-        ("--exact_heads=5", "exact_heads is 5; accepted: 0 to 0, the key-value heads of layers that are not exact"),
+        ("--exact_heads=5", "exact_heads is 5; accepted: 0 to 2, the key-value heads of layers that are not exact"),
         ("--window=0", "window must be at least 1 token"),
         ("--grid.top_k=[1]", "grid: it is used by a sweep alone"),
         ("--out=tests", "out: tests exists already"),
