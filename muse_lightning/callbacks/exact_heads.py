@@ -25,26 +25,31 @@ class ExactHeads(L.Callback):
     attention adds there (`errors_by_head`), mean over all ranks. Of equal errors, and of those that rounding may be,
     those stay that are exact already; as long as there are no others, it looks ten times as often.
 
-    While `ContextWarmup` cuts rows, it measures nothing: heads that will look far away are not there yet, and those of
-    the last layers are exact, unless a checkpoint has a choice.
+    Before the first choice those of the last layers are exact, unless a checkpoint has a choice. Heads that will look
+    far away are not there yet while `ContextWarmup` cuts rows, so that it waits until rows are whole.
 
     A checkpoint has the choice. Says each other choice in a line and logs `muse/exact_heads_layer_*`, the number of
     exact heads in each layer; a training that ends without a choice says so. Chooses nothing where `model.exact_heads`
     is 0 or all heads.
 
     Args:
-        every_n_steps: optimizer steps between two choices, the first before the first step with whole rows.
+        every_n_steps: optimizer steps between two choices.
+        first_step: the optimizer step, from 0, before which the first choice is made; null is the first with whole
+            rows, the first of all without `ContextWarmup`.
     Raises:
-        UserError: every_n_steps is below 1.
+        UserError: every_n_steps is below 1, or first_step below 0.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[ExactHeads(every_n_steps=100)])
     """
 
-    def __init__(self, every_n_steps: int = 100) -> None:
+    def __init__(self, every_n_steps: int = 100, first_step: int | None = None) -> None:
         if every_n_steps < 1:
             raise UserError(f"ExactHeads: every_n_steps is {every_n_steps}; accepted: at least 1")
+        if first_step is not None and first_step < 0:
+            raise UserError(f"ExactHeads: first_step is {first_step}; accepted: null, or at least 0")
         self.every_n_steps = every_n_steps
+        self.first_step = first_step
         self._last_step = -1
         self._erred_nowhere = False
 
@@ -60,14 +65,16 @@ class ExactHeads(L.Callback):
         step = trainer.global_step
         if step == self._last_step or not _attends_partly_exact(pl_module):
             return
-        since_whole = step - _first_whole_step(trainer, seq_len=batch["input_ids"].shape[1])
-        if since_whole < 0:
+        first = self.first_step
+        if first is None:
+            first = _first_whole_step(trainer, seq_len=batch["input_ids"].shape[1])
+        if step < first:
             if not pl_module.are_heads_chosen:
                 pl_module.choose_heads(last_heads(pl_module.partly_exact))
-                _say(pl_module, f"step {step}, until rows are whole")
+                _say(pl_module, f"until step {first}")
             return
         interval = self.every_n_steps if pl_module.are_heads_chosen else max(1, self.every_n_steps // 10)
-        if since_whole % interval:
+        if (step - first) % interval:
             return
         self._last_step = step
         # Callbacks run outside the precision that the step runs in.

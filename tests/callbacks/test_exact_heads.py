@@ -385,7 +385,7 @@ def test_while_rows_are_cut_the_last_layers_have_them(tmp_path: Path, lines: lis
     tiny_trainer(tmp_path, callbacks=callbacks, max_steps=6).fit(model, TinyData(batches(6)))
     assert watch.heads == [LAST] * 3 + [SHARP] * 3
     assert lines == [
-        "step 0, until rows are whole: exact key-value heads by layer: 1: [0, 1]",
+        "until step 3: exact key-value heads by layer: 1: [0, 1]",
         "step 3: exact key-value heads by layer: 0: [1], 1: [0]",
     ]
 
@@ -395,6 +395,14 @@ def test_rows_that_were_whole_from_the_first_step_are_not_waited_for(tmp_path: P
     callbacks = [ContextWarmup(steps=3, start=SEQ_LEN), ExactHeads(2), watch]
     tiny_trainer(tmp_path, callbacks=callbacks, max_steps=2).fit(model, TinyData(batches(2)))
     assert watch.heads == [SHARP] * 2
+
+
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_the_first_choice_is_made_when_it_is_asked_for(tmp_path: Path, first: int) -> None:
+    watch, model = Watch(), sharp_model()
+    callbacks = [ContextWarmup(steps=3, start=24), ExactHeads(first_step=first), watch]
+    tiny_trainer(tmp_path, callbacks=callbacks, max_steps=6).fit(model, TinyData(batches(6)))
+    assert watch.heads == [LAST] * first + [SHARP] * (6 - first)
 
 
 def test_a_choice_is_kept_while_rows_are_cut(tmp_path: Path) -> None:
@@ -535,6 +543,13 @@ def test_a_step_to_replay_has_its_own_heads(tmp_path: Path) -> None:
     assert torch.load(file, weights_only=True)[KEY]["exact_heads"] == {0: [1], 1: [0]}
 
 
-def test_every_n_steps_is_at_least_one() -> None:
-    with pytest.raises(UserError, match="ExactHeads: every_n_steps is 0; accepted: at least 1"):
-        ExactHeads(0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps is 0; accepted: at least 1"),
+        ({"first_step": -1}, "first_step is -1; accepted: null, or at least 0"),
+    ],
+)
+def test_mistakes(options: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=f"ExactHeads: {message}"):
+        ExactHeads(**options)
