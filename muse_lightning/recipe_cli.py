@@ -32,7 +32,6 @@ from muse_lightning.errors import (
     ExitCode,
     UserError,
     reason_of,
-    shown_url,
     suggestion,
 )
 from muse_lightning.measure.info import run_environment
@@ -55,6 +54,8 @@ yaml.SafeDumper.add_implicit_resolver(
 say = rank_zero_only(report)
 """Prints a line to standard error, on one rank."""
 
+OF_THE_RUN = ("last", "best")
+"""Checkpoints of run.name, for --ckpt_path."""
 LINKS_AT_PARSE = {"model.seq_len": "data.seq_len", "data.seed": "seed_everything"}
 LINKS_AT_INSTANTIATION = {"model.tokenizer_size": "data.vocab_size"}
 LINKS = LINKS_AT_PARSE | LINKS_AT_INSTANTIATION
@@ -155,7 +156,7 @@ class MuseCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Checkpoint to start from: a path, or last or best of run.name. Its weights and training state are "
-            "taken, never its configuration.",
+            "taken, never its configuration. Beside resume, a path: where a new run starts.",
         )
         parser.add_argument(
             "--resume",
@@ -215,10 +216,14 @@ class MuseCLI(LightningCLI):
             raise UserError(
                 f"verify_every: {self.config.verify_every} found; muse {self.verb} verifies no step, muse fit does"
             )
-        if self.config.resume and self.config.ckpt_path is not None:
-            raise UserError(f"resume: true found beside ckpt_path {shown_url(self.config.ckpt_path)}; give one of them")
-        if self.config.ckpt_path is not None:
-            self.checkpoint = self._chosen_checkpoint(self.config.ckpt_path)
+        chosen = self.config.ckpt_path
+        if self.config.resume and chosen in OF_THE_RUN:
+            raise UserError(
+                f"resume: true found beside ckpt_path {chosen}; accepted beside it: a path, from which a new run starts"
+            )
+        # A run that is resumed needs it no more.
+        if chosen is not None and not self.config.resume:
+            self.checkpoint = self._chosen_checkpoint(chosen)
 
     def _chosen_checkpoint(self, chosen: str) -> Path:
         """What --ckpt_path means.
@@ -227,7 +232,7 @@ class MuseCLI(LightningCLI):
             UserError: it cannot be gone on from.
         """
         run = self.config.run
-        path = str(find_checkpoint(run.root, run.name, chosen)) if chosen in ("last", "best") else chosen
+        path = str(find_checkpoint(run.root, run.name, chosen)) if chosen in OF_THE_RUN else chosen
         check_checkpoint(path, for_training=self.verb == "fit", max_steps=self.config.trainer.max_steps)
         return Path(path)
 
@@ -288,7 +293,10 @@ class MuseCLI(LightningCLI):
             return RunFolder.create(run.root, run.name, run.version)
         resumed = RunFolder.resume(run.root, run.name, run.version)
         if resumed is None:
-            say(f"resume: no run in {run.root / run.name} has a checkpoint that is whole; a new run starts")
+            if self.config.ckpt_path is not None:
+                self.checkpoint = self._chosen_checkpoint(self.config.ckpt_path)
+            start = "" if self.checkpoint is None else f" from {self.checkpoint}"
+            say(f"resume: no run in {run.root / run.name} has a checkpoint that is whole; a new run starts{start}")
             return RunFolder.create(run.root, run.name, run.version)
         try:
             self._check_resumed(resumed)
@@ -325,7 +333,8 @@ class MuseCLI(LightningCLI):
         config.pop("config", None)
         config.run.version = None
         config.resume = False
-        config.ckpt_path = None if self.config.ckpt_path is None else str(self.checkpoint)
+        if config.ckpt_path is not None:
+            config.ckpt_path = str(self.checkpoint if config.ckpt_path in OF_THE_RUN else Path(config.ckpt_path))
         return without_credentials(self.parser.dump(config, skip_unset=False))
 
     def environment(self) -> dict[str, Any]:

@@ -112,6 +112,33 @@ def test_with_nothing_to_resume_a_new_run_starts(muse: Muse) -> None:
     assert not list(RUN.glob("*step=*"))
 
 
+def test_a_run_that_starts_from_a_checkpoint_is_resumed_by_the_same_command(
+    muse: Muse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = muse.folder / "start.ckpt"
+    ok(muse.with_recipe("fit", "--trainer.max_steps=1", "--run.name=start"))
+    saved = checkpoint(1, Path("runs/start/version_0"))
+    saved.rename(start)
+    manifest_path(saved).rename(manifest_path(start))
+    command = ("fit", "--resume", f"--ckpt_path={start}", "--trainer.max_steps=4", *EVERY_STEP)
+    ok(muse.with_recipe(*command, "--run.name=whole"))
+    with monkeypatch.context() as patched:
+        sends(patched, signal.SIGTERM, at_step=2)
+        code, _, err = muse.with_recipe(*command)
+    assert code == 75
+    none = "resume: no run in runs/tiny has a checkpoint that is whole; a new run starts from"
+    assert f"{none} {start}\n" in err
+    start.unlink()  # it has been needed
+    err = ok(muse.with_recipe(*command))
+    assert f"resume: from {checkpoint(3)}\n" in err
+    assert "which wins" not in err
+    assert muse.versions() == ["runs/start/version_0", "runs/tiny/version_0", "runs/whole/version_0"]
+    assert hashes(RUN) == hashes(Path("runs/whole/version_0"))
+    assert losses(RUN) == losses(Path("runs/whole/version_0"))
+    for name in ("config.yaml", "config.step=3.yaml"):
+        assert yaml.safe_load((RUN / name).read_text())["ckpt_path"] == str(start)
+
+
 def test_the_recipe_wins_and_what_differs_is_printed(muse: Muse) -> None:
     ok(muse.with_recipe("fit", "--trainer.max_steps=1"))
     more = ("--trainer.max_steps=2", "--model.attention.top_k=2")
@@ -240,11 +267,15 @@ def test_a_path(muse: Muse) -> None:
             ["fit", "--ckpt_path=best"],
             "ckpt_path: best found, but no run in runs/tiny has a checkpoint that is whole,",
         ),
-        (["fit", "--resume", "--ckpt_path=x"], "resume: true found beside ckpt_path x; give one of them"),
+        (
+            ["fit", "--resume", "--ckpt_path=last"],
+            "resume: true found beside ckpt_path last; accepted beside it: a path, from which a new run starts",
+        ),
+        (["fit", "--resume", "--ckpt_path=x"], "ckpt_path: no checkpoint at x; expected the path of a local"),
         (["validate", "--resume"], "resume: true found; muse validate resumes nothing, muse fit does"),
         (["fit", "--ckpt_path=https://host/a.ckpt"], "ckpt_path: https://host/a.ckpt is an address; expected the path"),
     ],
-    ids=["last", "best", "both", "validate", "address"],
+    ids=["last", "best", "both", "neither", "validate", "address"],
 )
 def test_mistakes(muse: Muse, args: list[str], message: str) -> None:
     assert muse.error(args[0], "--config=recipe.yaml", *args[1:]).startswith(message)
