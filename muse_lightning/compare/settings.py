@@ -160,8 +160,9 @@ def make_settings(
     with_heads = partial(_with_exact_heads, num_layers=num_layers, num_kv_heads=num_kv_heads)
     again = [with_exact(each, exact_layers, option="exact_layers") for each in settings[1:]]
     again = [with_heads(each, exact_heads, option="exact_heads") for each in again]
-    named = [f"exact {', '.join(map(str, exact_layers))}"] if exact_layers else []
-    named += [f"{exact_heads} exact head{'s' * (exact_heads != 1)}"] if exact_heads else []
+    numbers = ", ".join(map(str, exact_layers))
+    named = [f"layer{'s' * (len(exact_layers) != 1)} {numbers} exact"] if exact_layers else []
+    named += [f"{exact_heads} head{'s' * (exact_heads != 1)} exact"] if exact_heads else []
     left = num_layers * num_kv_heads - again[0].num_exact(num_layers, num_kv_heads)
     if exact_heads and not left:
         raise UserError(

@@ -57,9 +57,9 @@ def test_once_more_with_an_exact_layer(folder: Path, dataset: Path, tmp_path: Pa
     arguments = [f"--model={folder}", f"--data={dataset}", *OPTIONS, "--exact_layers=[-1]", f"--out={out}"]
     assert main(["compare", *arguments]) == 0
     found = {each["name"]: each for each in json.loads((out / "compare.json").read_text())["settings"]}
-    assert list(found)[4:] == ["Muse; exact -1", "SpatialBlocks; exact -1", "SlidingWindow 16; exact -1"]
+    assert list(found)[4:] == [f"{name}; layer -1 exact" for name in list(found)[1:4]]
     for name in list(found)[1:4]:
-        alone, again = found[name], found[f"{name}; exact -1"]
+        alone, again = found[name], found[f"{name}; layer -1 exact"]
         first, last = again["relative_squared_error_by_layer_and_head"]
         assert last == [0.0] * len(last)
         assert first == alone["relative_squared_error_by_layer_and_head"][0]
@@ -79,10 +79,10 @@ def test_once_more_with_exact_heads(
     content = json.loads(Path("found/compare.json").read_text())
     assert content["exact_heads_chosen_on"] not in content["blocks"]
     found = {each["name"]: each for each in content["settings"]}
-    rows = ["Muse; 1 exact head", "SpatialBlocks; 1 exact head", "SlidingWindow 16; 1 exact head"]
+    rows = ["Muse; 1 head exact", "SpatialBlocks; 1 head exact", "SlidingWindow 16; 1 head exact"]
     assert list(found)[4:] == [*rows, "exact_heads 3"]
     for name in list(found)[1:4]:
-        alone, again = found[name], found[f"{name}; 1 exact head"]
+        alone, again = found[name], found[f"{name}; 1 head exact"]
         assert (alone["exact_heads"], alone["exact_heads_by_layer"]) == (0, {})
         assert again["exact_heads"] == 1
         [(layer, [head])] = again["exact_heads_by_layer"].items()
@@ -118,12 +118,12 @@ def test_once_more_with_exact_heads(
 @pytest.mark.parametrize(
     ("num_layers", "options", "again"),
     [
-        (2, [], " exact 0"),  # a layer's heads more, and nothing would be left
-        (3, [], " exact 0; 2 exact heads"),
-        (3, ["--exact_heads=1"], " exact 0; 1 exact head"),
-        (3, ["--exact_layers=[-1]"], " exact -1"),
+        (2, [], " layer 0 exact"),  # a layer's heads more, and nothing would be left
+        (3, [], " layer 0 exact; 2 heads exact"),
+        (3, ["--exact_heads=1"], " layer 0 exact; 1 head exact"),
+        (3, ["--exact_layers=[-1]"], " layer -1 exact"),
         (3, ["--exact_layers=[]"], None),
-        (3, ["--sweep=true", *GRID[:3], "--grid.top_k=[1]", "--grid.exact_layers=[[0],[0,1,2]]"], " exact 0"),
+        (3, ["--sweep=true", *GRID[:3], "--grid.top_k=[1]", "--grid.exact_layers=[[0],[0,1,2]]"], " layer 0 exact"),
     ],
 )
 def test_once_more_by_default(

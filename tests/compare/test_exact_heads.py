@@ -75,7 +75,7 @@ def test_only_what_is_not_exact_has_them(llama: Llama, blocks: Blocks, several: 
     assert isinstance(first.others, Muse)
     assert (first.others.options["top_k"], first.layer_idx) == (3, 0)
     assert {0: first.heads} == both.heads
-    for each in (both, found["Muse; 2 exact heads"]):
+    for each in (both, found["Muse; 2 heads exact"]):
         assert each.elsewhere is not None
         assert type(each.elsewhere(1)) is Muse
 

@@ -69,7 +69,7 @@ def test_all_once_more_with_exact_layers() -> None:
         *([kind] * 3 for kind in approximations),
         *([Dense, kind, Dense] for kind in approximations),
     ]
-    assert [each.name for each in settings[4:]] == [f"{each.name}; exact 0, -1" for each in settings[1:4]]
+    assert [each.name for each in settings[4:]] == [f"{each.name}; layers 0, -1 exact" for each in settings[1:4]]
     assert [each.recipe for each in settings[4:]] == [each.recipe for each in settings[1:4]]
     assert [each.exact_layers for each in settings] == [()] * 4 + [(0, -1)] * 3
 
@@ -77,15 +77,15 @@ def test_all_once_more_with_exact_layers() -> None:
 def test_all_once_more_with_exact_heads() -> None:
     settings = make_settings(MUSE, 12, None, None, 3, KV_HEADS, (), 5)
     assert len(settings) == 7
-    assert [each.name for each in settings[4:]] == [f"{each.name}; 5 exact heads" for each in settings[1:4]]
+    assert [each.name for each in settings[4:]] == [f"{each.name}; 5 heads exact" for each in settings[1:4]]
     assert [each.recipe for each in settings[4:]] == [each.recipe for each in settings[1:4]]
     assert [(each.exact_layers, each.exact_heads) for each in settings[4:]] == [((), 5)] * 3
     assert [each.muse for each in settings[4:]] == [None] * 3  # its options are not those of every head
     both = make_settings(MUSE, 12, None, None, 3, KV_HEADS, (0, -1), 1)[4:]
-    assert [each.name for each in both] == [f"{each.name}; exact 0, -1; 1 exact head" for each in settings[1:4]]
+    assert [each.name for each in both] == [f"{each.name}; layers 0, -1 exact; 1 head exact" for each in settings[1:4]]
     assert [(each.exact_layers, each.exact_heads) for each in both] == [((0, -1), 1)] * 3
     assert [type(each.attention(0)) for each in both] == [Dense] * 3
-    assert make_settings(MUSE, 12, None, None, 3, KV_HEADS, (), 1)[4].name == "Muse; 1 exact head"
+    assert make_settings(MUSE, 12, None, None, 3, KV_HEADS, (), 1)[4].name == "Muse; 1 head exact"
 
 
 @pytest.mark.parametrize(("layers", "count"), [((), LAYERS * KV_HEADS), ((0, -LAYERS), (LAYERS - 1) * KV_HEADS)])
