@@ -11,7 +11,6 @@ from muse_lightning.attention.partly_exact import beyond_rounding, choose_heads,
 from muse_lightning.callbacks.context_warmup import ContextWarmup
 from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
-from muse_lightning.training.exact_heads import evenly_spread
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.module import LanguageModel
 
@@ -25,8 +24,8 @@ class ExactHeads(L.Callback):
     attention adds there (`errors_by_head`), mean over all ranks. Of equal errors, and of those that rounding may be,
     those stay that are exact already; as long as there are no others, it looks ten times as often.
 
-    Before the first choice those of the last layers are exact, unless a checkpoint has a choice. Heads that will look
-    far away are not there yet while `ContextWarmup` cuts rows, so that it waits until rows are whole.
+    Heads that will look far away are not there yet while `ContextWarmup` cuts rows, so that it waits until rows are
+    whole, and has those of the last layers exact meanwhile, unless a checkpoint has a choice.
 
     A checkpoint has the choice. Says each other choice in a line and logs `muse/exact_heads_layer_*`, the number of
     exact heads in each layer; a training that ends without a choice says so. Chooses nothing where `model.exact_heads`
@@ -34,8 +33,8 @@ class ExactHeads(L.Callback):
 
     Args:
         every_n_steps: optimizer steps between two choices.
-        first_step: the optimizer step, from 0, before which the first choice is made; null is the first with whole
-            rows, the first of all without `ContextWarmup`.
+        first_step: the optimizer step, from 0, before which the first choice is made, or the next that a fit has that
+            begins later; null is the first with whole rows, the first of all without `ContextWarmup`.
     Raises:
         UserError: every_n_steps is below 1, or first_step below 0.
 
@@ -51,11 +50,19 @@ class ExactHeads(L.Callback):
         self.every_n_steps = every_n_steps
         self.first_step = first_step
         self._last_step = -1
+        self._has_looked = False
         self._erred_nowhere = False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A new training: its first step may have the number of one before."""
-        self._last_step, self._erred_nowhere = -1, False
+    def state_dict(self) -> dict[str, Any]:
+        """A training that goes on looks when one would that was not interrupted."""
+        return {"has_looked": self._has_looked}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._has_looked = state_dict["has_looked"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Another training: what the one before saw says nothing of it, and its first step may have the same number."""
+        self._last_step, self._has_looked, self._erred_nowhere = -1, False, False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor], batch_idx: int
@@ -69,14 +76,13 @@ class ExactHeads(L.Callback):
         if first is None:
             first = _first_whole_step(trainer, seq_len=batch["input_ids"].shape[1])
         if step < first:
-            if not pl_module.are_heads_chosen:
-                pl_module.choose_heads(last_heads(pl_module.partly_exact))
-                _say(pl_module, f"until step {first}")
+            _begin_with_last_layers(pl_module, first)
             return
-        interval = self.every_n_steps if pl_module.are_heads_chosen else max(1, self.every_n_steps // 10)
-        if (step - first) % interval:
+        are_chosen = pl_module.are_heads_chosen
+        interval = self.every_n_steps if are_chosen else max(1, self.every_n_steps // 10)
+        if (step - first) % interval and (are_chosen or self._has_looked):
             return
-        self._last_step = step
+        self._last_step, self._has_looked = step, True
         # Callbacks run outside the precision that the step runs in.
         with trainer.precision_plugin.forward_context():
             errors = errors_by_head(pl_module.llama, batch["input_ids"], batch.get("cu_seqlens"))
@@ -85,10 +91,10 @@ class ExactHeads(L.Callback):
         self._erred_nowhere = is_finite and not beyond_rounding(errors).any()
         if not is_finite or self._erred_nowhere:
             return
-        before, was_chosen = pl_module.chosen_heads, pl_module.are_heads_chosen
+        before = pl_module.chosen_heads
         choose_heads(pl_module.partly_exact, errors)
         pl_module.are_heads_chosen = True
-        if pl_module.chosen_heads != before or not was_chosen:
+        if pl_module.chosen_heads != before or not are_chosen:
             _say(pl_module, f"step {step}")
 
     def on_train_batch_end(
@@ -108,8 +114,9 @@ class ExactHeads(L.Callback):
         assert isinstance(pl_module, LanguageModel)
         if self._erred_nowhere and not pl_module.are_heads_chosen and _attends_partly_exact(pl_module):
             rank_zero_info(
-                f"model.exact_heads: no head was chosen, for attention erred nowhere; {evenly_spread(pl_module)}; rows "
-                "(data.seq_len) and documents of at most exact_below tokens are attended exactly"
+                "model.exact_heads: no head was chosen, for attention erred nowhere; exact key-value heads by layer: "
+                f"{heads_in_words(pl_module.chosen_heads)}; rows (data.seq_len) and documents of at most exact_below "
+                "tokens are attended exactly"
             )
 
 
@@ -122,6 +129,14 @@ def _first_whole_step(trainer: L.Trainer, seq_len: int) -> int:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer's callback connector
     warmups = [callback for callback in callbacks if isinstance(callback, ContextWarmup)]
     return max((warmup.whole_from(seq_len) for warmup in warmups), default=0)
+
+
+def _begin_with_last_layers(model: LanguageModel, first: int) -> None:
+    before, heads = model.chosen_heads, last_heads(model.partly_exact)
+    if model.are_heads_chosen or all(before[layer] == [*each] for layer, each in heads.items()):
+        return
+    model.choose_heads(heads, is_choice=False)
+    _say(model, f"until step {first}")
 
 
 def _say(model: LanguageModel, when: str) -> None:

@@ -20,24 +20,27 @@ def evenly_spread(model: "LanguageModel") -> str:
     return f"{count} {'head is' if count == 1 else 'heads are'} exact, evenly spread"
 
 
-def take_choice(model: "LanguageModel", heads: Mapping[int, Sequence[int]], trainer: L.Trainer | None) -> None:
-    """Make those heads exact that the training of a checkpoint chose, if it chose as many in the same layers. Says
-    whether it did, for an evaluation, and where they are not used, unless the model is exact everywhere.
+def take_heads(
+    model: "LanguageModel", heads: Mapping[int, Sequence[int]], trainer: L.Trainer | None, *, are_chosen: bool
+) -> None:
+    """Make those heads exact that were in the training of a checkpoint, if it had as many in the same layers. Says
+    whether it had, for an evaluation, and where its choice is not used, unless the model is exact everywhere.
 
     Args:
-        heads: as in `LanguageModel.chosen_heads`; none where the training made no choice.
+        heads: as in `LanguageModel.chosen_heads`; none where the training had none.
         trainer: the one that loads the checkpoint, if one does.
+        are_chosen: whether that training had chosen them.
     """
     here = model.chosen_heads
     is_taken = bool(heads) and heads.keys() == here.keys() and _count(heads) == model.exact_heads
     if is_taken:
-        model.choose_heads(heads)
+        model.choose_heads(heads, is_choice=are_chosen)
     if _is_exact_everywhere(model):
         return
     checkpoint = f"checkpoint {trainer.ckpt_path}" if trainer is not None and trainer.ckpt_path else "the checkpoint"
     is_evaluation = trainer is not None and trainer.state.fn != TrainerFn.FITTING
-    is_spread = is_evaluation and model.has_choice and not model.are_heads_chosen
-    if heads and not is_taken:
+    is_spread = is_evaluation and model.has_choice and not is_taken and not model.are_heads_chosen
+    if are_chosen and heads and not is_taken:
         rank_zero_info(
             f"{checkpoint}: the exact heads of its training are not used: {_counted(heads)} there, {_counted(here)} "
             f"here{', evenly spread' * is_spread} (model.exact_heads, model.exact_layers)"
@@ -45,6 +48,7 @@ def take_choice(model: "LanguageModel", heads: Mapping[int, Sequence[int]], trai
     elif is_taken and is_evaluation:
         rank_zero_info(
             f"model.exact_heads: exact key-value heads by layer: {heads_in_words(heads)}, as the checkpoint has them"
+            f"{'; its training had not chosen any' * (not are_chosen)}"
         )
     elif is_spread:
         rank_zero_info(f"model.exact_heads: {evenly_spread(model)}; {checkpoint} has no choice of its training")

@@ -32,7 +32,7 @@ from muse_lightning.parallelize import (
 from muse_lightning.pretrained.run_folder import CHECKPOINT_PREFIX
 from muse_lightning.pretrained.tensors import check_shapes
 from muse_lightning.training.checks import check_ranges, check_sizes
-from muse_lightning.training.exact_heads import say_if_spread, take_choice
+from muse_lightning.training.exact_heads import say_if_spread, take_heads
 from muse_lightning.training.log_step import counting_as_after, ends_step, is_log_step
 from muse_lightning.training.loss import next_token_nats, total_nats
 from muse_lightning.training.muon import check_strategy
@@ -208,11 +208,16 @@ class LanguageModel(L.LightningModule):
         """Whether some of these heads are exact, and others of the same layers not."""
         return any(len(strategy.heads) < strategy.num_kv_heads for strategy in self.partly_exact)
 
-    def choose_heads(self, heads: Mapping[int, Sequence[int]]) -> None:
-        """Make others exact: `heads` as in `chosen_heads`."""
+    def choose_heads(self, heads: Mapping[int, Sequence[int]], *, is_choice: bool = True) -> None:
+        """Make others exact.
+
+        Args:
+            heads: as in `chosen_heads`.
+            is_choice: whether they are more than where a training begins.
+        """
         for strategy in self.partly_exact:
             strategy.heads = tuple(heads[strategy.layer_idx])
-        self.are_heads_chosen = True
+        self.are_heads_chosen = is_choice
 
     def twin(self, **changes: Any) -> Self:
         """A model of the same options but for some, with no weights yet.
@@ -396,7 +401,8 @@ class LanguageModel(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens_seen"] = self.tokens_seen
-        checkpoint["exact_heads"] = self.chosen_heads if self.are_heads_chosen else {}
+        checkpoint["exact_heads"] = self.chosen_heads
+        checkpoint["are_exact_heads_chosen"] = self.are_heads_chosen
         states = checkpoint.get("optimizer_states")
         if states and self.device_mesh is None:  # of shards, Lightning numbers them so
             pairs = zip(states, self.trainer.optimizers, strict=True)
@@ -418,7 +424,9 @@ class LanguageModel(L.LightningModule):
         elif self._trainer is not None:
             self._until_teardown.enter_context(counting_as_after(self.trainer, checkpoint.get("global_step", 0)))
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
-        take_choice(self, checkpoint.get("exact_heads", {}), self._trainer)
+        heads = checkpoint.get("exact_heads", {})
+        are_chosen = checkpoint.get("are_exact_heads_chosen", bool(heads))
+        take_heads(self, heads, self._trainer, are_chosen=are_chosen)
         self._are_weights_due = False
 
 

@@ -277,19 +277,47 @@ def test_layers_without_exact_heads_are_not_named(tmp_path: Path, lines: list[st
 
 
 @VERBS
-@pytest.mark.parametrize("is_older", [False, True])
+@pytest.mark.parametrize("heads", [{}, None])
 def test_an_evaluation_says_that_its_checkpoint_has_no_choice(
-    tmp_path: Path, lines: list[str], verb: str, is_older: bool
+    tmp_path: Path, lines: list[str], verb: str, heads: dict[int, list[int]] | None
 ) -> None:
-    path = checkpoint_of(tiny_model(attention=tiny_muse, exact_heads=2), tmp_path)
-    if is_older:
+    path = checkpoint_of(tiny_model(attention=tiny_muse), tmp_path)
+    if heads is None:  # as older ones are
         checkpoint = torch.load(path, weights_only=True)
-        del checkpoint["exact_heads"]
+        del checkpoint["exact_heads"], checkpoint["are_exact_heads_chosen"]
         torch.save(checkpoint, path)
     evaluate(verb, tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
     assert lines == [
         f"model.exact_heads: 2 heads are exact, evenly spread; checkpoint {path} has no choice of its training"
     ]
+
+
+@VERBS
+@pytest.mark.parametrize(
+    ("callbacks", "steps", "heads"),
+    [([], 1, "0: [0], 1: [0]"), ([ContextWarmup(steps=3, start=24), ExactHeads()], 2, "1: [0, 1]")],
+    ids=["where it began", "rows that were cut"],
+)
+def test_an_evaluation_says_that_the_training_of_its_checkpoint_had_not_chosen(
+    tmp_path: Path, lines: list[str], verb: str, callbacks: list[L.Callback], steps: int, heads: str
+) -> None:
+    path = checkpoint_of(sharp_model(), tmp_path, *callbacks, steps=steps)
+    lines.clear()
+    evaluate(verb, tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
+    assert lines == [
+        f"model.exact_heads: exact key-value heads by layer: {heads}, as the checkpoint has them; its training had not "
+        "chosen any"
+    ]
+
+
+def test_heads_of_an_older_checkpoint_are_a_choice(tmp_path: Path, lines: list[str]) -> None:
+    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["are_exact_heads_chosen"]
+    torch.save(checkpoint, path)
+    lines.clear()
+    evaluate("validate", tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
+    assert lines == ["model.exact_heads: exact key-value heads by layer: 0: [1], 1: [0], as the checkpoint has them"]
 
 
 @pytest.mark.parametrize(
@@ -361,15 +389,21 @@ def test_exact_attention_has_no_heads_beside_it(tmp_path: Path) -> None:
     assert not [tag for tag in scalars(trainer) if tag.startswith("muse/")]
 
 
+class ShortDocuments(L.Callback):
+    """Of 12 tokens at first, of 24 and 48 in the second and third half of so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, *step: Any) -> None:
+        ContextWarmup(self.steps, start=12).on_train_batch_start(*step)
+
+
 def test_where_nothing_is_approximated_nothing_is_chosen(tmp_path: Path, lines: list[str]) -> None:
     """Documents of 12 tokens are one chunk: what differs is rounding. It looks again soon, and says what it found."""
 
-    class ShortDocuments(L.Callback):
-        def on_train_batch_start(self, *step: Any) -> None:
-            ContextWarmup(steps=6, start=12).on_train_batch_start(*step)
-
     watch, model = Watch(), sharp_model()
-    callbacks = [ShortDocuments(), ExactHeads(20), watch]
+    callbacks = [ShortDocuments(6), ExactHeads(20), watch]
     tiny_trainer(tmp_path, callbacks=callbacks, max_steps=6).fit(model, TinyData(batches(6)))
     spread, chosen = [(0,), (0,)], [(1,), (0,)]
     assert watch.heads == [spread] * 4 + [chosen] * 2
@@ -394,6 +428,51 @@ def test_rows_that_were_whole_from_the_first_step_are_not_waited_for(tmp_path: P
     watch, model = Watch(), sharp_model()
     callbacks = [ContextWarmup(steps=3, start=SEQ_LEN), ExactHeads(2), watch]
     tiny_trainer(tmp_path, callbacks=callbacks, max_steps=2).fit(model, TinyData(batches(2)))
+    assert watch.heads == [SHARP] * 2
+
+
+def test_as_rows_become_whole_there_may_be_nothing_to_choose_by(tmp_path: Path, lines: list[str]) -> None:
+    watch = Watch()
+    callbacks = [ContextWarmup(steps=2, start=24), ShortDocuments(8), ExactHeads(20), watch]
+    tiny_trainer(tmp_path, callbacks=callbacks, max_steps=8).fit(sharp_model(), TinyData(batches(8)))
+    assert watch.heads == [LAST] * 4 + [SHARP] * 4
+    assert lines[1:] == ["step 4: exact key-value heads by layer: 0: [1], 1: [0]"]
+
+
+@pytest.mark.parametrize(
+    "callbacks", [[], [ContextWarmup(steps=2, start=24)]], ids=["without the warm-up", "its end is earlier"]
+)
+def test_a_checkpoint_of_rows_that_were_cut_has_no_choice(
+    tmp_path: Path, lines: list[str], callbacks: list[L.Callback]
+) -> None:
+    path = checkpoint_of(sharp_model(), tmp_path, ContextWarmup(steps=9, start=24), ExactHeads(), steps=3)
+    lines.clear()
+    watch = Watch()
+    trainer = tiny_trainer(tmp_path / "rest", callbacks=[*callbacks, ExactHeads(), watch], max_steps=5)
+    trainer.fit(sharp_model(), TinyData(batches(5)), ckpt_path=path)
+    assert watch.heads == [SHARP] * 2
+    assert lines == ["step 3: exact key-value heads by layer: 0: [1], 1: [0]"]
+
+
+def test_it_goes_on_looking_when_it_would_have(tmp_path: Path) -> None:
+    """A run that is resumed does not look at once."""
+    watch, resumed = Watch(), Watch()
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    options = {"enable_checkpointing": True, "max_steps": 6}
+    trainer = tiny_trainer(tmp_path / "whole", callbacks=[ShortDocuments(4), ExactHeads(40), watch, saved], **options)
+    trainer.fit(sharp_model(), TinyData(batches(6)))
+    trainer = tiny_trainer(tmp_path / "rest", callbacks=[ShortDocuments(4), ExactHeads(40), resumed], **options)
+    trainer.fit(sharp_model(), TinyData(batches(6)), ckpt_path=tmp_path / "epoch=0-step=3.ckpt")
+    spread = [(0,), (0,)]
+    assert watch.heads == [spread] * 4 + [SHARP] * 2
+    assert resumed.heads == watch.heads[3:]
+
+
+def test_from_weights_of_exact_attention_it_looks_at_once(tmp_path: Path) -> None:
+    path = checkpoint_of(sharp_model(exact_heads=0), tmp_path, ExactHeads(), steps=3)
+    watch = Watch()
+    trainer = tiny_trainer(tmp_path / "rest", callbacks=[ExactHeads(), watch], max_steps=5)
+    trainer.fit(sharp_model(), TinyData(batches(5)), ckpt_path=path)
     assert watch.heads == [SHARP] * 2
 
 
@@ -427,7 +506,7 @@ def test_a_run_that_is_resumed_while_rows_are_cut_goes_on(tmp_path: Path) -> Non
 
 
 NOWHERE = (
-    "model.exact_heads: no head was chosen, for attention erred nowhere; 2 heads are exact, evenly spread; rows "
+    "model.exact_heads: no head was chosen, for attention erred nowhere; exact key-value heads by layer: {}; rows "
     "(data.seq_len) and documents of at most exact_below tokens are attended exactly"
 )
 
@@ -452,20 +531,19 @@ def test_a_fit_that_never_chose_says_so(
 ) -> None:
     model = sharp_model(**({"attention": muse_below} | options))
     tiny_trainer(tmp_path, callbacks=[ExactHeads(), *callbacks]).fit(model, TinyData(batches(4), batches(1)))
-    assert (NOWHERE in lines) == is_said
+    assert (NOWHERE.format("0: [0], 1: [0]") in lines) == is_said
     assert sum("no head was chosen" in line for line in lines) == is_said
 
 
 def test_a_fit_that_never_looked_says_nothing_of_errors(tmp_path: Path, lines: list[str]) -> None:
-    path = checkpoint_of(sharp_model(), tmp_path, steps=3)
-    callback = ExactHeads(100)  # looks at every tenth step
+    callback = ExactHeads()
     model = sharp_model(attention=muse_below)
     tiny_trainer(tmp_path / "before", callbacks=[callback], max_steps=1).fit(model, TinyData(batches(1)))
-    assert lines == [NOWHERE]
+    assert lines == [NOWHERE.format("0: [0], 1: [0]")]
     lines.clear()
-    trainer = tiny_trainer(tmp_path / "rest", callbacks=[callback], max_steps=6)
-    trainer.fit(sharp_model(), TinyData(batches(6)), ckpt_path=path)
-    assert lines == []
+    callback.first_step = 9
+    tiny_trainer(tmp_path / "rest", callbacks=[callback], max_steps=6).fit(sharp_model(), TinyData(batches(6)))
+    assert lines == ["until step 9: exact key-value heads by layer: 1: [0, 1]"]
 
 
 def test_a_fit_that_has_a_choice_does_not_say_that_it_has_none(tmp_path: Path, lines: list[str]) -> None:
@@ -485,7 +563,7 @@ def test_where_all_heads_are_exact_nothing_is_measured(tmp_path: Path, monkeypat
 
 def test_a_checkpoint_without_a_choice_has_none(tmp_path: Path) -> None:
     path = checkpoint_of(tiny_model(attention=tiny_muse, exact_heads=2), tmp_path)
-    assert torch.load(path, weights_only=True)["exact_heads"] == {}
+    assert not torch.load(path, weights_only=True)["are_exact_heads_chosen"]
     model = tiny_model(attention=tiny_muse, exact_heads=2)
     assert validated(model, tmp_path / "b", path) == [(0,), (0,)]
     assert not model.are_heads_chosen
