@@ -21,7 +21,7 @@ _LINEAR_BELOW = 1e-3
 _KEYS_OF_A_COLUMN = 26
 _WORD = re.compile(r"\b[a-z_]+ ")
 """In the name of a point of the sweep, what is before each value; the same in all of them."""
-_NEAR = (-3, -3)
+_NEAR = (-4, -4)
 """Of a number, points from its dot."""
 _MASS = {"own chunk": "tab:blue", "retrieved": "tab:orange", "summaries": "tab:green"}
 
