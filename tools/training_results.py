@@ -12,6 +12,10 @@ which had the same batches, with its standard error over steps; the validation l
 bits per byte; the loss where few and where many tokens are in sight; the median of tokens per second and device;
 seconds to the end, the first training's exact loss by then, between its validations, and seconds to an exact loss as
 low as its last.
+
+Seconds are those since the first scalar that a run logged. Those of a run that was resumed are summed over its starts,
+each from its first scalar to the last that no later start replaced: pauses between starts, setting up, the steps before
+a start's first scalar, and steps that were lost and taken again do not count.
 """
 
 import argparse
@@ -20,13 +24,14 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 EXACT, OWN, TRAIN, ERROR, TOKENS = "val/loss_exact", "val/loss", "train/loss", "muse/relative_error", "train/tokens"
 POSITION = "val/loss_by_position/"
@@ -38,7 +43,7 @@ LEFT_OUT = ("lr-", "time/", "memory/", "epoch", "hp_metric", "train/skipped", "t
 
 @dataclass(frozen=True)
 class Point:
-    """A scalar: after how many steps, seconds since the run's first scalar, its value."""
+    """A scalar: after how many steps, after how many seconds, of which the file's head says what counts, its value."""
 
     step: int
     seconds: float
@@ -84,11 +89,40 @@ def read_run(name: str, folder: Path) -> Run:
     found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     if not found:
         raise SystemExit(f"{name}={folder}: has no scalars in its event files")
-    began = min(event.wall_time for of_tag in found.values() for event in of_tag)
-    scalars = {tag: [Point(e.step, e.wall_time - began, e.value) for e in of_tag] for tag, of_tag in found.items()}
+    pauses = find_pauses(_starts(folder), {event.wall_time for of_tag in found.values() for event in of_tag})
+    scalars = {
+        tag: [Point(e.step, e.wall_time - sum(s for at, s in pauses if at <= e.wall_time), e.value) for e in of_tag]
+        for tag, of_tag in found.items()
+    }
     environment = json.loads((folder / "environment.json").read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
     return Run(name, environment, config["model"]["attention"], scalars)
+
+
+def _starts(folder: Path) -> list[float]:
+    """When each start of a run logged its first scalar: each start has an event file."""
+    starts = []
+    for file in folder.glob("events.out.tfevents.*"):
+        events = LegacyEventFileLoader(str(file)).Load()
+        times = [e.wall_time for e in events if any(value.HasField("simple_value") for value in e.summary.value)]
+        starts += [min(times)] if times else []
+    return sorted(starts)
+
+
+def find_pauses(starts: Sequence[float], logged: Set[float]) -> list[tuple[float, float]]:
+    """What does not count of a run's time: until when, and how many seconds.
+
+    Args:
+        starts: the first scalar of each start, what others have replaced included.
+        logged: the times of all scalars that were not replaced.
+    """
+    pauses, ended = [], 0.0
+    for start, next_start in itertools.pairwise([*starts, math.inf]):
+        own = [time for time in logged if start <= time < next_start]
+        if own:
+            pauses.append((min(own), min(own) - ended))
+            ended = max(own)
+    return pauses
 
 
 def check_comparable(runs: Sequence[Run]) -> None:

@@ -17,6 +17,7 @@ from muse_lightning.measure.info import attention_kernels, devices
 from muse_lightning.training.memory import PHASES, step_memory
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.recipe_report import shown
+from muse_lightning.training.totals import ranks_per_block
 
 ASSUMED_UTILISATION = 0.4
 """MFU by which the expected time is reckoned; the progress display knows better after the first steps."""
@@ -44,8 +45,8 @@ def banner(trainer: L.Trainer, module: LanguageModel) -> list[str]:
     if batch_size is None or seq_len is None:
         return lines
     has_documents = bool(getattr(data, "document_mask", False))
-    sharing = getattr(data, "ranks_per_block", 1)
-    tokens = batch_size * seq_len * trainer.accumulate_grad_batches * (trainer.world_size // sharing)
+    readers = trainer.world_size // ranks_per_block(trainer)
+    tokens = batch_size * seq_len * trainer.accumulate_grad_batches * readers
     flops = training_flops_per_token(module.llama, [seq_len], has_documents=has_documents)
     dense = training_flops_per_token(module.llama, [seq_len], [Dense(0)])
     documents = "documents told apart" if has_documents else "a row is one document"

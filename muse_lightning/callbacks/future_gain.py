@@ -11,7 +11,7 @@ from muse_lightning.data.batches import IGNORED_LABEL, Batch, cut_at
 from muse_lightning.errors import UserError
 from muse_lightning.measure.token_scores import token_scores
 from muse_lightning.training.module import LanguageModel
-from muse_lightning.training.totals import Totals
+from muse_lightning.training.totals import Totals, ranks_per_block
 
 
 class FutureGain(L.Callback):
@@ -93,7 +93,7 @@ class FutureGain(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log it."""
-        saved, squares, count = (value / _ranks_per_block(trainer) for value in self._totals.collect(trainer))
+        saved, squares, count = self._totals.collect(trainer)
         if trainer.sanity_checking:
             return
         if count < 2:
@@ -106,10 +106,5 @@ class FutureGain(L.Callback):
 
 def _number_over_ranks(trainer: L.Trainer, batch_idx: int) -> int:
     """Of a batch, as if one rank had them all; equal on ranks that share rows, which then sample the same tokens."""
-    sharing = _ranks_per_block(trainer)
+    sharing = ranks_per_block(trainer)
     return batch_idx * (trainer.world_size // sharing) + trainer.global_rank // sharing
-
-
-def _ranks_per_block(trainer: L.Trainer) -> int:
-    """Ranks that share rows."""
-    return getattr(getattr(trainer, "datamodule", None), "ranks_per_block", 1)

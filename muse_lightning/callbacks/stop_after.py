@@ -3,12 +3,15 @@
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 
 from muse_lightning.errors import UserError
 
 
 class StopAfter(L.Callback):
     """Ends a training at an optimizer step before `max_steps`, by which the learning rate falls as it would have.
+
+    The model of that step is validated. A step beyond `max_steps` ends nothing, and a line says so.
 
     Args:
         step: the number of optimizer steps to end at, those before a resume included.
@@ -25,7 +28,11 @@ class StopAfter(L.Callback):
         self.step = step
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """A training that is resumed at its end, or behind it, takes no step more."""
+        """A training that is resumed at its end, or behind it, takes no step more. One that ends before is told."""
+        if 0 <= trainer.max_steps < self.step:
+            rank_zero_info(
+                f"StopAfter: step is {self.step}; the training ends before, trainer.max_steps is {trainer.max_steps}"
+            )
         self.on_train_batch_end(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:

@@ -142,7 +142,9 @@ def compare(
         said = advice(found, recommended, max_loss_increase, folder / OVERLAY_NAME, is_sweep=sweep)
         atomic_write(temporary / "compare.json", to_json(header, found, recommended))
         atomic_write(temporary / "compare.md", page(header, found, said))
-        atomic_write(temporary / "compare.png", draw(found, f"{model}, {seq_len:,} tokens, {header['device']}"))
+        atomic_write(
+            temporary / "compare.png", draw(found, recommended, f"{model}, {seq_len:,} tokens, {header['device']}")
+        )
         if recommended is not None:
             atomic_write(temporary / OVERLAY_NAME, overlay(recommended, header))
     print("\n".join([aligned(table(found)), *said]))

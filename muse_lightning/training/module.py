@@ -46,7 +46,7 @@ from muse_lightning.training.optim import (
     numbered_by_model,
     parameter_groups,
 )
-from muse_lightning.training.totals import Totals
+from muse_lightning.training.totals import Totals, ranks_per_block
 from muse_lightning.training.weights import load_weights
 
 
@@ -309,8 +309,7 @@ class LanguageModel(L.LightningModule):
         if self.is_counting:
             self._train_totals.add(nats, (labels != IGNORED_LABEL).sum())
             # Ranks that share a sequence have read the same tokens.
-            sharing = getattr(getattr(self.trainer, "datamodule", None), "ranks_per_block", 1)
-            self.tokens_seen += labels.numel() * (self.trainer.world_size // sharing)
+            self.tokens_seen += labels.numel() * (self.trainer.world_size // ranks_per_block(self.trainer))
         return nats / labels.numel()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 class Totals:
-    """Running sums of several numbers, on the device of what is added: adding never waits for the device."""
+    """Running sums of several numbers, on the device of what is added: adding never waits for the device.
+
+    What is added must be of the rows that a rank has read: those that ranks share count once.
+    """
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
@@ -30,7 +33,7 @@ class Totals:
         """
         if self._sums is None:
             raise ValueError("nothing was added to the totals")
-        sums = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        sums = trainer.strategy.reduce(self._sums, reduce_op="sum") / ranks_per_block(trainer)
         self._sums = None
         return sums.tolist()
 
@@ -40,3 +43,8 @@ class Totals:
 
     def __bool__(self) -> bool:
         return self._sums is not None
+
+
+def ranks_per_block(trainer: L.Trainer) -> int:
+    """How many ranks read the same rows (`data.ranks_per_block`)."""
+    return getattr(getattr(trainer, "datamodule", None), "ranks_per_block", 1)

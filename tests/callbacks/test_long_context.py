@@ -112,10 +112,13 @@ def test_on_a_gpu(tmp_path: Path, attention: Any, precision: str) -> None:
 
 @pytest.mark.multi_process
 def test_two_ranks_add_up(tmp_path: Path) -> None:
-    def logged(devices: int) -> dict[str, list[tuple[int, float]]]:
-        folder = tmp_path / str(devices)
+    """Each with half of the batches; and both with all of them, as ranks that share a sequence have."""
+
+    def logged(devices: int, ranks_per_block: int) -> dict[str, list[tuple[int, float]]]:
+        folder = tmp_path / f"{devices}-{ranks_per_block}"
         folder.mkdir()
-        command = [sys.executable, "-m", "tests.distributed.validate_tiny", str(folder), str(devices)]
+        numbers = (str(devices), str(ranks_per_block))
+        command = [sys.executable, "-m", "tests.distributed.validate_tiny", str(folder), *numbers]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -124,8 +127,8 @@ def test_two_ranks_add_up(tmp_path: Path) -> None:
         found: dict[str, Any] = torch.load(folder / "result.pt")
         return found
 
-    one, two = logged(1), logged(2)
-    assert one.keys() == two.keys()
+    one, two, sharing = logged(1, 1), logged(2, 1), logged(2, 2)
+    assert one.keys() == two.keys() == sharing.keys()
     assert {
         "val/context_gain",
         "val/needle_gain",
@@ -135,9 +138,10 @@ def test_two_ranks_add_up(tmp_path: Path) -> None:
         "val/loss_long",
     } <= one.keys()
     for tag, points in one.items():
-        (_, value), (_, other) = *points, *two[tag]
+        (_, value), (_, other), (_, shared) = *points, *two[tag], *sharing[tag]
         # The same sums in another order, in float64.
         assert other == pytest.approx(value, rel=1e-6, abs=1e-9), tag
+        assert shared == pytest.approx(value, rel=1e-6, abs=1e-9), tag
     assert abs(dict(one["val/future_gain"])[0]) > 1e-3
     assert dict(one["val/needle_rows"])[0] == 3.0
     assert dict(one["val/identifier_count"])[0] == 4.0

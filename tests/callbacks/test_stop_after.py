@@ -1,6 +1,7 @@
 """A training that ends before its last step."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import Callback
@@ -20,6 +21,24 @@ def test_a_training_ends_where_it_is_said_to(tmp_path: Path, callbacks: list[Cal
     assert last_step(trainer) == expected
     trainer.fit(tiny_model(), datamodule=TinyData(batches(12)))
     assert trainer.global_step == expected
+
+
+@pytest.mark.parametrize(("step", "is_said"), [(3, False), (4, False), (5, True)], ids=["before", "at", "beyond"])
+def test_a_stop_that_never_comes_is_said(
+    tmp_path: Path, step: int, is_said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the last step it ends nothing either, but has that step validated (test_last_validation.py)."""
+    trainer = tiny_trainer(tmp_path, callbacks=[StopAfter(step)], max_steps=4)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer.fit(tiny_model(), datamodule=TinyData(batches(4)))
+    line = f"StopAfter: step is {step}; the training ends before, trainer.max_steps is 4"
+    assert [message for message in caplog.messages if "StopAfter" in message] == [line] * is_said
+
+
+def test_nothing_is_said_of_an_end_that_nobody_knows(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        StopAfter(3).on_train_start(SimpleNamespace(max_steps=-1, global_step=0))
+    assert not caplog.messages
 
 
 def test_no_step_at_all() -> None:

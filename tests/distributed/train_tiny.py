@@ -28,9 +28,12 @@ TAGS = ("train/loss", "train/tokens", "train/context", "val/loss", "val/loss_exa
 class Sharded(TinyData):
     """Every rank's share of the batches."""
 
+    ranks_per_block = 1
+
     def _share(self, items: list) -> BatchLoader:
         assert self.trainer is not None
-        return BatchLoader(items[self.trainer.global_rank :: self.trainer.world_size])
+        readers = self.trainer.world_size // self.ranks_per_block
+        return BatchLoader(items[self.trainer.global_rank // self.ranks_per_block :: readers])
 
     def train_dataloader(self) -> BatchLoader:
         return self._share(self.train)

@@ -1,6 +1,6 @@
 """Validates the tiny model on CPU processes with every long-context evaluation, and saves what it logged.
 
-usage: python validate_tiny.py FOLDER DEVICES
+usage: python validate_tiny.py FOLDER DEVICES RANKS_PER_BLOCK
 
 Each validation sees the same batches whatever the split. They are unlike: of one document or two, with names to recall
 or without, one without a needle: means of means would show.
@@ -54,12 +54,12 @@ def repository(name: str, uses: int) -> str:
     return f"\x01a.py\n{defined}\x01b.py\n{used}z = new_{name}\n"
 
 
-def main(folder: Path, devices: int) -> None:
+def main(folder: Path, devices: int, ranks_per_block: int) -> None:
     torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
     config = {"vocab_size": 259, "max_position_embeddings": N, "initializer_range": 0.5}
     model = tiny_model(config=config, attention=tiny_muse, seq_len=N, exact_val_batches=0)
-    per_rank = 2 // devices
+    per_rank = 2 * ranks_per_block // devices
     callbacks = [
         LossByPosition(short_context=20),
         ContextGain(batches=per_rank),
@@ -79,10 +79,12 @@ def main(folder: Path, devices: int) -> None:
         batch(repository("load_all", 3), "another text\n\x02" + repository("save", 0)),
         batch(repository("parse", 1), "a = 1\n" * 13 + "\x02" + "bcdefghij = 2\n" * 5 + "klm = 3\n" * 5),
     ]
-    trainer.validate(model, Data([], val), verbose=False)
+    data = Data([], val)
+    data.ranks_per_block = ranks_per_block
+    trainer.validate(model, data, verbose=False)
     if trainer.is_global_zero:
         torch.save(scalars(trainer), folder / "result.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

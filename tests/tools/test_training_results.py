@@ -52,6 +52,32 @@ def test_the_table(tmp_path: Path, dense: str, capsys: pytest.CaptureFixture[str
     assert len(rows[0]) == len(rows[1]) == len(rows[2]) == len(rows[3])
 
 
+def test_pauses_of_a_resumed_run_do_not_count(tmp_path: Path) -> None:
+    """Four starts: of the first, two steps are lost; the second one's are all lost; the third logs only that it is
+    there; the fourth is a pause, a startup and a first step later."""
+    run = tmp_path / "dense"
+    run.mkdir()
+    starts = [
+        (None, {1: 1000.0, 2: 1010.0, 3: 1020.0, 4: 1030.0, 5: 1040.0}),
+        (4, {5: 5000.0, 6: 5010.0}),
+        (4, {}),
+        (4, {4: 9000.0, 5: 9010.0, 6: 9020.0}),
+    ]
+    for number, (purge_step, times) in enumerate(starts):
+        with SummaryWriter(str(run), purge_step=purge_step, filename_suffix=f".{number}") as writer:
+            writer.add_text("run/environment", "it", 0)
+            for step, time in times.items():
+                writer.add_scalar("val/loss", 7.0 - step, step, walltime=time)
+                writer.add_scalar("train/tokens", step, step, walltime=time + 1)
+    (run / "environment.json").write_text(json.dumps({"seed": 1, "devices": ["GPU"], "data": [{"fingerprint": "ab"}]}))
+    (run / "config.yaml").write_text("model: {attention: Dense}\n")
+    read = under_test.read_run("Dense", run)
+    # 21 seconds from the first loss to the tokens of step 3.
+    expected = [(1, 0.0), (2, 10.0), (3, 20.0), (4, 21.0), (5, 31.0), (6, 41.0)]
+    assert [(point.step, point.seconds) for point in read.scalars["val/loss"]] == expected
+    assert [point.seconds for point in read.scalars["train/tokens"]] == [seconds + 1 for _, seconds in expected]
+
+
 @pytest.mark.parametrize(
     ("changes", "loss_by_then", "paired"),
     [
