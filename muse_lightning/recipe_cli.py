@@ -32,10 +32,11 @@ from muse_lightning.errors import (
     ExitCode,
     UserError,
     reason_of,
+    shown_url,
     suggestion,
 )
 from muse_lightning.measure.info import run_environment
-from muse_lightning.pretrained.run_folder import configuration_behind
+from muse_lightning.pretrained.run_folder import configuration_behind, run_configuration
 from muse_lightning.run_defaults import run_callbacks, run_logger, run_plugins
 from muse_lightning.training.module import LanguageModel
 from muse_lightning.training.run_folder import RunFolder, find_checkpoint
@@ -308,6 +309,7 @@ class MuseCLI(LightningCLI):
     def _check_resumed(self, resumed: RunFolder) -> None:
         assert resumed.resumed is not None
         self.checkpoint = resumed.resumed
+        self._check_start(resumed.path)
         step, max_steps = step_of(self.checkpoint), self.config.trainer.max_steps
         if 0 <= max_steps <= step:
             # Not a mistake: who starts the same command again until it succeeds has come to the end.
@@ -315,6 +317,18 @@ class MuseCLI(LightningCLI):
             raise SystemExit(ExitCode.DONE)
         check_checkpoint(str(self.checkpoint), for_training=True, max_steps=max_steps)
         say(f"resume: from {self.checkpoint}")
+
+    def _check_start(self, run: Path) -> None:
+        """Refuse --ckpt_path where the run that goes on has not started from there."""
+        given = self.config.ckpt_path
+        if given is None:
+            return
+        then = run_configuration(run).get("ckpt_path")
+        if then != str(Path(given)):
+            raise UserError(
+                f"ckpt_path: {shown_url(given)} found beside resume, but {run}, which would go on, started from "
+                f"{then or 'nothing'}; accepted: {then or 'no ckpt_path'}, or another run.name"
+            )
 
     def _report_differences(self) -> None:
         """Say what the recipe has otherwise than the run that it goes on from, where that has left its own."""

@@ -50,6 +50,13 @@ def refused(muse: Muse, *flags: str) -> list[str]:
     return [line.removeprefix("reproduce: ") for line in lines]
 
 
+def test_a_run_whose_steps_were_verified(muse: Muse) -> None:
+    trained(muse, "--trainer.max_steps=2", "--verify_every=1")
+    code, out, err = muse("reproduce", str(RUN))
+    assert code == 0, err
+    assert "train/loss: equal bit for bit at 2 of 2 logged steps" in out.splitlines()
+
+
 def test_equal_in_a_new_version_and_what_is_recorded(muse: Muse) -> None:
     trained(muse, "--trainer.max_steps=4", "--trainer.val_check_interval=2", "--run.version=0")
     code, out, err = muse("reproduce", str(RUN))

@@ -129,6 +129,10 @@ def test_a_run_that_starts_from_a_checkpoint_is_resumed_by_the_same_command(
     none = "resume: no run in runs/tiny has a checkpoint that is whole; a new run starts from"
     assert f"{none} {start}\n" in err
     start.unlink()  # it has been needed
+    assert muse.error("fit", "--config=recipe.yaml", "--resume", "--ckpt_path=x", "--trainer.max_steps=4") == (
+        f"ckpt_path: x found beside resume, but {RUN}, which would go on, started from {start}; accepted: {start}, or "
+        "another run.name"
+    )
     err = ok(muse.with_recipe(*command))
     assert f"resume: from {checkpoint(3)}\n" in err
     assert "which wins" not in err
@@ -137,6 +141,15 @@ def test_a_run_that_starts_from_a_checkpoint_is_resumed_by_the_same_command(
     assert losses(RUN) == losses(Path("runs/whole/version_0"))
     for name in ("config.yaml", "config.step=3.yaml"):
         assert yaml.safe_load((RUN / name).read_text())["ckpt_path"] == str(start)
+
+
+def test_a_run_that_started_from_nothing_has_not_started_from_a_checkpoint(muse: Muse) -> None:
+    ok(muse.with_recipe("fit", "--trainer.max_steps=1"))
+    line = muse.error("fit", "--config=recipe.yaml", "--resume", f"--ckpt_path={checkpoint(1)}")
+    assert line == (
+        f"ckpt_path: {checkpoint(1)} found beside resume, but {RUN}, which would go on, started from nothing; accepted: "
+        "no ckpt_path, or another run.name"
+    )
 
 
 def test_the_recipe_wins_and_what_differs_is_printed(muse: Muse) -> None:

@@ -73,16 +73,20 @@ def recipe_overlay(model: ModelReference, source: str, copy: Path, output: Path)
         copy: the folder that was made of it.
         output: where that will be.
     """
-    values: dict[str, Any] = {"model": {"config": asdict(model.config), "weights": str(output)}}
-    window = model.config.sliding_window
+    config = model.config
+    # As the recipes that continue training have it: the first layer, and as many heads as it has.
+    heads = config.num_key_value_heads if config.num_hidden_layers > 2 else 0
+    exact = {"exact_layers": [0], "exact_heads": heads}
+    values: dict[str, Any] = {"model": {"config": asdict(config), **exact, "weights": str(output)}}
+    window = config.sliding_window
     if window is not None:
         values["model"]["attention"] = {"class_path": "SlidingWindow", "init_args": {"window": window}}
-    tokenizer = folder_tokenizer(copy, model.config)
+    tokenizer = folder_tokenizer(copy, config)
     if tokenizer is None:
         print(f"{source} has no {TOKENIZER_FILE}: give data.tokenizer in the recipe", file=sys.stderr)
     else:
         values["data"] = {"tokenizer": str(output), "special_tokens": asdict(tokenizer.special_tokens)}
-        if tokenizer.vocab_size > model.config.vocab_size:
+        if tokenizer.vocab_size > config.vocab_size:
             print(
                 f"{source}: the tokenizer has too few tokens that stand for no text, and the model no rows to spare: "
                 "set data.special_tokens to three of its tokens",

@@ -60,6 +60,8 @@ def reproduce(verb: str, description: str, args: Sequence[str], allowed: Sequenc
         f"--run.name={run.parent.name}",
         # The data as it is: preparing it again would replace what the run has read, and others may read.
         "--data.sources=null",
+        # Other gradients end a run; here they are found by its losses.
+        "--verify_every=null",
         # They could forbid to stop.
         "--trainer.min_steps=null",
         "--trainer.min_epochs=null",

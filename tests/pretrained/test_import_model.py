@@ -186,6 +186,14 @@ def test_the_overlay_trains(muse: Muse, name: str) -> None:
         assert (trained.tensors[key] - tensor).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(("num_layers", "heads"), [(2, 0), (3, 2)])
+def test_the_overlay_has_the_first_layer_exact_and_as_many_heads(tmp_path: Path, num_layers: int, heads: int) -> None:
+    source = write_hf(tmp_path / "original", tiny_llama(num_hidden_layers=num_layers, num_key_value_heads=2))
+    assert main(["import", str(source), f"--output={tmp_path / 'out'}"]) == 0
+    model = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["model"]
+    assert (model["exact_layers"], model["exact_heads"]) == ([0], heads)
+
+
 @pytest.mark.parametrize(
     ("own", "vocab_size", "settings", "expected"),
     [
