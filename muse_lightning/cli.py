@@ -144,13 +144,16 @@ def run(args: list[str]) -> int:
 
     from muse_lightning.configuration.allow_list import only_allowed_modules
     from muse_lightning.configuration.taken_flags import take_flag
-    from muse_lightning.libraries import import_lightning, quiet_libraries
+    from muse_lightning.libraries import import_lightning, importing, quiet_libraries
 
     allowed, rest = take_flag("--allow_module", rest, "a module name must follow, such as my_project.attention")
-    with only_allowed_modules(allowed), quiet_libraries():
-        import_lightning()
+    with only_allowed_modules(allowed, rest), quiet_libraries():
         module, _, attribute = verb.function.rpartition(".")
-        function: Callable[[str, str, Sequence[str], Sequence[str]], None] = getattr(import_module(module), attribute)
+        with importing():
+            import_lightning()
+            function: Callable[[str, str, Sequence[str], Sequence[str]], None] = getattr(
+                import_module(module), attribute
+            )
         function(name, verb.description, rest, allowed)
     return ExitCode.DONE
 

@@ -263,8 +263,9 @@ class MuseCLI(LightningCLI):
         """Create the run's folder, or go on in one, and a trainer that writes to it."""
         self.run_folder = self._open_run_folder()
         try:
-            self._report_differences()
-            self.run_folder.write(self.run_folder.record("config", "yaml"), self._config_text())
+            settings = self._config_text()
+            self._report_differences(settings)
+            self.run_folder.write(self.run_folder.record("config", "yaml"), settings)
             trainer = self.config_init["trainer"]
             _check_strategy(trainer["strategy"])
             return super().instantiate_trainer(
@@ -273,7 +274,7 @@ class MuseCLI(LightningCLI):
                     self.verb,
                     trainer,
                     self.run_folder,
-                    settings=self._config_text(),
+                    settings=settings,
                     environment=self.environment(),
                     verify_every=self.config.verify_every,
                 ),
@@ -330,15 +331,16 @@ class MuseCLI(LightningCLI):
                 f"{then or 'nothing'}; accepted: {then or 'no ckpt_path'}, or another run.name"
             )
 
-    def _report_differences(self) -> None:
-        """Say what the recipe has otherwise than the run that it goes on from, where that has left its own."""
+    def _report_differences(self, settings: str) -> None:
+        """Say what the recipe, whose text is `settings`, has otherwise than the run that it goes on from, where that
+        has left its own."""
         if self.verb != "fit" or self.checkpoint is None:
             return
         try:
             before = configuration_behind(self.checkpoint)
         except UserError:
             return
-        for line in differences(before, yaml.safe_load(self._config_text()), where=str(self.checkpoint)):
+        for line in differences(before, yaml.safe_load(settings), where=str(self.checkpoint)):
             say(line)
 
     def _config_text(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pytest
 import torch
 import yaml
@@ -97,6 +98,28 @@ def test_help_of_a_verb(muse: Muse, verb: str, keys: list[str]) -> None:
     assert out.startswith(f"usage: muse {verb} ")
     assert VERBS[verb].description in out
     assert [key for key in keys if key not in out] == []
+
+
+@pytest.mark.parametrize(
+    ("args", "is_shown"),
+    [
+        (["fit", "--help"], True),
+        (["prepare", "-h"], True),
+        (["fit", "--data.sources.help=Folders"], True),
+        (["bench", "attention", "--help"], True),
+        (["fit", "--config=recipe.yaml", "--print_config"], False),
+        (["fit", "--config=recipe.yaml", "--trainer.max_steps=1"], False),
+    ],
+)
+def test_what_fields_mean_is_read_for_help_alone(
+    muse: Muse, monkeypatch: pytest.MonkeyPatch, args: list[str], is_shown: bool
+) -> None:
+    """Reading it takes longer than the rest of the command line."""
+    read: list[object] = []
+    parse = docstring_parser.parse_from_object
+    monkeypatch.setattr(docstring_parser, "parse_from_object", lambda *a, **k: read.append(a) or parse(*a, **k))
+    assert muse(*args)[0] == 0
+    assert bool(read) == is_shown
 
 
 class TestPrecedence:

@@ -1,5 +1,6 @@
 """Imports that nobody needs stay out, and what is needed works without them."""
 
+import gc
 import logging
 import os
 import subprocess
@@ -14,17 +15,39 @@ from lightning.fabric.utilities.seed import seed_everything
 
 from muse_lightning.cli import main
 from muse_lightning.errors import ExitCode
-from muse_lightning.libraries import quiet_libraries
+from muse_lightning.libraries import importing, quiet_libraries
 
 
-def test_lightning_without_what_torchmetrics_brings() -> None:
+@pytest.fixture(scope="module")
+def imported() -> list[str]:
+    """What a process tells of itself that has run a command: modules, the garbage collector, how often it has run."""
     program = (
-        "import sys; from muse_lightning.libraries import import_lightning; import_lightning()\n"
-        "import muse_lightning.commands\n"
-        "print(sorted({'transformers', 'matplotlib.pyplot', 'torchvision'} & set(sys.modules)))"
+        "import gc, sys; passes = []; gc.callbacks.append(lambda phase, _: passes.append(phase))\n"
+        "from muse_lightning.cli import main; main(['info'])\n"
+        "print(sorted({'transformers', 'matplotlib.pyplot', 'torchvision'} & set(sys.modules)))\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(passes))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "[]\n"
+    return done.stdout.splitlines()
+
+
+def test_lightning_without_what_torchmetrics_brings(imported: list[str]) -> None:
+    assert imported[-2] == "[]"
+
+
+def test_modules_are_no_garbage(imported: list[str]) -> None:
+    """A command's process looks for garbage again once it has imported what it needs, and no more among that."""
+    is_enabled, is_frozen, passes = imported[-1].split()
+    assert (is_enabled, is_frozen) == ("True", "True")
+    assert int(passes) < 500, "2,300 if it goes on while modules are imported"
+
+
+def test_who_has_lightning_keeps_the_garbage_collector() -> None:
+    """What a caller has, a notebook perhaps, may become garbage yet."""
+    before = gc.get_freeze_count()
+    with importing():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
 
 
 def test_a_cache_for_compiled_code_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -138,8 +138,8 @@ def logged(folder: Path) -> list[tuple[int, float]]:
 def test_killed_three_times_in_one_folder(muse: Muse, is_asynchronous: str) -> None:
     """The same command line each time; every step is trained as by a run that nobody kills, and logged once."""
     assert muse.with_recipe("prepare")[0] == 0
-    flags = ("--trainer.max_steps=80", *SAVES, f"--trainer.callbacks.is_asynchronous={is_asynchronous}")
-    for steps in (10, 30, 50):
+    flags = ("--trainer.max_steps=60", *SAVES, f"--trainer.callbacks.is_asynchronous={is_asynchronous}")
+    for steps in (6, 18, 30):
         kill_after(steps, 0, *flags, "--resume")
     code, _, err = muse.with_recipe("fit", *flags, *OFTEN, "--resume")
     assert code == 0, err
@@ -147,11 +147,11 @@ def test_killed_three_times_in_one_folder(muse: Muse, is_asynchronous: str) -> N
     assert muse.with_recipe("fit", *flags, *OFTEN)[0] == 0
     assert batches(0) == batches(1)
     found, wanted = (logged(Path(f"runs/tiny/version_{version}")) for version in (0, 1))
-    assert [step for step, _ in found] == list(range(80))
+    assert [step for step, _ in found] == list(range(60))
     assert found == wanted
     assert len(list(Path("runs/tiny/version_0").glob("config.step=*.yaml"))) == 3
     assert audit(muse, 0).endswith("problems: 0\n")
-    assert_same_checkpoints(*(Path(f"runs/tiny/version_{n}/checkpoints/step=80.ckpt") for n in (0, 1)))
+    assert_same_checkpoints(*(Path(f"runs/tiny/version_{n}/checkpoints/step=60.ckpt") for n in (0, 1)))
 
 
 def test_two_processes_of_which_the_first_is_told_to_stop(muse: Muse) -> None:

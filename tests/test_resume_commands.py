@@ -147,8 +147,8 @@ def test_a_run_that_started_from_nothing_has_not_started_from_a_checkpoint(muse:
     ok(muse.with_recipe("fit", "--trainer.max_steps=1"))
     line = muse.error("fit", "--config=recipe.yaml", "--resume", f"--ckpt_path={checkpoint(1)}")
     assert line == (
-        f"ckpt_path: {checkpoint(1)} found beside resume, but {RUN}, which would go on, started from nothing; accepted: "
-        "no ckpt_path, or another run.name"
+        f"ckpt_path: {checkpoint(1)} found beside resume, but {RUN}, which would go on, started from nothing; "
+        "accepted: no ckpt_path, or another run.name"
     )
 
 

@@ -44,12 +44,14 @@ def fit(folder: Path, warmup: list[L.Callback], data: list[Any], **options: Any)
         (4, 6, [6, 6, 12, 24, 48, 48, 48, 48]),
         (3, 10, [10, 20, 40, 48, 48, 48, 48, 48]),
         (1, 47, [47, 48, 48, 48, 48, 48, 48, 48]),
-        (100, 1, [1] * 8),
+        # Few steps: 192 documents in each.
+        (100, 1, [1] * 2),
     ],
 )
 def test_pieces_double_until_rows_are_whole(tmp_path: Path, steps: int, start: int, lengths: list[int]) -> None:
     warmup = ContextWarmup(steps, start)
-    watch, _, trainer = fit(tmp_path, [warmup], batches(40, packed=False), log_every_n_steps=1)
+    data = batches(2 * len(lengths) + 2, packed=False)
+    watch, _, trainer = fit(tmp_path, [warmup], data, max_steps=len(lengths), log_every_n_steps=1)
     assert watch.seen == [(step, length) for step, length in enumerate(lengths) for _ in range(2)]
     assert [value for _, value in scalars(trainer)["train/context"]] == lengths
     assert warmup.whole_from(SEQ_LEN) == steps

@@ -11,12 +11,12 @@ HEAD = Path(__file__).parents[1] / "data" / "activations" / "layer1_head3.pt"
 
 
 def test_the_table_and_the_raw_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(HEAD), "--tokens", "4200", "--json", str(tmp_path / "errors.jsonl")])
+    main([str(HEAD), "--tokens", "2200", "--json", str(tmp_path / "errors.jsonl")])
     records = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
     errors = {record["setting"]: record["relative_squared_error"] for record in records}
     assert len(errors) == len(SETTINGS) + 1
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == "| setting | layer1_head3, 4200 tokens |"
+    assert table[0] == "| setting | layer1_head3, 2200 tokens |"
     assert len(table) == 2 + len(errors)
     for row, (setting, error) in zip(table[2:], errors.items(), strict=True):
         assert row == f"| {setting} | {error:.3f} |"
