@@ -12,41 +12,20 @@ from torch import Tensor
 from muse_lightning.attention import AttentionStrategy, Dense, Muse
 from muse_lightning.attention.partly_exact import ROUNDING
 from muse_lightning.callbacks import AttentionError, ContextWarmup, ExactHeads, ExactTail
-from muse_lightning.errors import NumericsError, UserError
+from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
-from muse_lightning.numerics.failed_step import KEY
-from muse_lightning.numerics.guard import NumericsGuard
-from muse_lightning.training.module import LanguageModel
+from tests.sharp_heads import (
+    KV_HEADS,
+    LAST,
+    SHARP,
+    ShortDocuments,
+    Watch,
+    checkpoint_of,
+    heads_of,
+    lines_of_heads,
+    sharp_model,
+)
 from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
-
-KV_HEADS = 2
-
-
-def heads_of(model: LanguageModel) -> list[tuple[int, ...]]:
-    return [strategy.heads for strategy in model.partly_exact]
-
-
-def sharp_model(**options: Any) -> LanguageModel:
-    """Its first layer's second key-value head and its second layer's first look for single tokens; the others attend to
-    everything alike, as fresh weights do, where an approximation loses nothing."""
-    model = tiny_model(**({"attention": tiny_muse, "exact_heads": 2, "learning_rate": 1e-9} | options))
-    torch.manual_seed(0)
-    model.configure_model()
-    for block, sharp in zip(model.llama.blocks, (1, 0), strict=True):
-        weight = block.self_attn.q_proj.weight.data.unflatten(0, (KV_HEADS, -1))
-        weight[sharp] *= 3000
-    return model
-
-
-class Watch(L.Callback):
-    """What each step had."""
-
-    def __init__(self) -> None:
-        self.heads: list[list[tuple[int, ...]]] = []
-
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        assert isinstance(pl_module, LanguageModel)
-        self.heads.append(heads_of(pl_module))
 
 
 def test_errors_by_head_are_those_of_the_other_strategy() -> None:
@@ -160,20 +139,6 @@ def test_a_resumed_run_goes_on_with_its_heads(tmp_path: Path) -> None:
         assert torch.equal(whole, rest)
 
 
-def test_an_evaluation_has_the_heads_of_the_checkpoint(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, callbacks=[ExactHeads()], max_steps=1)
-    trainer.fit(sharp_model(), TinyData(batches(1), batches(1)))
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    evaluated = tiny_model(attention=tiny_muse, exact_heads=2)
-    tiny_trainer(tmp_path / "b").validate(
-        evaluated, TinyData([], batches(1)), ckpt_path=tmp_path / "a.ckpt", verbose=False
-    )
-    assert heads_of(evaluated) == [(1,), (0,)]
-    other = tiny_model(attention=tiny_muse, exact_heads=3)
-    tiny_trainer(tmp_path / "c").validate(other, TinyData([], batches(1)), ckpt_path=tmp_path / "a.ckpt", verbose=False)
-    assert heads_of(other) == [(0, 1), (0,)]  # as a model begins that has three
-
-
 def test_it_does_nothing_without_exact_heads(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, callbacks=[ExactHeads(), ExactTail(0.5)], max_steps=2)
     model = tiny_model(attention=tiny_muse, exact_heads=1)
@@ -186,30 +151,6 @@ def test_it_does_nothing_without_exact_heads(tmp_path: Path) -> None:
     assert not any("exact_heads" in tag for tag in scalars(trainer))
 
 
-def checkpoint_of(model: LanguageModel, folder: Path, *callbacks: L.Callback, steps: int = 1) -> Path:
-    trainer = tiny_trainer(folder, callbacks=list(callbacks), max_steps=steps)
-    trainer.fit(model, TinyData(batches(6)))
-    trainer.save_checkpoint(folder / "a.ckpt")
-    return folder / "a.ckpt"
-
-
-def validated(model: LanguageModel, folder: Path, ckpt_path: Path | None = None) -> list[tuple[int, ...]]:
-    """The heads that a validation had."""
-    tiny_trainer(folder).validate(model, TinyData([], batches(1)), ckpt_path=ckpt_path, verbose=False)
-    return heads_of(model)
-
-
-def test_a_choice_is_of_its_layers(tmp_path: Path) -> None:
-    model = tiny_model(attention=tiny_muse, exact_layers=(0,), exact_heads=1)
-    model.choose_heads({1: [1]})
-    path = checkpoint_of(model, tmp_path)
-    for exact_layers, heads in (((0,), [(1,)]), ((1,), [(0,)])):
-        other = tiny_model(attention=tiny_muse, exact_layers=exact_layers, exact_heads=1)
-        assert validated(other, tmp_path / str(exact_layers), path) == heads
-    model = tiny_model(attention=tiny_muse, exact_heads=1, config={"num_hidden_layers": 2})
-    assert validated(model, tmp_path / "none", path) == [(0,), ()]
-
-
 def test_a_fit_that_has_no_choice_yet_makes_one_at_once(tmp_path: Path) -> None:
     path = checkpoint_of(sharp_model(), tmp_path, ExactHeads(4), steps=3)
     watch, model = Watch(), sharp_model(exact_heads=1)
@@ -220,157 +161,9 @@ def test_a_fit_that_has_no_choice_yet_makes_one_at_once(tmp_path: Path) -> None:
     assert watch.heads == [watch.heads[0]] * 3
 
 
-def test_a_checkpoint_of_the_tail_has_the_choice_before_it(tmp_path: Path) -> None:
-    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads(), ExactTail(0.5), steps=2)
-    assert validated(tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "b", path) == [(1,), (0,)]
-
-
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is said of exact heads."""
-    found: list[str] = []
-    for module in ("training", "callbacks"):
-        monkeypatch.setattr(f"muse_lightning.{module}.exact_heads.rank_zero_info", found.append)
-    return found
-
-
-VERBS = pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-
-
-def evaluate(verb: str, model: LanguageModel, folder: Path, ckpt_path: Path | None = None) -> None:
-    options = {} if verb == "predict" else {"verbose": False}
-    getattr(tiny_trainer(folder), verb)(model, TinyData([], batches(1)), ckpt_path=ckpt_path, **options)
-
-
-@VERBS
-@pytest.mark.parametrize(("count", "are"), [(1, "1 head is"), (2, "2 heads are")])
-def test_an_evaluation_without_a_checkpoint_says_that_heads_are_spread(
-    tmp_path: Path, lines: list[str], verb: str, count: int, are: str
-) -> None:
-    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
-    said = (
-        f"model.exact_heads: {are} exact, evenly spread; a training's choice comes with its checkpoint (--ckpt_path), "
-        "for as many heads in the same layers"
-    )
-    for weights in (path, None):
-        lines.clear()
-        model = tiny_model(attention=tiny_muse, exact_heads=count, weights=weights)
-        evaluate(verb, model, tmp_path / str(weights is None))
-        assert lines == [said]
-
-
-@VERBS
-def test_an_evaluation_says_which_heads_its_checkpoint_has(tmp_path: Path, lines: list[str], verb: str) -> None:
-    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
-    assert lines == ["step 0: exact key-value heads by layer: 0: [1], 1: [0]"]
-    lines.clear()
-    evaluate(verb, tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
-    assert lines == ["model.exact_heads: exact key-value heads by layer: 0: [1], 1: [0], as the checkpoint has them"]
-
-
-def test_layers_without_exact_heads_are_not_named(tmp_path: Path, lines: list[str]) -> None:
-    model = tiny_model(attention=tiny_muse, exact_heads=2)
-    model.choose_heads({0: [], 1: [0, 1]})
-    path = checkpoint_of(model, tmp_path)
-    validated(tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
-    assert lines == ["model.exact_heads: exact key-value heads by layer: 1: [0, 1], as the checkpoint has them"]
-
-
-@VERBS
-@pytest.mark.parametrize("heads", [{}, None])
-def test_an_evaluation_says_that_its_checkpoint_has_no_choice(
-    tmp_path: Path, lines: list[str], verb: str, heads: dict[int, list[int]] | None
-) -> None:
-    path = checkpoint_of(tiny_model(attention=tiny_muse), tmp_path)
-    if heads is None:  # as older ones are
-        checkpoint = torch.load(path, weights_only=True)
-        del checkpoint["exact_heads"], checkpoint["are_exact_heads_chosen"]
-        torch.save(checkpoint, path)
-    evaluate(verb, tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
-    assert lines == [
-        f"model.exact_heads: 2 heads are exact, evenly spread; checkpoint {path} has no choice of its training"
-    ]
-
-
-@VERBS
-@pytest.mark.parametrize(
-    ("callbacks", "steps", "heads"),
-    [([], 1, "0: [0], 1: [0]"), ([ContextWarmup(steps=3, start=24), ExactHeads()], 2, "1: [0, 1]")],
-    ids=["where it began", "rows that were cut"],
-)
-def test_an_evaluation_says_that_the_training_of_its_checkpoint_had_not_chosen(
-    tmp_path: Path, lines: list[str], verb: str, callbacks: list[L.Callback], steps: int, heads: str
-) -> None:
-    path = checkpoint_of(sharp_model(), tmp_path, *callbacks, steps=steps)
-    lines.clear()
-    evaluate(verb, tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
-    assert lines == [
-        f"model.exact_heads: exact key-value heads by layer: {heads}, as the checkpoint has them; its training had not "
-        "chosen any"
-    ]
-
-
-def test_heads_of_an_older_checkpoint_are_a_choice(tmp_path: Path, lines: list[str]) -> None:
-    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["are_exact_heads_chosen"]
-    torch.save(checkpoint, path)
-    lines.clear()
-    evaluate("validate", tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
-    assert lines == ["model.exact_heads: exact key-value heads by layer: 0: [1], 1: [0], as the checkpoint has them"]
-
-
-@pytest.mark.parametrize(
-    ("options", "here"),
-    [
-        ({"exact_heads": 0}, "none here"),
-        ({"exact_heads": 3}, "3 heads of layers 0, 1 here, evenly spread"),
-        ({"exact_heads": 1, "exact_layers": (0,)}, "1 head of layer 1 here, evenly spread"),
-    ],
-)
-def test_an_evaluation_by_others_than_the_checkpoints_names_both(
-    tmp_path: Path, lines: list[str], options: dict[str, Any], here: str
-) -> None:
-    path = checkpoint_of(sharp_model(), tmp_path, ExactHeads())
-    lines.clear()
-    validated(tiny_model(attention=tiny_muse, **options), tmp_path / "other", path)
-    assert lines == [
-        f"checkpoint {path}: the exact heads of its training are not used: 2 heads of layers 0, 1 there, {here} "
-        "(model.exact_heads, model.exact_layers)"
-    ]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"exact_heads": 4},
-        {"exact_heads": 2, "exact_layers": (0,)},
-        {"attention": Dense},
-        {"attention": Dense, "exact_heads": 2},
-        {"exact_layers": (0, 1)},
-    ],
-)
-def test_nothing_is_said_where_everything_is_exact(tmp_path: Path, lines: list[str], options: dict[str, Any]) -> None:
-    chosen = checkpoint_of(sharp_model(), tmp_path / "chosen", ExactHeads())
-    alike = checkpoint_of(tiny_model(**({"attention": tiny_muse} | options)), tmp_path / "alike")
-    lines.clear()
-    for path in (chosen, alike, None):
-        validated(tiny_model(**({"attention": tiny_muse} | options)), tmp_path / "other", path)
-    assert lines == []
-
-
-def test_a_fit_says_only_what_is_not_used(tmp_path: Path, lines: list[str]) -> None:
-    """Of what a checkpoint lacks, or of heads that it goes on with: it will choose."""
-    chosen = checkpoint_of(sharp_model(), tmp_path / "chosen", ExactHeads())
-    unchosen = checkpoint_of(sharp_model(), tmp_path / "unchosen")
-    lines.clear()
-    for number, (path, count) in enumerate([(None, 2), (chosen, 2), (unchosen, 2), (chosen, 1)]):
-        trainer = tiny_trainer(tmp_path / str(number), max_steps=2)
-        trainer.fit(sharp_model(exact_heads=count), TinyData(batches(2), batches(1)), ckpt_path=path)
-    assert lines == [
-        f"checkpoint {chosen}: the exact heads of its training are not used: 2 heads of layers 0, 1 there, 1 head of "
-        "layers 0, 1 here (model.exact_heads, model.exact_layers)"
-    ]
+    return lines_of_heads(monkeypatch)
 
 
 def test_another_training_chooses_anew(tmp_path: Path) -> None:
@@ -389,16 +182,6 @@ def test_exact_attention_has_no_heads_beside_it(tmp_path: Path) -> None:
     assert not [tag for tag in scalars(trainer) if tag.startswith("muse/")]
 
 
-class ShortDocuments(L.Callback):
-    """Of 12 tokens at first, of 24 and 48 in the second and third half of so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_train_batch_start(self, *step: Any) -> None:
-        ContextWarmup(self.steps, start=12).on_train_batch_start(*step)
-
-
 def test_where_nothing_is_approximated_nothing_is_chosen(tmp_path: Path, lines: list[str]) -> None:
     """Documents of 12 tokens are one chunk: what differs is rounding. It looks again soon, and says what it found."""
 
@@ -408,9 +191,6 @@ def test_where_nothing_is_approximated_nothing_is_chosen(tmp_path: Path, lines: 
     spread, chosen = [(0,), (0,)], [(1,), (0,)]
     assert watch.heads == [spread] * 4 + [chosen] * 2
     assert lines == ["step 4: exact key-value heads by layer: 0: [1], 1: [0]"]
-
-
-LAST, SHARP = [(), (0, 1)], [(1,), (0,)]
 
 
 def test_while_rows_are_cut_the_last_layers_have_them(tmp_path: Path, lines: list[str]) -> None:
@@ -561,14 +341,6 @@ def test_where_all_heads_are_exact_nothing_is_measured(tmp_path: Path, monkeypat
     assert scalars(trainer)["muse/exact_heads_layer_1"] == [(0, 2.0)]
 
 
-def test_a_checkpoint_without_a_choice_has_none(tmp_path: Path) -> None:
-    path = checkpoint_of(tiny_model(attention=tiny_muse, exact_heads=2), tmp_path)
-    assert not torch.load(path, weights_only=True)["are_exact_heads_chosen"]
-    model = tiny_model(attention=tiny_muse, exact_heads=2)
-    assert validated(model, tmp_path / "b", path) == [(0,), (0,)]
-    assert not model.are_heads_chosen
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_is_chosen_by_what_is_not_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], value: float
@@ -598,27 +370,6 @@ def test_what_counts_as_rounding_is_shared_by_heads(tmp_path: Path, monkeypatch:
         model = sharp_model()
         tiny_trainer(tmp_path, callbacks=[ExactHeads()], max_steps=1).fit(model, TinyData(batches(1)))
         assert heads_of(model) == heads
-
-
-def test_a_step_to_replay_has_its_own_heads(tmp_path: Path) -> None:
-    """And not those that were chosen while losses were bad already."""
-    watch, model = Watch(), sharp_model()
-
-    class Bad(L.Callback):
-        def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-            if trainer.global_step >= 3:
-                loss.data.fill_(float("nan"))
-
-        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-            if trainer.global_step == 4:  # as another batch may have it
-                pl_module.choose_heads({0: [0], 1: [1]})
-
-    guard = NumericsGuard(stop_after=2, dirpath=tmp_path / "numerics")
-    trainer = tiny_trainer(tmp_path, callbacks=[ExactHeads(100), Bad(), guard, watch], max_steps=8)
-    with pytest.raises(NumericsError, match="step 4 is saved"):
-        trainer.fit(model, TinyData(batches(8)))
-    [file] = (tmp_path / "numerics").glob("*.ckpt")
-    assert torch.load(file, weights_only=True)[KEY]["exact_heads"] == {0: [1], 1: [0]}
 
 
 @pytest.mark.parametrize(
