@@ -325,7 +325,7 @@ class MuseCLI(LightningCLI):
         if given is None:
             return
         then = run_configuration(run).get("ckpt_path")
-        if then != str(Path(given)):
+        if then is None or Path(then).absolute() != Path(given).absolute():
             raise UserError(
                 f"ckpt_path: {shown_url(given)} found beside resume, but {run}, which would go on, started from "
                 f"{then or 'nothing'}; accepted: {then or 'no ckpt_path'}, or another run.name"

@@ -27,9 +27,9 @@ class ExactHeads(L.Callback):
     Heads that will look far away are not there yet while `ContextWarmup` cuts rows, so that it waits until rows are
     whole, and has those of the last layers exact meanwhile, unless a checkpoint has a choice.
 
-    A checkpoint has the choice. Says each other choice in a line and logs `muse/exact_heads_layer_*`, the number of
-    exact heads in each layer; a training that ends without a choice says so. Chooses nothing where `model.exact_heads`
-    is 0 or all heads.
+    A checkpoint has the choice. Says each choice that differs from the one before in a line, and logs
+    `muse/exact_heads_layer_*`, the number of exact heads in each layer; a training that ends without a choice says so.
+    Chooses nothing where `model.exact_heads` is 0 or all heads.
 
     Args:
         every_n_steps: optimizer steps between two choices.
@@ -51,7 +51,7 @@ class ExactHeads(L.Callback):
         self.first_step = first_step
         self._last_step = -1
         self._has_looked = False
-        self._erred_nowhere = False
+        self._why_none = ""
 
     def state_dict(self) -> dict[str, Any]:
         """A training that goes on looks when one would that was not interrupted."""
@@ -62,7 +62,7 @@ class ExactHeads(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Another training: what the one before saw says nothing of it, and its first step may have the same number."""
-        self._last_step, self._has_looked, self._erred_nowhere = -1, False, False
+        self._last_step, self._has_looked, self._why_none = -1, False, ""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor], batch_idx: int
@@ -76,6 +76,7 @@ class ExactHeads(L.Callback):
         if first is None:
             first = _first_whole_step(trainer, seq_len=batch["input_ids"].shape[1])
         if step < first:
+            self._why_none = f"the first choice is made before step {first}"
             _begin_with_last_layers(pl_module, first)
             return
         are_chosen = pl_module.are_heads_chosen
@@ -87,9 +88,8 @@ class ExactHeads(L.Callback):
         with trainer.precision_plugin.forward_context():
             errors = errors_by_head(pl_module.llama, batch["input_ids"], batch.get("cu_seqlens"))
         errors = trainer.strategy.reduce(errors, reduce_op="mean")
-        is_finite = bool(errors.isfinite().all())
-        self._erred_nowhere = is_finite and not beyond_rounding(errors).any()
-        if not is_finite or self._erred_nowhere:
+        self._why_none = _nothing_to_choose_by(errors)
+        if self._why_none:
             return
         before = pl_module.chosen_heads
         choose_heads(pl_module.partly_exact, errors)
@@ -110,13 +110,12 @@ class ExactHeads(L.Callback):
             pl_module.log(f"muse/exact_heads_layer_{strategy.layer_idx}", float(count))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say so where there was nothing to choose by."""
+        """Say so where none was chosen."""
         assert isinstance(pl_module, LanguageModel)
-        if self._erred_nowhere and not pl_module.are_heads_chosen and _attends_partly_exact(pl_module):
+        if self._why_none and not pl_module.are_heads_chosen and _attends_partly_exact(pl_module):
             rank_zero_info(
-                "model.exact_heads: no head was chosen, for attention erred nowhere; exact key-value heads by layer: "
-                f"{heads_in_words(pl_module.chosen_heads)}; rows (data.seq_len) and documents of at most exact_below "
-                "tokens are attended exactly"
+                "model.exact_heads: no head was chosen; exact key-value heads by layer: "
+                f"{heads_in_words(pl_module.chosen_heads)}; {self._why_none}"
             )
 
 
@@ -129,6 +128,18 @@ def _first_whole_step(trainer: L.Trainer, seq_len: int) -> int:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer's callback connector
     warmups = [callback for callback in callbacks if isinstance(callback, ContextWarmup)]
     return max((warmup.whole_from(seq_len) for warmup in warmups), default=0)
+
+
+def _nothing_to_choose_by(errors: Tensor) -> str:
+    """Why, or nothing."""
+    if not errors.isfinite().all():
+        return "errors are not finite"
+    if not beyond_rounding(errors).any():
+        return (
+            "attention erred nowhere: rows (data.seq_len), documents and pieces of rows (ContextWarmup) of at most "
+            "exact_below tokens are attended exactly"
+        )
+    return ""
 
 
 def _begin_with_last_layers(model: LanguageModel, first: int) -> None:

@@ -90,6 +90,8 @@ def advice(
         for each in found
         if any(each.setting.heads.values()) and not each.setting.is_swept and not each.is_exact
     ]
+    if said:
+        said.append("They are those whose error adds most to the residual stream, not those of the largest error.")
     muse = [each for each in found if is_muse(each)]
     if any(each.is_exact for each in muse):
         are_all = all(each.is_exact for each in muse)

@@ -103,6 +103,7 @@ def test_once_more_with_exact_heads(
         said = f"Exact key-value heads of {name}, by layer: {by_layer}."
         assert said in Path("found/compare.md").read_text()
         assert said in printed
+    assert "They are those whose error adds most to the residual stream, not those of the largest error." in printed
     assert "heads of exact_heads 3" not in printed
     assert content["recommended"] == "Muse"
     Path("recipe.yaml").write_text(RECIPE)
