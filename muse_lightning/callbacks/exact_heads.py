@@ -13,6 +13,7 @@ from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
 from muse_lightning.training.log_step import ends_step, is_log_step
 from muse_lightning.training.module import LanguageModel
+from muse_lightning.training.trainer_callbacks import callbacks_of
 
 
 class ExactHeads(L.Callback):
@@ -125,9 +126,7 @@ def _attends_partly_exact(model: LanguageModel) -> bool:
 
 
 def _first_whole_step(trainer: L.Trainer, seq_len: int) -> int:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer's callback connector
-    warmups = [callback for callback in callbacks if isinstance(callback, ContextWarmup)]
-    return max((warmup.whole_from(seq_len) for warmup in warmups), default=0)
+    return max((warmup.whole_from(seq_len) for warmup in callbacks_of(trainer, ContextWarmup)), default=0)
 
 
 def _nothing_to_choose_by(errors: Tensor) -> str:

@@ -10,6 +10,7 @@ from muse_lightning.callbacks.context_warmup import ContextWarmup
 from muse_lightning.callbacks.future_gain import FutureGain
 from muse_lightning.callbacks.identifier_recall import IdentifierRecall
 from muse_lightning.callbacks.needle_retrieval import NeedleRetrieval
+from muse_lightning.training.trainer_callbacks import callbacks_of
 
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "loss": {
@@ -81,13 +82,12 @@ class ScalarLayout(L.Callback):
 
 def _layout(trainer: L.Trainer) -> dict[str, dict[str, tuple[str, list[str]]]]:
     """As torch.utils.tensorboard takes it."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by the trainer's callback connector
     left_out = set()
-    if not any(isinstance(callback, LONG_CONTEXT_CALLBACKS) for callback in callbacks):
+    if not callbacks_of(trainer, *LONG_CONTEXT_CALLBACKS):
         left_out |= set(CHARTS["far context"])
-    if not any(isinstance(callback, FutureGain) for callback in callbacks):
+    if not callbacks_of(trainer, FutureGain):
         left_out.add("gain from sight of the future, nats per token")
-    if not any(isinstance(callback, ContextWarmup) for callback in callbacks):
+    if not callbacks_of(trainer, ContextWarmup):
         left_out.add("tokens in a piece")
     if not trainer.training or not getattr(trainer.lightning_module, "exact_heads", 0):
         left_out.add("exact key-value heads")

@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from muse_lightning.errors import UserError
+from muse_lightning.training.trainer_callbacks import callbacks_of
 
 
 class StopAfter(L.Callback):
@@ -48,4 +49,4 @@ def last_step(trainer: L.Trainer) -> int:
 
 def stops(trainer: L.Trainer) -> list[int]:
     """The steps of its `StopAfter` callbacks."""
-    return [callback.step for callback in trainer.callbacks if isinstance(callback, StopAfter)]  # type: ignore[attr-defined]
+    return [callback.step for callback in callbacks_of(trainer, StopAfter)]

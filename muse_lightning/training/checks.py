@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Timer
 from muse_lightning.attention.base import check_is_whole
 from muse_lightning.errors import UserError
 from muse_lightning.training.optim import check_max_steps
+from muse_lightning.training.trainer_callbacks import callbacks_of
 
 if TYPE_CHECKING:
     from muse_lightning.training.module import LanguageModel
@@ -114,8 +115,8 @@ def check_trainer(trainer: L.Trainer) -> None:
 
 def _check_max_time(trainer: L.Trainer) -> None:
     """`trainer.max_time` is a `Timer`, unless one is among the callbacks, which wins."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        seconds = callback.time_remaining() if isinstance(callback, Timer) else None
+    for timer in callbacks_of(trainer, Timer):
+        seconds = timer.time_remaining()
         if seconds is not None and seconds <= 0:
             raise UserError(
                 f"trainer.max_time, or Timer's duration: {seconds:g} seconds found, no time to train; accepted: above "
