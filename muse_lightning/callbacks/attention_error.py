@@ -5,7 +5,6 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from muse_lightning.attention import is_exact
 from muse_lightning.measure.attention_error import attention_errors
 from muse_lightning.training.module import LanguageModel
 
@@ -31,9 +30,7 @@ class AttentionError(L.Callback):
     ) -> None:
         """Run the model once more on the first batch, and compare."""
         assert isinstance(pl_module, LanguageModel)
-        window = pl_module.config.sliding_window
-        strategies = [block.self_attn.attention for block in pl_module.llama.blocks]
-        if batch_idx > 0 or all(is_exact(strategy, window) for strategy in strategies):
+        if batch_idx > 0 or pl_module.attends_exactly:
             return
         # Callbacks run outside the precision that the step ran in.
         with trainer.precision_plugin.forward_context():

@@ -1,15 +1,18 @@
 """Short contexts at the beginning of a training."""
 
 import math
+from contextlib import ExitStack
 from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from muse_lightning.attention import exact_attention
 from muse_lightning.data.batches import Batch, cut_documents
 from muse_lightning.errors import UserError
 from muse_lightning.training.log_step import ends_step, is_log_step
+from muse_lightning.training.module import LanguageModel
 
 
 class ContextWarmup(L.Callback):
@@ -24,6 +27,7 @@ class ContextWarmup(L.Callback):
     Args:
         steps: optimizer steps until rows are whole.
         start: tokens of the first pieces.
+        exact: attend exactly in every layer until rows are whole, in validation too.
     Raises:
         UserError: a value below 1.
     Source: SkyLadder (arXiv 2503.15450), which lets the length grow linearly; Li et al. (arXiv 2108.06084).
@@ -32,12 +36,14 @@ class ContextWarmup(L.Callback):
         >>> trainer = L.Trainer(callbacks=[ContextWarmup(steps=400)])
     """
 
-    def __init__(self, steps: int, start: int = 2048) -> None:
+    def __init__(self, steps: int, start: int = 2048, exact: bool = False) -> None:
         for name, value in (("steps", steps), ("start", start)):
             if value < 1:
                 raise UserError(f"ContextWarmup: {name} is {value}; accepted: at least 1")
         self.steps = steps
         self.start = start
+        self.exact = exact
+        self._exact_attention = ExitStack()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when rows are whole: after how many steps, from the first one on, or never."""
@@ -54,7 +60,7 @@ class ContextWarmup(L.Callback):
         elif seq_len is not None and trainer.global_step < self.steps:
             rank_zero_info(
                 f"ContextWarmup: rows are cut into pieces of {self.length(trainer.global_step, seq_len):,} tokens, "
-                f"doubled until they are whole after {self.steps} steps"
+                f"doubled until they are whole after {self.steps} steps{'; attention is exact until then' * self.exact}"
             )
 
     def on_train_batch_start(
@@ -63,16 +69,25 @@ class ContextWarmup(L.Callback):
         """Cut the batch, in place."""
         seq_len = batch["input_ids"].shape[1]
         length = self.length(trainer.global_step, seq_len)
-        if length < seq_len:
-            batch["cu_seqlens"] = cut_documents(cast(Batch, batch), length)
+        if length == seq_len:
+            return
+        batch["cu_seqlens"] = cut_documents(cast(Batch, batch), length)
+        if self.exact:
+            self._attend_exactly(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Log the length that the step had which has just ended."""
+        """Log the length that the step had which has just ended, and end exact attention with the last that is cut."""
+        seq_len = batch["input_ids"].shape[1]
+        if self.length(trainer.global_step, seq_len) == seq_len:
+            self._exact_attention.close()
         if ends_step(trainer) and is_log_step(trainer, trainer.global_step):
-            seq_len = batch["input_ids"].shape[1]
             pl_module.log("train/context", float(self.length(trainer.global_step - 1, seq_len)))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the model with its own attention, also where the training ended before."""
+        self._exact_attention.close()
 
     def whole_from(self, seq_len: int) -> int:
         """The first optimizer step, from 0, with whole rows of `seq_len` tokens."""
@@ -84,3 +99,9 @@ class ContextWarmup(L.Callback):
             return seq_len
         doublings = math.ceil(math.log2(seq_len / self.start))
         return min(seq_len, self.start << min(doublings, doublings * step // self.steps))
+
+    def _attend_exactly(self, model: L.LightningModule) -> None:
+        assert isinstance(model, LanguageModel)
+        if not model.attends_exactly:
+            exact = exact_attention(model.config.sliding_window)
+            self._exact_attention.enter_context(model.llama.attention_as(exact))

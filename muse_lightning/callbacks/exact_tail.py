@@ -31,21 +31,15 @@ class ExactTail(L.Callback):
         if not 0 < fraction < 1:
             raise UserError(f"ExactTail: fraction is {fraction}; accepted: above 0 and below 1")
         self.fraction = fraction
-        self._is_exact = False
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start with the recipe's attention."""
-        self._is_exact = False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor], batch_idx: int
     ) -> Any:
         """Switch, where the tail begins."""
-        if self._is_exact or trainer.global_step < self.first_step(trainer.max_steps):
-            return
         assert isinstance(pl_module, LanguageModel)
+        if pl_module.attends_exactly or trainer.global_step < self.first_step(trainer.max_steps):
+            return
         pl_module.llama.set_attention(exact_attention(pl_module.config.sliding_window))
-        self._is_exact = True
         rank_zero_info(f"step {trainer.global_step}: exact attention from here on")
 
     def first_step(self, max_steps: int) -> int:

@@ -7,7 +7,6 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from muse_lightning.attention import is_exact
 from muse_lightning.attention.description import heads_in_words
 
 if TYPE_CHECKING:
@@ -66,10 +65,7 @@ def say_if_spread(model: "LanguageModel") -> None:
 
 
 def _is_exact_everywhere(model: "LanguageModel") -> bool:
-    if model.partly_exact and not model.has_choice:
-        return True
-    window = model.config.sliding_window
-    return all(is_exact(block.self_attn.attention, window) for block in model.llama.blocks)
+    return model.attends_exactly or bool(model.partly_exact and not model.has_choice)
 
 
 def _count(heads: Mapping[int, Sequence[int]]) -> int:

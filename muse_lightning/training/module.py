@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 
-from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in, layer_numbers
+from muse_lightning.attention import AttentionStrategy, Dense, exact_attention, exact_in, is_exact, layer_numbers
 from muse_lightning.attention.partly_exact import partly_exact_in
 from muse_lightning.data.batches import IGNORED_LABEL, Batch
 from muse_lightning.errors import UserError
@@ -197,6 +197,12 @@ class LanguageModel(L.LightningModule):
         self._exact_totals = Totals()
         self._token_bytes: Tensor | None = None
         self._until_teardown = ExitStack()
+
+    @property
+    def attends_exactly(self) -> bool:
+        """Whether the attention of every layer is exact now, whatever the recipe has."""
+        window = self.config.sliding_window
+        return all(is_exact(block.self_attn.attention, window) for block in self.llama.blocks)
 
     @property
     def chosen_heads(self) -> dict[int, list[int]]:

@@ -8,17 +8,27 @@ import lightning as L
 import pytest
 import torch
 
-from muse_lightning.callbacks import ContextWarmup
+from muse_lightning.attention import Dense
+from muse_lightning.callbacks import ContextWarmup, ExactTail
 from muse_lightning.data.batches import cut_documents, document_lengths
 from muse_lightning.errors import UserError
 from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
 
 class Watch(L.Callback):
-    """The longest document of each micro-batch, by its optimizer step."""
+    """The longest document of each micro-batch, by its optimizer step; and the steps and validations, by the steps
+    before them, in which every layer attended exactly."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int]] = []
+        self.exact_steps: list[int] = []
+        self.exact_validations: list[int] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.exact_steps += [trainer.global_step] * pl_module.attends_exactly
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.exact_validations += [trainer.global_step] * pl_module.attends_exactly
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
@@ -27,14 +37,23 @@ class Watch(L.Callback):
         self.seen.append((batch_idx // 2, longest))
 
 
-def fit(folder: Path, warmup: list[L.Callback], data: list[Any], **options: Any) -> tuple[Watch, Any, L.Trainer]:
+def fit(
+    folder: Path,
+    warmup: list[L.Callback],
+    data: list[Any],
+    *,
+    model: dict[str, Any] | None = None,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> tuple[Watch, Any, L.Trainer]:
     torch.manual_seed(0)
-    watch, model = Watch(), tiny_model(attention=tiny_muse)
+    watch, module = Watch(), tiny_model(**({"attention": tiny_muse} | (model or {})))
     trainer = tiny_trainer(
         folder, callbacks=[*warmup, watch], accumulate_grad_batches=2, **({"max_steps": 8} | options)
     )
-    trainer.fit(model, datamodule=TinyData(data, batches(1, packed=False)))
-    return watch, model, trainer
+    datamodule = TinyData(data, batches(1, packed=False))
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    return watch, module, trainer
 
 
 @pytest.mark.parametrize(
@@ -71,22 +90,54 @@ def test_it_is_a_training_on_the_pieces(tmp_path: Path, packed: bool) -> None:
             ("whole", [], items),
         )
     ]
-    found, wanted, whole = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
+    found, wanted, whole = map(weights, models)
     assert torch.equal(found, wanted)
     assert not torch.equal(found, whole)
 
 
 def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
     _, _, trainer = fit(tmp_path / "first", [ContextWarmup(8, 12)], batches(10, packed=False), max_steps=5)
-    trainer.save_checkpoint(tmp_path / "step=5.ckpt")
-    watch, model = Watch(), tiny_model(attention=tiny_muse)
-    again = tiny_trainer(
-        tmp_path / "second", max_steps=9, callbacks=[ContextWarmup(8, 12), watch], accumulate_grad_batches=2
-    )
-    again.fit(
-        model, datamodule=TinyData(batches(40, packed=False)), ckpt_path=tmp_path / "step=5.ckpt", weights_only=True
-    )
+    path = tmp_path / "step=5.ckpt"
+    trainer.save_checkpoint(path)
+    data = batches(40, packed=False)
+    watch, _, _ = fit(tmp_path / "second", [ContextWarmup(8, 12)], data, max_steps=9, ckpt_path=path)
     assert [length for _, length in watch.seen] == [24] * 6 + [48] * 2
+
+
+def weights(model: Any) -> torch.Tensor:
+    return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+
+def test_exact_until_rows_are_whole(tmp_path: Path) -> None:
+    """Until then the same weights, bit for bit, as with exact attention; then the recipe's attention again."""
+    data, every_step = batches(16, packed=False), {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    warmup = ContextWarmup(4, 12, exact=True)
+    for name, steps, are_equal in (("cut", 4, True), ("whole", 5, False)):
+        watch, model, _ = fit(tmp_path / name, [warmup], data, max_steps=steps, **every_step)
+        plain = ContextWarmup(4, 12)
+        _, dense, _ = fit(tmp_path / f"{name}-dense", [plain], data, max_steps=steps, model={"attention": Dense})
+        assert torch.equal(weights(model), weights(dense)) == are_equal
+        assert watch.exact_steps == [0, 1, 2, 3]
+        # Behind the last step that is cut comes what the next one will attend with.
+        assert [step for step in watch.exact_validations if step] == [1, 2, 3]
+        assert [type(block.self_attn.attention).__name__ for block in model.llama.blocks] == ["Muse"] * 2
+
+
+def test_the_recipes_attention_is_back_after_a_training_that_ends_before(tmp_path: Path) -> None:
+    warmup = ContextWarmup(8, 12, exact=True)
+    watch, model, trainer = fit(tmp_path, [warmup], batches(4, packed=False), max_steps=2)
+    assert watch.exact_steps == [0, 1]
+    assert not model.attends_exactly
+    trainer.save_checkpoint(tmp_path / "step=2.ckpt")
+    data = batches(40, packed=False)
+    watch, _, _ = fit(tmp_path / "on", [warmup], data, max_steps=10, ckpt_path=tmp_path / "step=2.ckpt")
+    assert watch.exact_steps == [2, 3, 4, 5, 6, 7]
+
+
+def test_with_an_exact_tail_that_begins_before(tmp_path: Path) -> None:
+    both = [ContextWarmup(4, 12, exact=True), ExactTail(0.75)]
+    watch, _, _ = fit(tmp_path, both, batches(16, packed=False))
+    assert watch.exact_steps == [*range(8)]
 
 
 @pytest.mark.parametrize(("steps", "is_said"), [(1, False), (2, True)])
@@ -99,14 +150,16 @@ def test_a_training_that_ends_before(
     assert caplog.messages.count(line) == is_said
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(("step", "tokens"), [(0, 12), (3, 24), (4, None)])
-def test_what_it_does_is_said(step: int, tokens: int | None, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_it_does_is_said(step: int, tokens: int | None, exact: bool, caplog: pytest.LogCaptureFixture) -> None:
     """The pieces with which the training, or what is left of it, begins."""
-    warmup, model = ContextWarmup(4, 12), SimpleNamespace(seq_len=SEQ_LEN)
+    warmup, model = ContextWarmup(4, 12, exact), SimpleNamespace(seq_len=SEQ_LEN)
     trainer = SimpleNamespace(callbacks=[warmup], global_step=step, max_steps=8)
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         warmup.on_train_start(trainer, model)
     line = f"ContextWarmup: rows are cut into pieces of {tokens} tokens, doubled until they are whole after 4 steps"
+    line += "; attention is exact until then" * exact
     assert [message for message in caplog.messages if "ContextWarmup" in message] == [line] * (tokens is not None)
 
 

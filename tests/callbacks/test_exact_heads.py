@@ -204,6 +204,21 @@ def test_while_rows_are_cut_the_last_layers_have_them(tmp_path: Path, lines: lis
     ]
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["warm-up first", "warm-up last"])
+def test_where_all_attend_exactly_while_rows_are_cut(tmp_path: Path, order: int, lines: list[str]) -> None:
+    """Heads are chosen before the first step in which some are not exact."""
+    callbacks = [ContextWarmup(steps=3, start=24, exact=True), ExactHeads(2)][::order]
+    watch, model = Watch(), sharp_model()
+    trainer = tiny_trainer(tmp_path, callbacks=[*callbacks, watch], max_steps=6, log_every_n_steps=1)
+    trainer.fit(model, TinyData(batches(6)))
+    assert watch.heads[3:] == [SHARP] * 3
+    assert lines[-1] == "step 3: exact key-value heads by layer: 0: [1], 1: [0]"
+    logged = scalars(trainer)
+    for layer in range(2):
+        counts = [value for _, value in logged[f"muse/exact_heads_layer_{layer}"]]
+        assert counts == [KV_HEADS] * 3 + [1] * 3
+
+
 def test_rows_that_were_whole_from_the_first_step_are_not_waited_for(tmp_path: Path) -> None:
     watch, model = Watch(), sharp_model()
     callbacks = [ContextWarmup(steps=3, start=SEQ_LEN), ExactHeads(2), watch]
