@@ -24,6 +24,7 @@ from muse_lightning.pretrained.run_folder import run_configuration
 OVERLAY_NAME = "recommended.yaml"
 DEFAULT_MUSE = MuseOptions()
 DEFAULT_GRID = Grid()
+_SEQ_LEN = 32768
 _TIMED_RUNS, _TIMED_SECONDS = 10, 0.5
 
 
@@ -31,7 +32,7 @@ def compare(
     model: Path,
     data: Path,
     split: str = "val",
-    seq_len: int = 32768,
+    seq_len: int | None = None,
     blocks: int = 8,
     document_mask: bool | None = None,
     muse: MuseOptions = DEFAULT_MUSE,
@@ -57,7 +58,7 @@ def compare(
         model: A Hugging Face folder, a run folder or a .ckpt of one.
         data: A prepared dataset, made with the model's tokenizer.
         split: Its split.
-        seq_len: Tokens of a block.
+        seq_len: Tokens of a block; null is 32768, or as many as the model is meant for where these are fewer.
         blocks: Blocks, spread evenly over the split.
         document_mask: Whether documents in a block are told apart; null is as a run was trained, and false for others.
         muse: Options of MuSe; the spatial blocks have the same sizes and retrieve as many keys.
@@ -80,12 +81,14 @@ def compare(
     """
     counts = {"seq_len": seq_len, "blocks": blocks, "detailed_blocks": detailed_blocks, "loss_chunk": loss_chunk}
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name}: {value} found, at least 1 expected")
     if grid != DEFAULT_GRID and not sweep:
         raise UserError("grid: it is used by a sweep alone; give --sweep true too")
     reference = open_model(model)
     config = reference.config
+    if seq_len is None:
+        seq_len = min(_SEQ_LEN, config.max_position_embeddings)
     if seq_len > config.max_position_embeddings:
         raise UserError(
             f"seq_len: {seq_len} found; {model} is meant for at most {config.max_position_embeddings} tokens"

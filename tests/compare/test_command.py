@@ -162,12 +162,20 @@ def test_a_model_with_a_window_is_compared_with_itself(
         assert first["loss"] == pytest.approx(losses(llama, blocks, loss_chunk=64).mean, rel=1e-5)
 
 
+def test_a_short_model_is_compared_on_rows_that_it_is_meant_for(folder: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    arguments = [f"--model={folder}", f"--data={dataset}", *OPTIONS[1:], f"--out={out}", "--gradients=false"]
+    assert main(["compare", *arguments, "--exact_layers=[]"]) == 0
+    assert json.loads((out / "compare.json").read_text())["seq_len"] == CONFIG.max_position_embeddings == 128
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("--model=nowhere", "nowhere does not exist"),
         ("--data=nowhere", "nowhere is not a prepared dataset"),
         ("--seq_len=4096", "is meant for at most 128 tokens"),
+        ("--seq_len=0", "seq_len: 0 found, at least 1 expected"),
         ("--blocks=0", "blocks: 0 found, at least 1 expected"),
         ("--device=cuda", "device: cuda found, but PyTorch sees no GPU"),
         ("--muse.causal=false", "muse.causal: False found"),
