@@ -23,7 +23,7 @@ def take_heads(
     model: "LanguageModel", heads: Mapping[int, Sequence[int]], trainer: L.Trainer | None, *, are_chosen: bool
 ) -> None:
     """Make those heads exact that were in the training of a checkpoint, if it had as many in the same layers. Says
-    whether it had, for an evaluation, and where its choice is not used, unless the model is exact everywhere.
+    which where they were chosen or this is an evaluation, and where a choice is not used, unless all is exact.
 
     Args:
         heads: as in `LanguageModel.chosen_heads`; none where the training had none.
@@ -44,7 +44,7 @@ def take_heads(
             f"{checkpoint}: the exact heads of its training are not used: {_counted(heads)} there, {_counted(here)} "
             f"here{', evenly spread' * is_spread} (model.exact_heads, model.exact_layers)"
         )
-    elif is_taken and is_evaluation:
+    elif is_taken and (is_evaluation or are_chosen):
         rank_zero_info(
             f"model.exact_heads: exact key-value heads by layer: {heads_in_words(heads)}, as the checkpoint has them"
             f"{'; its training had not chosen any' * (not are_chosen)}"

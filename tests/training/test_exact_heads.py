@@ -189,8 +189,8 @@ def test_nothing_is_said_where_everything_is_exact(tmp_path: Path, lines: list[s
     assert lines == []
 
 
-def test_a_fit_says_only_what_is_not_used(tmp_path: Path, lines: list[str]) -> None:
-    """Of what a checkpoint lacks, or of heads that it goes on with: it will choose."""
+def test_a_fit_says_which_choice_it_goes_on_with(tmp_path: Path, lines: list[str]) -> None:
+    """Or that it does not, and nothing of heads that were not chosen: it will choose."""
     chosen = checkpoint_of(sharp_model(), tmp_path / "chosen", ExactHeads())
     unchosen = checkpoint_of(sharp_model(), tmp_path / "unchosen")
     lines.clear()
@@ -198,6 +198,7 @@ def test_a_fit_says_only_what_is_not_used(tmp_path: Path, lines: list[str]) -> N
         trainer = tiny_trainer(tmp_path / str(number), max_steps=2)
         trainer.fit(sharp_model(exact_heads=count), TinyData(batches(2), batches(1)), ckpt_path=path)
     assert lines == [
+        "model.exact_heads: exact key-value heads by layer: 0: [1], 1: [0], as the checkpoint has them",
         f"checkpoint {chosen}: the exact heads of its training are not used: 2 heads of layers 0, 1 there, 1 head of "
         "layers 0, 1 here (model.exact_heads, model.exact_layers)"
     ]
