@@ -44,6 +44,7 @@ class FailedStep:
             "consecutive_skipped_steps": self.row,
             "differs": self.differs,
             "exact_heads": self.inputs.exact_heads,
+            "attends_exactly": self.inputs.attends_exactly,
             "ranks": ranks,
             "accumulate": accumulate,
             "settings": settings,

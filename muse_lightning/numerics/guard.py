@@ -140,6 +140,7 @@ class NumericsGuard(L.Callback):
         inputs = self._steps[-1]
         if isinstance(pl_module, LanguageModel):
             inputs.exact_heads = pl_module.chosen_heads
+            inputs.attends_exactly = pl_module.attends_exactly
         if self.verify_every is not None and inputs.step % self.verify_every == 0 and self._has_stepped:
             ranks = self._agreement.gather(recompute(trainer, pl_module, inputs))
             if any(ranks):

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from muse_lightning.attention import exact_attention
 from muse_lightning.checkpoints.random_state import restore_random_state
 from muse_lightning.errors import UserError, reason_of
 from muse_lightning.numerics.failed_step import KEY, read_failed_step
@@ -71,6 +72,8 @@ class Replay:
             model.configure_model()
         model.on_load_checkpoint({"state_dict": self._weights, "exact_heads": self._step["exact_heads"]})
         model.load_state_dict(self._weights)
+        if self._step["attends_exactly"]:
+            model.llama.set_attention(exact_attention(model.config.sliding_window))
         lines = [f"replay: {self.path}: step {self._step['step']} of {len(self._step['ranks'])} rank(s)"]
         lines += _listed("weights that are not finite", not_finite(model.named_parameters()))
         with _deterministic_algorithms(deterministic):

@@ -36,3 +36,5 @@ class StepInputs:
     micro_batches: list[MicroBatch] = field(default_factory=list)
     exact_heads: dict[int, list[int]] = field(default_factory=dict)
     """`LanguageModel.chosen_heads`."""
+    attends_exactly: bool = False
+    """`LanguageModel.attends_exactly`: a callback may have made every layer exact."""

@@ -99,6 +99,24 @@ def test_heads_that_were_exact_are_exact_again(muse: Muse, monkeypatch: pytest.M
     assert seen == [{0: [], 1: [1]}] * 2
 
 
+@pytest.mark.parametrize("steps", [1, 8], ids=["no longer", "still"])
+def test_what_attended_exactly_does_so_again(muse: Muse, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    options = (f"steps={steps}", "start=12", "exact=true")
+    flags = ["--trainer.callbacks+=ContextWarmup", *(f"--trainer.callbacks.{option}" for option in options)]
+    code, _, err = muse.with_recipe("fit", *DIVERGES, "--model.attention=Muse", *flags)
+    assert code == 76, err
+    seen = []
+    nats = LanguageModel.total_nats
+
+    def watched(model: LanguageModel, batch: Any) -> torch.Tensor:
+        seen.append(model.attends_exactly)
+        return nats(model, batch)
+
+    monkeypatch.setattr(LanguageModel, "total_nats", watched)
+    assert muse("fit", "--replay", "runs/tiny/version_0/numerics/step=2.replay.ckpt")[0] == 0
+    assert seen == [steps == 8] * 2
+
+
 def test_flags_win_over_the_settings_in_the_file(muse: Muse, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as it sets it; here, to be taken back
     modes, total_nats = [], LanguageModel.total_nats
