@@ -14,8 +14,8 @@ from tests.tiny import TinyData, batches, tiny_model, tiny_muse, tiny_trainer
 
 KV_HEADS = 2
 
-LAST, SHARP = [(), (0, 1)], [(1,), (0,)]
-"""Two heads by layer: of the last layer, and those of `sharp_model`."""
+SPREAD, SHARP = [(0,), (0,)], [(1,), (0,)]
+"""Two heads by layer: evenly spread, and those of `sharp_model`."""
 
 
 def heads_of(model: LanguageModel) -> list[tuple[int, ...]]:

@@ -164,21 +164,6 @@ def spread_heads(
     return {layer: tuple(each) for layer, each in heads.items()}
 
 
-def last_heads(strategies: Sequence[PartlyExact]) -> dict[int, tuple[int, ...]]:
-    """As many key-value heads as are exact now, of the last layers.
-
-    Args:
-        strategies: of all layers of a model that have one, ascending.
-    """
-    left = sum(len(strategy.heads) for strategy in strategies)
-    heads: dict[int, tuple[int, ...]] = {}
-    for strategy in reversed(strategies):
-        count = min(left, strategy.num_kv_heads)
-        heads[strategy.layer_idx] = tuple(range(strategy.num_kv_heads - count, strategy.num_kv_heads))
-        left -= count
-    return heads
-
-
 def beyond_rounding(errors: Tensor) -> Tensor:
     """`errors` [layers, num_kv_heads], shares of what their layer adds, or 0 where they may be rounding."""
     return errors.where(errors > ROUNDING / errors.shape[1], 0.0)

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from muse_lightning.attention.description import heads_in_words
-from muse_lightning.attention.partly_exact import beyond_rounding, choose_heads, last_heads
+from muse_lightning.attention.partly_exact import beyond_rounding, choose_heads
 from muse_lightning.callbacks.context_warmup import ContextWarmup
 from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
@@ -26,7 +26,7 @@ class ExactHeads(L.Callback):
     those stay that are exact already; as long as there are no others, it looks ten times as often.
 
     Heads that will look far away are not there yet while `ContextWarmup` cuts rows, so that it waits until rows are
-    whole, and has those of the last layers exact meanwhile, unless a checkpoint has a choice.
+    whole.
 
     A checkpoint has the choice. Says each choice that differs from the one before in a line, and logs
     `muse/exact_heads_layer_*`, the number of exact heads in each layer; a training that ends without a choice says so.
@@ -34,22 +34,17 @@ class ExactHeads(L.Callback):
 
     Args:
         every_n_steps: optimizer steps between two choices.
-        first_step: the optimizer step, from 0, before which the first choice is made, or the next that a fit has that
-            begins later; null is the first with whole rows, the first of all without `ContextWarmup`.
     Raises:
-        UserError: every_n_steps is below 1, or first_step below 0.
+        UserError: every_n_steps is below 1.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[ExactHeads(every_n_steps=100)])
     """
 
-    def __init__(self, every_n_steps: int = 100, first_step: int | None = None) -> None:
+    def __init__(self, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
             raise UserError(f"ExactHeads: every_n_steps is {every_n_steps}; accepted: at least 1")
-        if first_step is not None and first_step < 0:
-            raise UserError(f"ExactHeads: first_step is {first_step}; accepted: null, or at least 0")
         self.every_n_steps = every_n_steps
-        self.first_step = first_step
         self._last_step = -1
         self._has_looked = False
         self._counts: dict[str, int] = {}
@@ -74,12 +69,9 @@ class ExactHeads(L.Callback):
         step = trainer.global_step
         if step == self._last_step or not _attends_partly_exact(pl_module):
             return
-        first = self.first_step
-        if first is None:
-            first = _first_whole_step(trainer, seq_len=batch["input_ids"].shape[1])
+        first = _first_whole_step(trainer, seq_len=batch["input_ids"].shape[1])
         if step < first:
             self._why_none = f"the first choice is made before step {first}"
-            _begin_with_last_layers(pl_module, first)
             return
         are_chosen = pl_module.are_heads_chosen
         interval = self.every_n_steps if are_chosen else max(1, self.every_n_steps // 10)
@@ -145,14 +137,6 @@ def _nothing_to_choose_by(errors: Tensor) -> str:
             "exact_below tokens are attended exactly"
         )
     return ""
-
-
-def _begin_with_last_layers(model: LanguageModel, first: int) -> None:
-    before, heads = model.chosen_heads, last_heads(model.partly_exact)
-    if model.are_heads_chosen or all(before[layer] == [*each] for layer, each in heads.items()):
-        return
-    model.choose_heads(heads, is_choice=False)
-    _say(model, f"until step {first}")
 
 
 def _say(model: LanguageModel, when: str) -> None:

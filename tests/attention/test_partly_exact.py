@@ -9,7 +9,7 @@ from torch import Tensor
 
 from muse_lightning.attention import Dense, Muse, SlidingWindow, describe_layers, kind_of
 from muse_lightning.attention.base import AttentionStrategy
-from muse_lightning.attention.partly_exact import PartlyExact, choose_heads, last_heads, partly_exact_in
+from muse_lightning.attention.partly_exact import PartlyExact, choose_heads, partly_exact_in
 from muse_lightning.errors import UserError
 from muse_lightning.measure.flops import attention_flops_per_token
 from tests.tiny import SEQ_LEN, batches, tiny_model, tiny_muse
@@ -106,21 +106,6 @@ def test_at_first_they_are_spread(count: int, exact_layers: Sequence[int], heads
     assert [strategy.layer_idx for strategy in strategies] == [0, 1, 2, 3]
     assert {s.layer_idx: s.heads for s in strategies if isinstance(s, PartlyExact)} == heads
     assert all(isinstance(s, PartlyExact | SlidingWindow) for s in strategies)
-
-
-@pytest.mark.parametrize(
-    ("count", "exact_layers", "heads"),
-    [
-        (0, (), {}),
-        (1, (), {0: (), 1: (), 2: (), 3: (2,)}),
-        (3, (0,), {1: (), 2: (), 3: (0, 1, 2)}),
-        (4, (), {0: (), 1: (), 2: (2,), 3: (0, 1, 2)}),
-        (8, (3,), {0: (1, 2), 1: (0, 1, 2), 2: (0, 1, 2)}),
-        (12, (), dict.fromkeys(range(4), (0, 1, 2))),
-    ],
-)
-def test_as_many_of_the_last_layers(count: int, exact_layers: Sequence[int], heads: dict[int, tuple[int, ...]]) -> None:
-    assert last_heads([s for s in spread(count, exact_layers) if isinstance(s, PartlyExact)]) == heads
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from muse_lightning.errors import UserError
 from muse_lightning.measure.attention_error import errors_by_head
 from tests.sharp_heads import (
     KV_HEADS,
-    LAST,
     SHARP,
+    SPREAD,
     ShortDocuments,
     Watch,
     checkpoint_of,
@@ -193,15 +193,12 @@ def test_where_nothing_is_approximated_nothing_is_chosen(tmp_path: Path, lines: 
     assert lines == ["step 4: exact key-value heads by layer: 0: [1], 1: [0]"]
 
 
-def test_while_rows_are_cut_the_last_layers_have_them(tmp_path: Path, lines: list[str]) -> None:
+def test_rows_are_waited_for_until_they_are_whole(tmp_path: Path, lines: list[str]) -> None:
     watch, model = Watch(), sharp_model()
     callbacks = [ContextWarmup(steps=3, start=24), ExactHeads(2), watch]
     tiny_trainer(tmp_path, callbacks=callbacks, max_steps=6).fit(model, TinyData(batches(6)))
-    assert watch.heads == [LAST] * 3 + [SHARP] * 3
-    assert lines == [
-        "until step 3: exact key-value heads by layer: 1: [0, 1]",
-        "step 3: exact key-value heads by layer: 0: [1], 1: [0]",
-    ]
+    assert watch.heads == [SPREAD] * 3 + [SHARP] * 3
+    assert lines == ["step 3: exact key-value heads by layer: 0: [1], 1: [0]"]
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["warm-up first", "warm-up last"])
@@ -230,8 +227,8 @@ def test_as_rows_become_whole_there_may_be_nothing_to_choose_by(tmp_path: Path, 
     watch = Watch()
     callbacks = [ContextWarmup(steps=2, start=24), ShortDocuments(8), ExactHeads(20), watch]
     tiny_trainer(tmp_path, callbacks=callbacks, max_steps=8).fit(sharp_model(), TinyData(batches(8)))
-    assert watch.heads == [LAST] * 4 + [SHARP] * 4
-    assert lines[1:] == ["step 4: exact key-value heads by layer: 0: [1], 1: [0]"]
+    assert watch.heads == [SPREAD] * 4 + [SHARP] * 4
+    assert lines == ["step 4: exact key-value heads by layer: 0: [1], 1: [0]"]
 
 
 @pytest.mark.parametrize(
@@ -258,8 +255,7 @@ def test_it_goes_on_looking_when_it_would_have(tmp_path: Path) -> None:
     trainer.fit(sharp_model(), TinyData(batches(6)))
     trainer = tiny_trainer(tmp_path / "rest", callbacks=[ShortDocuments(4), ExactHeads(40), resumed], **options)
     trainer.fit(sharp_model(), TinyData(batches(6)), ckpt_path=tmp_path / "epoch=0-step=3.ckpt")
-    spread = [(0,), (0,)]
-    assert watch.heads == [spread] * 4 + [SHARP] * 2
+    assert watch.heads == [SPREAD] * 4 + [SHARP] * 2
     assert resumed.heads == watch.heads[3:]
 
 
@@ -269,14 +265,6 @@ def test_from_weights_of_exact_attention_it_looks_at_once(tmp_path: Path) -> Non
     trainer = tiny_trainer(tmp_path / "rest", callbacks=[ExactHeads(), watch], max_steps=5)
     trainer.fit(sharp_model(), TinyData(batches(5)), ckpt_path=path)
     assert watch.heads == [SHARP] * 2
-
-
-@pytest.mark.parametrize("first", [0, 2, 4])
-def test_the_first_choice_is_made_when_it_is_asked_for(tmp_path: Path, first: int) -> None:
-    watch, model = Watch(), sharp_model()
-    callbacks = [ContextWarmup(steps=3, start=24), ExactHeads(first_step=first), watch]
-    tiny_trainer(tmp_path, callbacks=callbacks, max_steps=6).fit(model, TinyData(batches(6)))
-    assert watch.heads == [LAST] * first + [SHARP] * (6 - first)
 
 
 def test_a_choice_is_kept_while_rows_are_cut(tmp_path: Path) -> None:
@@ -296,7 +284,7 @@ def test_a_run_that_is_resumed_while_rows_are_cut_goes_on(tmp_path: Path) -> Non
     trainer.fit(sharp_model(), TinyData(batches(6)))
     trainer = tiny_trainer(tmp_path / "rest", callbacks=[ContextWarmup(4, 24), ExactHeads(5), resumed], **options)
     trainer.fit(sharp_model(), TinyData(batches(6)), ckpt_path=tmp_path / "epoch=0-step=2.ckpt")
-    assert watch.heads == [LAST] * 4 + [SHARP] * 2
+    assert watch.heads == [SPREAD] * 4 + [SHARP] * 2
     assert resumed.heads == watch.heads[2:]
 
 
@@ -336,12 +324,11 @@ def test_a_fit_that_never_looked_says_so_and_nothing_of_errors(tmp_path: Path, l
     tiny_trainer(tmp_path / "before", callbacks=[callback], max_steps=1).fit(model, TinyData(batches(1)))
     assert lines == [NOWHERE.format("0: [0], 1: [0]")]
     lines.clear()
-    callback.first_step = 9
-    tiny_trainer(tmp_path / "rest", callbacks=[callback], max_steps=6).fit(sharp_model(), TinyData(batches(6)))
+    callbacks = [ContextWarmup(steps=9, start=24), callback]
+    tiny_trainer(tmp_path / "rest", callbacks=callbacks, max_steps=6).fit(sharp_model(), TinyData(batches(6)))
     assert lines == [
-        "until step 9: exact key-value heads by layer: 1: [0, 1]",
-        "model.exact_heads: no head was chosen; exact key-value heads by layer: 1: [0, 1]; the first choice is made "
-        "before step 9",
+        "model.exact_heads: no head was chosen; exact key-value heads by layer: 0: [0], 1: [0]; the first choice is "
+        "made before step 9",
     ]
 
 
@@ -393,13 +380,6 @@ def test_what_counts_as_rounding_is_shared_by_heads(tmp_path: Path, monkeypatch:
         assert heads_of(model) == heads
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"every_n_steps": 0}, "every_n_steps is 0; accepted: at least 1"),
-        ({"first_step": -1}, "first_step is -1; accepted: null, or at least 0"),
-    ],
-)
-def test_mistakes(options: dict[str, int], message: str) -> None:
-    with pytest.raises(UserError, match=f"ExactHeads: {message}"):
-        ExactHeads(**options)
+def test_mistakes() -> None:
+    with pytest.raises(UserError, match="ExactHeads: every_n_steps is 0; accepted: at least 1"):
+        ExactHeads(every_n_steps=0)

@@ -124,19 +124,19 @@ def test_an_evaluation_says_that_its_checkpoint_has_no_choice(
 
 @VERBS
 @pytest.mark.parametrize(
-    ("callbacks", "steps", "heads"),
-    [([], 1, "0: [0], 1: [0]"), ([ContextWarmup(steps=3, start=24), ExactHeads()], 2, "1: [0, 1]")],
+    ("callbacks", "steps"),
+    [([], 1), ([ContextWarmup(steps=3, start=24), ExactHeads()], 2)],
     ids=["where it began", "rows that were cut"],
 )
 def test_an_evaluation_says_that_the_training_of_its_checkpoint_had_not_chosen(
-    tmp_path: Path, lines: list[str], verb: str, callbacks: list[L.Callback], steps: int, heads: str
+    tmp_path: Path, lines: list[str], verb: str, callbacks: list[L.Callback], steps: int
 ) -> None:
     path = checkpoint_of(sharp_model(), tmp_path, *callbacks, steps=steps)
     lines.clear()
     evaluate(verb, tiny_model(attention=tiny_muse, exact_heads=2), tmp_path / "other", path)
     assert lines == [
-        f"model.exact_heads: exact key-value heads by layer: {heads}, as the checkpoint has them; its training had not "
-        "chosen any"
+        "model.exact_heads: exact key-value heads by layer: 0: [0], 1: [0], as the checkpoint has them; its training "
+        "had not chosen any"
     ]
 
 
@@ -200,7 +200,7 @@ def test_a_fit_says_which_choice_it_goes_on_with(tmp_path: Path, lines: list[str
     assert lines == [
         "model.exact_heads: exact key-value heads by layer: 0: [1], 1: [0], as the checkpoint has them",
         f"checkpoint {chosen}: the exact heads of its training are not used: 2 heads of layers 0, 1 there, 1 head of "
-        "layers 0, 1 here (model.exact_heads, model.exact_layers)"
+        "layers 0, 1 here (model.exact_heads, model.exact_layers)",
     ]
 
 
