@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from muse_lightning.attention import Dense
-from muse_lightning.callbacks import ContextWarmup, ExactTail
+from muse_lightning.callbacks import ContextWarmup, ExactHeads, ExactTail, StopAfter
 from muse_lightning.data.batches import cut_documents, document_lengths
 from muse_lightning.errors import UserError
 from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
@@ -121,6 +121,25 @@ def test_exact_until_rows_are_whole(tmp_path: Path) -> None:
         # Behind the last step that is cut comes what the next one will attend with.
         assert [step for step in watch.exact_validations if step] == [1, 2, 3]
         assert [type(block.self_attn.attention).__name__ for block in model.llama.blocks] == ["Muse"] * 2
+
+
+def test_it_is_exact_attention_that_goes_on_with_another(tmp_path: Path) -> None:
+    """One training has the same weights, bit for bit, as two: with exact attention until rows are whole, and on from
+    its checkpoint with the recipe's and heads that are chosen there."""
+    data, model = batches(16, packed=False), {"attention": tiny_muse, "exact_heads": 1}
+    both = [ContextWarmup(4, 12, exact=True), ExactHeads(2)]
+    _, one, _ = fit(tmp_path / "one", both, data, model=model)
+    _, dense, trainer = fit(tmp_path / "first", [ContextWarmup(4, 12), StopAfter(4)], data, model={"attention": Dense})
+    trainer.save_checkpoint(tmp_path / "step=4.ckpt")
+    _, two, _ = fit(
+        tmp_path / "second",
+        [ContextWarmup(4, 12), ExactHeads(2)],
+        data,
+        model=model,
+        ckpt_path=tmp_path / "step=4.ckpt",
+    )
+    assert torch.equal(weights(one), weights(two))
+    assert not torch.equal(weights(two), weights(dense))
 
 
 def test_the_recipes_attention_is_back_after_a_training_that_ends_before(tmp_path: Path) -> None:
