@@ -93,6 +93,14 @@ def test_short_contexts_come_first_where_a_model_starts_from_nothing(recipe: Pat
     if arguments := found.get("ContextWarmup"):
         assert arguments["start"] < stated["data"]["seq_len"]
         assert arguments["steps"] < 0.6 * stated["trainer"]["max_steps"]
+        assert arguments.get("exact", False) == (recipe.stem != "demo")
+
+
+@pytest.mark.parametrize("recipe", [path for path in WHOLE if path.stem != "demo"], ids=lambda path: path.stem)
+def test_the_first_layer_is_exact_and_as_many_heads_as_it_has(recipe: Path) -> None:
+    model = yaml.safe_load(recipe.read_text())["model"]
+    assert model["exact_layers"] == [0]
+    assert model["exact_heads"] == model["config"]["num_key_value_heads"]
 
 
 @pytest.mark.parametrize("recipe", [*WHOLE, SMOKE], ids=lambda path: path.stem)

@@ -27,7 +27,7 @@ class ContextWarmup(L.Callback):
     Args:
         steps: optimizer steps until rows are whole.
         start: tokens of the first pieces.
-        exact: attend exactly in every layer until rows are whole, in validation too.
+        exact: attend exactly in every layer until the first step with whole rows, in validation too.
     Raises:
         UserError: a value below 1.
     Source: SkyLadder (arXiv 2503.15450), which lets the length grow linearly; Li et al. (arXiv 2108.06084).
@@ -48,6 +48,7 @@ class ContextWarmup(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when rows are whole: after how many steps, from the first one on, or never."""
         seq_len = getattr(pl_module, "seq_len", None)
+        is_switched = self.exact and not getattr(pl_module, "attends_exactly", True)
         if seq_len is not None and self.start >= seq_len:
             rank_zero_info(
                 f"ContextWarmup: rows are whole from the first step on; start is {self.start}, data.seq_len {seq_len}"
@@ -55,21 +56,23 @@ class ContextWarmup(L.Callback):
         elif self.steps >= trainer.max_steps:
             rank_zero_info(
                 f"ContextWarmup: rows are whole after {self.steps} steps; the training ends before, trainer.max_steps "
-                f"is {trainer.max_steps}"
+                f"is {trainer.max_steps}{', and attends exactly in every layer' * is_switched}"
             )
         elif seq_len is not None and trainer.global_step < self.steps:
+            tokens = self.length(trainer.global_step, seq_len)
             rank_zero_info(
-                f"ContextWarmup: rows are cut into pieces of {self.length(trainer.global_step, seq_len):,} tokens, "
-                f"doubled until they are whole after {self.steps} steps{'; attention is exact until then' * self.exact}"
+                f"ContextWarmup: rows are cut into pieces of {tokens:,} tokens, doubled until they are whole after "
+                f"{self.steps} steps{'; every layer attends exactly until then' * is_switched}"
             )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        """Cut the batch, in place."""
+        """Cut the batch, in place; or go back to the model's own attention, where it is whole."""
         seq_len = batch["input_ids"].shape[1]
         length = self.length(trainer.global_step, seq_len)
         if length == seq_len:
+            self._exact_attention.close()
             return
         batch["cu_seqlens"] = cut_documents(cast(Batch, batch), length)
         if self.exact:
@@ -78,15 +81,17 @@ class ContextWarmup(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Log the length that the step had which has just ended, and end exact attention with the last that is cut."""
-        seq_len = batch["input_ids"].shape[1]
-        if self.length(trainer.global_step, seq_len) == seq_len:
-            self._exact_attention.close()
+        """Log the length that the step had which has just ended."""
         if ends_step(trainer) and is_log_step(trainer, trainer.global_step):
+            seq_len = batch["input_ids"].shape[1]
             pl_module.log("train/context", float(self.length(trainer.global_step - 1, seq_len)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the model with its own attention, also where the training ended before."""
+        self._exact_attention.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same: Lightning tears nothing down then."""
         self._exact_attention.close()
 
     def whole_from(self, seq_len: int) -> int:

@@ -29,7 +29,8 @@ class ExactHeads(L.Callback):
     whole.
 
     A checkpoint has the choice. Says each choice that differs from the one before in a line, and logs
-    `muse/exact_heads_layer_*`, the number of exact heads in each layer; a training that ends without a choice says so.
+    `muse/exact_heads_layer_*`, the number of exact heads in each layer; a training that ends without a choice says so,
+    unless every layer attends exactly then.
     Chooses nothing where `model.exact_heads` is 0 or all heads.
 
     Args:
@@ -47,7 +48,6 @@ class ExactHeads(L.Callback):
         self.every_n_steps = every_n_steps
         self._last_step = -1
         self._has_looked = False
-        self._counts: dict[str, int] = {}
         self._why_none = ""
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,22 +91,18 @@ class ExactHeads(L.Callback):
         if pl_module.chosen_heads != before or not are_chosen:
             _say(pl_module, f"step {step}")
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Count those of each layer that the step has: all, where `ExactTail` or `ContextWarmup` has every layer exact.
-        What the next step has may be there before this one is logged."""
-        assert isinstance(pl_module, LanguageModel)
-        is_partly = _attends_partly_exact(pl_module)
-        self._counts = {
-            f"muse/exact_heads_layer_{strategy.layer_idx}": len(strategy.heads) if is_partly else strategy.num_kv_heads
-            for strategy in pl_module.partly_exact
-        }
-
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Log what the step had that has just ended."""
-        if ends_step(trainer) and is_log_step(trainer, trainer.global_step):
-            pl_module.log_dict({tag: float(count) for tag, count in self._counts.items()})
+        """Log how many heads of each layer the step had exact that has just ended: all, where `ExactTail` or
+        `ContextWarmup` has every layer exact."""
+        assert isinstance(pl_module, LanguageModel)
+        if not ends_step(trainer) or not is_log_step(trainer, trainer.global_step):
+            return
+        is_partly = _attends_partly_exact(pl_module)
+        for strategy in pl_module.partly_exact:
+            count = len(strategy.heads) if is_partly else strategy.num_kv_heads
+            pl_module.log(f"muse/exact_heads_layer_{strategy.layer_idx}", float(count))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so where none was chosen."""

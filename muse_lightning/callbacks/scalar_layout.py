@@ -89,7 +89,7 @@ def _layout(trainer: L.Trainer) -> dict[str, dict[str, tuple[str, list[str]]]]:
         left_out.add("gain from sight of the future, nats per token")
     if not callbacks_of(trainer, ContextWarmup):
         left_out.add("tokens in a piece")
-    if not trainer.training or not getattr(trainer.lightning_module, "exact_heads", 0):
+    if not trainer.training or not getattr(trainer.lightning_module, "partly_exact", ()):
         left_out.add("exact key-value heads")
     if trainer.strategy.root_device.type != "cuda":
         left_out.add("model FLOPs utilisation")

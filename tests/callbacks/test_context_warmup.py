@@ -16,13 +16,14 @@ from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_mus
 
 
 class Watch(L.Callback):
-    """The longest document of each micro-batch, by its optimizer step; and the steps and validations, by the steps
-    before them, in which every layer attended exactly."""
+    """The longest document of each micro-batch, by its optimizer step; and the steps, the validations by the steps
+    before them, and the ends of micro-batches by their step, in which every layer attended exactly."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int]] = []
         self.exact_steps: list[int] = []
         self.exact_validations: list[int] = []
+        self.exact_at_end: list[int] = []
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         self.exact_steps += [trainer.global_step] * pl_module.attends_exactly
@@ -31,10 +32,11 @@ class Watch(L.Callback):
         self.exact_validations += [trainer.global_step] * pl_module.attends_exactly
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
         longest = max(document_lengths(*batch["input_ids"].shape, batch.get("cu_seqlens")))
         self.seen.append((batch_idx // 2, longest))
+        self.exact_at_end += [batch_idx // 2] * pl_module.attends_exactly  # what is logged there counts
 
 
 def fit(
@@ -118,8 +120,8 @@ def test_exact_until_rows_are_whole(tmp_path: Path) -> None:
         _, dense, _ = fit(tmp_path / f"{name}-dense", [plain], data, max_steps=steps, model={"attention": Dense})
         assert torch.equal(weights(model), weights(dense)) == are_equal
         assert watch.exact_steps == [0, 1, 2, 3]
-        # Behind the last step that is cut comes what the next one will attend with.
-        assert [step for step in watch.exact_validations if step] == [1, 2, 3]
+        assert watch.exact_validations == [1, 2, 3, 4]
+        assert watch.exact_at_end == [step for step in range(4) for _ in range(2)]
         assert [type(block.self_attn.attention).__name__ for block in model.llama.blocks] == ["Muse"] * 2
 
 
@@ -153,32 +155,49 @@ def test_the_recipes_attention_is_back_after_a_training_that_ends_before(tmp_pat
     assert watch.exact_steps == [2, 3, 4, 5, 6, 7]
 
 
+def test_the_recipes_attention_is_back_after_an_exception(tmp_path: Path) -> None:
+    class Interrupted(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 1:
+                raise FileNotFoundError
+
+    model, data = tiny_model(attention=tiny_muse), TinyData(batches(4, packed=False))
+    trainer = tiny_trainer(tmp_path, callbacks=[ContextWarmup(8, 12, exact=True), Interrupted()])
+    with pytest.raises(FileNotFoundError):
+        trainer.fit(model, data)
+    assert not model.attends_exactly
+
+
 def test_with_an_exact_tail_that_begins_before(tmp_path: Path) -> None:
     both = [ContextWarmup(4, 12, exact=True), ExactTail(0.75)]
     watch, _, _ = fit(tmp_path, both, batches(16, packed=False))
     assert watch.exact_steps == [*range(8)]
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(("steps", "is_said"), [(1, False), (2, True)])
 def test_a_training_that_ends_before(
-    tmp_path: Path, steps: int, is_said: bool, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, steps: int, is_said: bool, exact: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
-        fit(tmp_path, [ContextWarmup(steps, 12)], batches(4), max_steps=2)
+        fit(tmp_path, [ContextWarmup(steps, 12, exact)], batches(4), max_steps=2)
     line = f"ContextWarmup: rows are whole after {steps} steps; the training ends before, trainer.max_steps is 2"
+    line += ", and attends exactly in every layer" * exact
     assert caplog.messages.count(line) == is_said
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("exact", "is_dense"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("step", "tokens"), [(0, 12), (3, 24), (4, None)])
-def test_what_it_does_is_said(step: int, tokens: int | None, exact: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """The pieces with which the training, or what is left of it, begins."""
-    warmup, model = ContextWarmup(4, 12, exact), SimpleNamespace(seq_len=SEQ_LEN)
+def test_what_it_does_is_said(
+    step: int, tokens: int | None, exact: bool, is_dense: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The pieces with which the training, or what is left of it, begins; and that others attend exactly."""
+    warmup, model = ContextWarmup(4, 12, exact), SimpleNamespace(seq_len=SEQ_LEN, attends_exactly=is_dense)
     trainer = SimpleNamespace(callbacks=[warmup], global_step=step, max_steps=8)
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         warmup.on_train_start(trainer, model)
     line = f"ContextWarmup: rows are cut into pieces of {tokens} tokens, doubled until they are whole after 4 steps"
-    line += "; attention is exact until then" * exact
+    line += "; every layer attends exactly until then" * (exact and not is_dense)
     assert [message for message in caplog.messages if "ContextWarmup" in message] == [line] * (tokens is not None)
 
 

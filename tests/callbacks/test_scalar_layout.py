@@ -102,9 +102,11 @@ def test_all_charts_but_those_of_a_gpu(written: Page) -> None:
     assert {category: list(charts) for category, charts in written.charts().items()} == wanted
 
 
-def test_a_fit_without_the_callbacks_of_far_context(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exact_heads", [0, 1])
+def test_a_fit_without_the_callbacks_of_far_context(tmp_path: Path, exact_heads: int) -> None:
+    """Nor heads among others that are not exact: with exact attention there are none, whatever the recipe says."""
     trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=[ScalarLayout()])
-    trainer.fit(tiny_model(), TinyData(batches(1)))
+    trainer.fit(tiny_model(exact_heads=exact_heads), TinyData(batches(1)))
     charts = Page(tmp_path).charts()
     assert list(charts) == ["loss", "optimizer", "speed", "attention"]
     assert list(charts["attention"]) == ["relative squared error"]
