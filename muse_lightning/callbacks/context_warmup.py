@@ -44,6 +44,7 @@ class ContextWarmup(L.Callback):
         self.start = start
         self.exact = exact
         self._exact_attention = ExitStack()
+        self._is_switched = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when rows are whole: after how many steps, from the first one on, or never."""
@@ -72,7 +73,11 @@ class ContextWarmup(L.Callback):
         seq_len = batch["input_ids"].shape[1]
         length = self.length(trainer.global_step, seq_len)
         if length == seq_len:
-            self._exact_attention.close()
+            if self._is_switched:
+                self._switch_back()
+                rank_zero_info(
+                    f"step {trainer.global_step}: rows are whole, and attended to as the recipe says from here on"
+                )
             return
         batch["cu_seqlens"] = cut_documents(cast(Batch, batch), length)
         if self.exact:
@@ -88,11 +93,11 @@ class ContextWarmup(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the model with its own attention, also where the training ended before."""
-        self._exact_attention.close()
+        self._switch_back()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """The same: Lightning tears nothing down then."""
-        self._exact_attention.close()
+        self._switch_back()
 
     def whole_from(self, seq_len: int) -> int:
         """The first optimizer step, from 0, with whole rows of `seq_len` tokens."""
@@ -110,3 +115,8 @@ class ContextWarmup(L.Callback):
         if not model.attends_exactly:
             exact = exact_attention(model.config.sliding_window)
             self._exact_attention.enter_context(model.llama.attention_as(exact))
+            self._is_switched = True
+
+    def _switch_back(self) -> None:
+        self._exact_attention.close()
+        self._is_switched = False

@@ -97,8 +97,8 @@ def advice(
         are_all = all(each.is_exact for each in muse)
         which = "Every MuSe setting" if are_all else "Those MuSe settings with 100.0% of pairs"
         said.append(
-            f"{which} attended these blocks exactly (muse.exact_below): a longer seq_len, --document_mask false or a "
-            "smaller chunk would tell more."
+            f"{which} attended these blocks exactly: rows, or documents, are of at most muse.exact_below tokens, by "
+            "default 7 chunks and 2. A longer seq_len or a smaller --muse.chunk would tell more."
         )
     candidates = [each for each in muse if not each.is_exact]
     if not is_sweep or not candidates:

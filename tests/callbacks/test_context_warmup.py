@@ -110,8 +110,9 @@ def weights(model: Any) -> torch.Tensor:
     return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
 
-def test_exact_until_rows_are_whole(tmp_path: Path) -> None:
+def test_exact_until_rows_are_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Until then the same weights, bit for bit, as with exact attention; then the recipe's attention again."""
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     data, every_step = batches(16, packed=False), {"val_check_interval": 2, "check_val_every_n_epoch": None}
     warmup = ContextWarmup(4, 12, exact=True)
     for name, steps, are_equal in (("cut", 4, True), ("whole", 5, False)):
@@ -119,6 +120,8 @@ def test_exact_until_rows_are_whole(tmp_path: Path) -> None:
         plain = ContextWarmup(4, 12)
         _, dense, _ = fit(tmp_path / f"{name}-dense", [plain], data, max_steps=steps, model={"attention": Dense})
         assert torch.equal(weights(model), weights(dense)) == are_equal
+        line = "step 4: rows are whole, and attended to as the recipe says from here on"
+        assert caplog.messages.count(line) == (name == "whole")
         assert watch.exact_steps == [0, 1, 2, 3]
         assert watch.exact_validations == [1, 2, 3, 4]
         assert watch.exact_at_end == [step for step in range(4) for _ in range(2)]
