@@ -1,5 +1,6 @@
 """`muse fit` ends with 76 where nothing is finite, and `muse fit --replay FILE` repeats the step."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,22 @@ def test_the_step_comes_again(muse: Muse, stopped: Path) -> None:
     assert error.endswith(f" (settings in {stopped}); to trust it, add --allow_module evil")
 
 
+def replayed(
+    muse: Muse, monkeypatch: pytest.MonkeyPatch, path: Path, what: Callable[[LanguageModel], object]
+) -> list[object]:
+    """`what` of the model at each of the step's micro-batches."""
+    seen = []
+    nats = LanguageModel.total_nats
+
+    def watched(model: LanguageModel, batch: Any) -> torch.Tensor:
+        seen.append(what(model))
+        return nats(model, batch)
+
+    monkeypatch.setattr(LanguageModel, "total_nats", watched)
+    assert muse("fit", "--replay", str(path))[0] == 0
+    return seen
+
+
 def test_heads_that_were_exact_are_exact_again(muse: Muse, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = muse.with_recipe("fit", *DIVERGES, "--model.attention=Muse", "--model.exact_heads=1")
     path = Path("runs/tiny/version_0/numerics/step=2.replay.ckpt")
@@ -87,16 +104,7 @@ def test_heads_that_were_exact_are_exact_again(muse: Muse, monkeypatch: pytest.M
     checkpoint = torch.load(path, weights_only=True)
     assert sum(map(len, checkpoint[KEY]["exact_heads"].values())) == 1
     change(path, exact_heads={0: [], 1: [1]})
-    seen = []
-    nats = LanguageModel.total_nats
-
-    def watched(model: LanguageModel, batch: Any) -> torch.Tensor:
-        seen.append(model.chosen_heads)
-        return nats(model, batch)
-
-    monkeypatch.setattr(LanguageModel, "total_nats", watched)
-    assert muse("fit", "--replay", str(path))[0] == 0
-    assert seen == [{0: [], 1: [1]}] * 2
+    assert replayed(muse, monkeypatch, path, lambda model: model.chosen_heads) == [{0: [], 1: [1]}] * 2
 
 
 @pytest.mark.parametrize("steps", [1, 8], ids=["no longer", "still"])
@@ -104,17 +112,9 @@ def test_what_attended_exactly_does_so_again(muse: Muse, monkeypatch: pytest.Mon
     options = (f"steps={steps}", "start=12", "exact=true")
     flags = ["--trainer.callbacks+=ContextWarmup", *(f"--trainer.callbacks.{option}" for option in options)]
     code, _, err = muse.with_recipe("fit", *DIVERGES, "--model.attention=Muse", *flags)
+    path = Path("runs/tiny/version_0/numerics/step=2.replay.ckpt")
     assert code == 76, err
-    seen = []
-    nats = LanguageModel.total_nats
-
-    def watched(model: LanguageModel, batch: Any) -> torch.Tensor:
-        seen.append(model.attends_exactly)
-        return nats(model, batch)
-
-    monkeypatch.setattr(LanguageModel, "total_nats", watched)
-    assert muse("fit", "--replay", "runs/tiny/version_0/numerics/step=2.replay.ckpt")[0] == 0
-    assert seen == [steps == 8] * 2
+    assert replayed(muse, monkeypatch, path, lambda model: model.attends_exactly) == [steps == 8] * 2
 
 
 def test_flags_win_over_the_settings_in_the_file(muse: Muse, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
