@@ -147,6 +147,17 @@ def test_it_is_exact_attention_that_goes_on_with_another(tmp_path: Path) -> None
     assert not torch.equal(weights(two), weights(dense))
 
 
+@pytest.mark.parametrize("stop", [3, 4, 5], ids=["before", "where rows become whole", "behind"])
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
+    data = batches(16, packed=False)
+    _, whole, _ = fit(tmp_path / "whole", [ContextWarmup(4, 12, exact=True)], data)
+    _, _, trainer = fit(tmp_path / "first", [ContextWarmup(4, 12, exact=True), StopAfter(stop)], data)
+    trainer.save_checkpoint(path := tmp_path / f"step={stop}.ckpt")
+    watch, resumed, _ = fit(tmp_path / "rest", [ContextWarmup(4, 12, exact=True)], data, ckpt_path=path)
+    assert watch.exact_steps == [*range(stop, 4)]
+    assert torch.equal(weights(resumed), weights(whole))
+
+
 def test_the_recipes_attention_is_back_after_a_training_that_ends_before(tmp_path: Path) -> None:
     warmup = ContextWarmup(8, 12, exact=True)
     watch, model, trainer = fit(tmp_path, [warmup], batches(4, packed=False), max_steps=2)
