@@ -39,6 +39,11 @@ def measure(
     Raises:
         UserError: a loss is not finite. torch.OutOfMemoryError: there is no memory for the forward pass.
     """
+    exact, num_layers = settings[0], llama.config.num_hidden_layers
+    exact_pairs = costs.pairs(exact, blocks.batches, num_layers)
+    muse = [setting for setting in settings if setting.muse is not None]
+    if all(costs.pairs(setting, blocks.batches, num_layers) == exact_pairs for setting in muse):
+        _say("every MuSe setting attends these blocks exactly: their rows, or documents, are too short for it")
     if any(setting.exact_heads for setting in settings):
         _say("heads that are exact")
         settings = with_chosen_heads(llama, blocks.other, settings)
@@ -49,9 +54,6 @@ def measure(
     detailed = on_activations(llama, blocks.batches[:detailed_blocks], settings[1:], with_mass)
     attention_ms, forward_ms = _times(llama, blocks, settings, main, instruments)
     cosines = _cosines(llama, blocks, main, loss_chunk) if gradients else {}
-    exact = settings[0]
-    num_layers = llama.config.num_hidden_layers
-    exact_pairs = costs.pairs(exact, blocks.batches, num_layers)
     return [
         Found(
             setting,

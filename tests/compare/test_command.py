@@ -162,10 +162,18 @@ def test_a_model_with_a_window_is_compared_with_itself(
         assert first["loss"] == pytest.approx(losses(llama, blocks, loss_chunk=64).mean, rel=1e-5)
 
 
-def test_a_short_model_is_compared_on_rows_that_it_is_meant_for(folder: Path, dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_a_short_model_is_compared_on_rows_that_it_is_meant_for(
+    folder: Path, dataset: Path, tmp_path: Path, is_exact: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where these are too short for MuSe, that is said first."""
     out = tmp_path / "found"
     arguments = [f"--model={folder}", f"--data={dataset}", *OPTIONS[1:], f"--out={out}", "--gradients=false"]
+    arguments += ["--muse.exact_below=128"] * is_exact
     assert main(["compare", *arguments, "--exact_layers=[]"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    first = next(number for number, line in enumerate(lines) if "loss" in line)
+    assert ["attends these blocks exactly" in line for line in lines[:first]].count(True) == is_exact
     assert json.loads((out / "compare.json").read_text())["seq_len"] == CONFIG.max_position_embeddings == 128
 
 
