@@ -43,8 +43,7 @@ class ContextWarmup(L.Callback):
         self.steps = steps
         self.start = start
         self.exact = exact
-        self._exact_attention = ExitStack()
-        self._is_switched = False
+        self._exact_attention: ExitStack | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say when rows are whole: after how many steps, from the first one on, or never."""
@@ -73,8 +72,7 @@ class ContextWarmup(L.Callback):
         seq_len = batch["input_ids"].shape[1]
         length = self.length(trainer.global_step, seq_len)
         if length == seq_len:
-            if self._is_switched:
-                self._switch_back()
+            if self._switch_back():
                 rank_zero_info(
                     f"step {trainer.global_step}: rows are whole, and attended to as the recipe says from here on"
                 )
@@ -113,10 +111,13 @@ class ContextWarmup(L.Callback):
     def _attend_exactly(self, model: L.LightningModule) -> None:
         assert isinstance(model, LanguageModel)
         if not model.attends_exactly:
-            exact = exact_attention(model.config.sliding_window)
-            self._exact_attention.enter_context(model.llama.attention_as(exact))
-            self._is_switched = True
+            self._exact_attention = ExitStack()
+            self._exact_attention.enter_context(model.llama.attention_as(exact_attention(model.config.sliding_window)))
 
-    def _switch_back(self) -> None:
-        self._exact_attention.close()
-        self._is_switched = False
+    def _switch_back(self) -> bool:
+        """Whether there was anything to go back from."""
+        switched, self._exact_attention = self._exact_attention, None
+        if switched is None:
+            return False
+        switched.close()
+        return True

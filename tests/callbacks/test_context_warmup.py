@@ -12,6 +12,7 @@ from muse_lightning.attention import Dense
 from muse_lightning.callbacks import ContextWarmup, ExactHeads, ExactTail, StopAfter
 from muse_lightning.data.batches import cut_documents, document_lengths
 from muse_lightning.errors import UserError
+from tests.sharp_heads import SPREAD, heads_of, sharp_model
 from tests.tiny import SEQ_LEN, TinyData, batches, scalars, tiny_model, tiny_muse, tiny_trainer
 
 
@@ -128,33 +129,43 @@ def test_exact_until_rows_are_whole(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert [type(block.self_attn.attention).__name__ for block in model.llama.blocks] == ["Muse"] * 2
 
 
+def fit_with_heads(
+    folder: Path, callbacks: list[L.Callback], ckpt_path: Path | None = None, **options: Any
+) -> tuple[Any, L.Trainer]:
+    """Eight steps of a model in which heads err, so that there is something to choose by."""
+    model = sharp_model(**({"learning_rate": 1e-2} | options))
+    trainer = tiny_trainer(folder, callbacks=callbacks, max_steps=8, accumulate_grad_batches=2)
+    trainer.fit(model, TinyData(batches(16, packed=False)), ckpt_path=ckpt_path, weights_only=True)
+    return model, trainer
+
+
 def test_it_is_exact_attention_that_goes_on_with_another(tmp_path: Path) -> None:
     """One training has the same weights, bit for bit, as two: with exact attention until rows are whole, and on from
     its checkpoint with the recipe's and heads that are chosen there."""
-    data, model = batches(16, packed=False), {"attention": tiny_muse, "exact_heads": 1}
-    both = [ContextWarmup(4, 12, exact=True), ExactHeads(2)]
-    _, one, _ = fit(tmp_path / "one", both, data, model=model)
-    _, dense, trainer = fit(tmp_path / "first", [ContextWarmup(4, 12), StopAfter(4)], data, model={"attention": Dense})
-    trainer.save_checkpoint(tmp_path / "step=4.ckpt")
-    _, two, _ = fit(
-        tmp_path / "second",
-        [ContextWarmup(4, 12), ExactHeads(2)],
-        data,
-        model=model,
-        ckpt_path=tmp_path / "step=4.ckpt",
-    )
+    one, _ = fit_with_heads(tmp_path / "one", [ContextWarmup(4, 12, exact=True), ExactHeads(2)])
+    exact = {"attention": Dense, "exact_heads": 0}
+    _, trainer = fit_with_heads(tmp_path / "first", [ContextWarmup(4, 12), StopAfter(4)], **exact)
+    trainer.save_checkpoint(path := tmp_path / "step=4.ckpt")
+    two, _ = fit_with_heads(tmp_path / "second", [ContextWarmup(4, 12), ExactHeads(2)], path)
+    assert one.are_heads_chosen
+    assert heads_of(one) == heads_of(two) != SPREAD
     assert torch.equal(weights(one), weights(two))
+    dense, _ = fit_with_heads(tmp_path / "dense", [ContextWarmup(4, 12)], path, **exact)
     assert not torch.equal(weights(two), weights(dense))
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5], ids=["before", "where rows become whole", "behind"])
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
-    data = batches(16, packed=False)
-    _, whole, _ = fit(tmp_path / "whole", [ContextWarmup(4, 12, exact=True)], data)
-    _, _, trainer = fit(tmp_path / "first", [ContextWarmup(4, 12, exact=True), StopAfter(stop)], data)
+    def callbacks() -> list[L.Callback]:
+        return [ContextWarmup(4, 12, exact=True), ExactHeads(2)]
+
+    whole, _ = fit_with_heads(tmp_path / "whole", callbacks())
+    _, trainer = fit_with_heads(tmp_path / "first", [*callbacks(), StopAfter(stop)])
     trainer.save_checkpoint(path := tmp_path / f"step={stop}.ckpt")
-    watch, resumed, _ = fit(tmp_path / "rest", [ContextWarmup(4, 12, exact=True)], data, ckpt_path=path)
+    watch = Watch()
+    resumed, _ = fit_with_heads(tmp_path / "rest", [*callbacks(), watch], path)
     assert watch.exact_steps == [*range(stop, 4)]
+    assert resumed.are_heads_chosen
     assert torch.equal(weights(resumed), weights(whole))
 
 
