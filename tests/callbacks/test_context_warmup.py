@@ -1,5 +1,6 @@
 """Which pieces a step is trained on, and that it is a training on such pieces."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from muse_lightning.attention import Dense
+from muse_lightning.attention import Dense, SlidingWindow
 from muse_lightning.callbacks import ContextWarmup, ExactHeads, ExactTail, StopAfter
 from muse_lightning.data.batches import cut_documents, document_lengths
 from muse_lightning.errors import UserError
@@ -127,6 +128,32 @@ def test_exact_until_rows_are_whole(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert watch.exact_validations == [1, 2, 3, 4]
         assert watch.exact_at_end == [step for step in range(4) for _ in range(2)]
         assert [type(block.self_attn.attention).__name__ for block in model.llama.blocks] == ["Muse"] * 2
+
+
+def test_exact_is_what_the_architecture_means(tmp_path: Path) -> None:
+    """The same weights as with its window in every layer."""
+    data, window = batches(8, packed=False), {"config": {"sliding_window": 20}}
+    _, model, _ = fit(tmp_path / "muse", [ContextWarmup(4, 24, exact=True)], data, max_steps=4, model=window)
+    exact = window | {"attention": partial(SlidingWindow, window=20)}
+    _, other, _ = fit(tmp_path / "window", [ContextWarmup(4, 24)], data, max_steps=4, model=exact)
+    _, dense, _ = fit(tmp_path / "dense", [ContextWarmup(4, 24)], data, max_steps=4, model={"attention": Dense})
+    assert torch.equal(weights(model), weights(other))
+    assert not torch.equal(weights(model), weights(dense))
+
+
+def test_where_attention_is_exact_anyway_nothing_is_switched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Strategies(L.Callback):
+        def __init__(self) -> None:
+            self.seen: set[Any] = set()
+
+        def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: torch.Tensor) -> None:
+            self.seen |= {block.self_attn.attention for block in pl_module.llama.blocks}
+
+    callbacks, data = [ContextWarmup(4, 12, exact=True), strategies := Strategies()], batches(12, packed=False)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        fit(tmp_path, callbacks, data, max_steps=6, model={"attention": Dense})
+    assert len(strategies.seen) == 2
+    assert not any("rows are whole, and attended" in message for message in caplog.messages)
 
 
 def fit_with_heads(

@@ -37,8 +37,13 @@ def fit(
 
 
 @pytest.mark.parametrize(("fraction", "first"), [(0.1, 9), (0.3, 7), (0.5, 5), (0.001, 9)])
-def test_the_last_steps_are_exact(tmp_path: Path, fraction: float, first: int) -> None:
-    seen, _ = fit(tmp_path, fraction)
+def test_the_last_steps_are_exact(
+    tmp_path: Path, fraction: float, first: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        seen, _ = fit(tmp_path, fraction)
+    said = [message for message in caplog.messages if "exact attention" in message]
+    assert said == [f"step {first}: exact attention from here on"]
     assert seen == [(step, "Dense" if step >= first else "Muse") for step in range(10) for _ in range(2)]
 
 
